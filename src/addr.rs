@@ -1,0 +1,286 @@
+//! Addresses and the sizes that go with them: prefixes without host bits, MAC addresses, MTUs.
+//!
+//! A value of one of these types has passed its check; nothing further inside validates again.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not an address of the kind asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not {expected}")]
+pub struct AddrError {
+    text: String,
+    expected: &'static str,
+}
+
+impl AddrError {
+    fn new(text: &str, expected: &'static str) -> Self {
+        Self {
+            text: text.chars().take(80).collect(),
+            expected,
+        }
+    }
+}
+
+macro_rules! prefix {
+    ($(#[$doc:meta])* $name:ident, $net:ty, $addr:ty, $bits:literal, $expected:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name($net);
+
+        impl $name {
+            /// Address width in bits.
+            pub const BITS: u8 = $bits;
+
+            /// Makes the prefix that holds `addr`; bits below `len` are cleared, as Go's
+            /// `net.ParseCIDR` does.
+            ///
+            /// # Errors
+            /// `len` is larger than the address is wide.
+            pub fn new(addr: $addr, len: u8) -> Result<Self, AddrError> {
+                <$net>::new(addr, len)
+                    .map(|net| Self(net.trunc()))
+                    .map_err(|_| AddrError::new(&format!("{addr}/{len}"), $expected))
+            }
+
+            /// The network address.
+            pub fn addr(self) -> $addr {
+                self.0.addr()
+            }
+
+            /// Prefix length in bits.
+            #[expect(clippy::len_without_is_empty, reason = "a prefix length is not a count of elements")]
+            pub fn len(self) -> u8 {
+                self.0.prefix_len()
+            }
+
+            /// Whether `addr` lies in the prefix.
+            pub fn contains(self, addr: $addr) -> bool {
+                self.0.contains(&addr)
+            }
+
+            /// Whether `other` lies wholly in the prefix.
+            pub fn covers(self, other: Self) -> bool {
+                self.0.contains(&other.0)
+            }
+
+            /// Whether the two prefixes share an address.
+            pub fn overlaps(self, other: Self) -> bool {
+                self.covers(other) || other.covers(self)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = AddrError;
+
+            fn from_str(text: &str) -> Result<Self, AddrError> {
+                text.parse::<$net>()
+                    .map(|net| Self(net.trunc()))
+                    .map_err(|_| AddrError::new(text, $expected))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = AddrError;
+
+            fn try_from(text: String) -> Result<Self, AddrError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(prefix: $name) -> Self {
+                prefix.to_string()
+            }
+        }
+    };
+}
+
+prefix!(
+    /// An IPv4 prefix with no host bits set.
+    Ipv4Prefix,
+    Ipv4Net,
+    Ipv4Addr,
+    32,
+    "an IPv4 network like 10.244.0.0/16"
+);
+prefix!(
+    /// An IPv6 prefix with no host bits set.
+    Ipv6Prefix,
+    Ipv6Net,
+    Ipv6Addr,
+    128,
+    "an IPv6 network like fd00:10:244::/56"
+);
+
+/// A prefix of either family, with no host bits set.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Prefix {
+    /// IPv4
+    V4(Ipv4Prefix),
+    /// IPv6
+    V6(Ipv6Prefix),
+}
+
+impl Prefix {
+    /// The network address.
+    pub fn addr(self) -> IpAddr {
+        match self {
+            Self::V4(prefix) => prefix.addr().into(),
+            Self::V6(prefix) => prefix.addr().into(),
+        }
+    }
+
+    /// Prefix length in bits.
+    #[expect(clippy::len_without_is_empty, reason = "a prefix length is not a count of elements")]
+    pub fn len(self) -> u8 {
+        match self {
+            Self::V4(prefix) => prefix.len(),
+            Self::V6(prefix) => prefix.len(),
+        }
+    }
+
+    /// Whether `addr` is of the prefix's family and lies in it.
+    pub fn contains(self, addr: IpAddr) -> bool {
+        match (self, addr) {
+            (Self::V4(prefix), IpAddr::V4(addr)) => prefix.contains(addr),
+            (Self::V6(prefix), IpAddr::V6(addr)) => prefix.contains(addr),
+            (Self::V4(_), IpAddr::V6(_)) | (Self::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::V4(prefix) => prefix.fmt(f),
+            Self::V6(prefix) => prefix.fmt(f),
+        }
+    }
+}
+
+impl fmt::Debug for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<Ipv4Prefix> for Prefix {
+    fn from(prefix: Ipv4Prefix) -> Self {
+        Self::V4(prefix)
+    }
+}
+
+impl From<Ipv6Prefix> for Prefix {
+    fn from(prefix: Ipv6Prefix) -> Self {
+        Self::V6(prefix)
+    }
+}
+
+impl From<Prefix> for IpNet {
+    fn from(prefix: Prefix) -> Self {
+        match prefix {
+            Prefix::V4(prefix) => Self::V4(prefix.0),
+            Prefix::V6(prefix) => Self::V6(prefix.0),
+        }
+    }
+}
+
+/// A maximum transmission unit in bytes, IP header included: 68 (RFC 791) to 65,535.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Mtu(u16);
+
+impl Mtu {
+    /// The smallest MTU an IPv4 link may have, RFC 791.
+    pub const MIN: u16 = 68;
+
+    /// Checks the range.
+    ///
+    /// # Errors
+    /// Fewer than 68 or more than 65,535 bytes.
+    pub fn new(bytes: u32) -> Result<Self, AddrError> {
+        u16::try_from(bytes)
+            .ok()
+            .filter(|&bytes| bytes >= Self::MIN)
+            .map(Self)
+            .ok_or_else(|| AddrError::new(&bytes.to_string(), "an MTU from 68 to 65535"))
+    }
+
+    /// The MTU left after `overhead` bytes of encapsulation.
+    ///
+    /// # Errors
+    /// Fewer than 68 bytes are left.
+    pub fn minus(self, overhead: u16) -> Result<Self, AddrError> {
+        Self::new(u32::from(self.0).saturating_sub(u32::from(overhead)))
+    }
+
+    /// In bytes.
+    pub fn bytes(self) -> u16 {
+        self.0
+    }
+}
+
+impl fmt::Display for Mtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Mtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_loses_its_host_bits() {
+        let prefix: Ipv4Prefix = "10.5.1.7/16".parse().unwrap();
+        assert_eq!(prefix.to_string(), "10.5.0.0/16");
+        let prefix: Ipv6Prefix = "fd00::1/64".parse().unwrap();
+        assert_eq!(prefix.to_string(), "fd00::/64");
+    }
+
+    #[test]
+    fn nonsense_is_named_in_the_error() {
+        let error = "10.5.0.0/33".parse::<Ipv4Prefix>().unwrap_err();
+        assert!(error.to_string().contains("10.5.0.0/33"), "{error}");
+        assert!("".parse::<Ipv6Prefix>().is_err());
+    }
+
+    #[test]
+    fn overlap_is_symmetric() {
+        let wide: Ipv4Prefix = "10.0.0.0/8".parse().unwrap();
+        let narrow: Ipv4Prefix = "10.1.0.0/16".parse().unwrap();
+        let other: Ipv4Prefix = "11.0.0.0/8".parse().unwrap();
+        assert!(wide.overlaps(narrow) && narrow.overlaps(wide));
+        assert!(!wide.overlaps(other) && !other.overlaps(narrow));
+    }
+
+    #[test]
+    fn an_mtu_has_a_floor() {
+        assert_eq!(Mtu::new(1500).unwrap().minus(28).unwrap().bytes(), 1472);
+        assert!(Mtu::new(80).unwrap().minus(28).is_err());
+        assert!(Mtu::new(65_536).is_err());
+    }
+}

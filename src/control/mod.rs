@@ -1,0 +1,3 @@
+//! The lease life cycle: acquire, renew, watch, publish.
+
+pub mod store;

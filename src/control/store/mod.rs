@@ -1,0 +1,83 @@
+//! Where leases live.
+//!
+//! [`Store`] is what the daemon and the server talk to: one network's config and leases. A store that
+//! is a plain key space (etcd, embedded) is a [`Registry`], and `LocalStore` in this module runs flannel's
+//! allocation over it; a remote store sends the same requests to a Kersey (or old flannel) server, which allocates.
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+
+use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
+
+/// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cursor(pub String);
+
+/// An update and the place in history up to which it is the truth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchItem {
+    /// What changed.
+    pub update: LeaseUpdate,
+    /// Where to resume after it.
+    pub cursor: Cursor,
+}
+
+/// Why a store did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store cannot be reached or did not answer in time; a retry can mend it.
+    #[error("cannot {doing}: the store {place} is unavailable: {cause}")]
+    Unavailable {
+        /// What we were doing.
+        doing: &'static str,
+        /// Endpoint or path.
+        place: String,
+        /// The cause in words.
+        cause: String,
+    },
+    /// The store answered, and refused: bad credentials, no such network, out of subnets, malformed config.
+    #[error("cannot {doing}: {cause}")]
+    Refused {
+        /// What we were doing.
+        doing: &'static str,
+        /// The cause in words; names field, value and rule.
+        cause: String,
+    },
+    /// The lease asked about belongs to somebody else, or is gone.
+    #[error("the lease of {subnet} is lost: {cause}")]
+    LeaseLost {
+        /// The subnet of the lease.
+        subnet: Subnet,
+        /// What is there instead.
+        cause: String,
+    },
+}
+
+/// One network's config and leases, as a node sees them.
+pub trait Store: Send + Sync {
+    /// Where this store is, for logs: `etcd http://127.0.0.1:2379`, `embedded /var/lib/kersey/leases.redb`.
+    fn place(&self) -> String;
+
+    /// The network configuration, JSON text as it stands in the store.
+    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>>;
+
+    /// Acquires a lease for the node `attrs` describes: its old subnet if the store still knows it by public IP,
+    /// else `previous` if free and fitting, else a random free one. Lost races are retried inside.
+    fn acquire<'a>(
+        &'a self,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>>;
+
+    /// Renews a lease this node holds; compare-and-swap, never overwrites somebody else's.
+    fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>>;
+
+    /// Watches all leases from `since`, or from a fresh snapshot. The first item of a watch without `since` is a
+    /// snapshot. A stream that ends or fails is watched anew by the caller, without `since`.
+    fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;
+}
+
+/// How long a lease lives without renewal: flannel's 24 hours.
+pub const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);

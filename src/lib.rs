@@ -1,0 +1,5 @@
+//! Flannel without the kernel's tunnel drivers.
+
+pub mod addr;
+pub mod control;
+pub mod lease;
