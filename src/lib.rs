@@ -3,3 +3,4 @@
 pub mod addr;
 pub mod control;
 pub mod lease;
+pub mod status;

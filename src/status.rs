@@ -1,0 +1,110 @@
+//! What a running node says of itself, as one JSON document.
+//!
+//! The daemon writes the document to whoever connects to its unix socket, then closes; `kersey status` reads and
+//! prints it, `kersey lab` and the tests read it as data. Fields are only ever added.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The whole document.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Kersey's version.
+    pub version: String,
+    /// `true` once the lease is held, the device is up, routes are in and subnet.env is written.
+    pub ready: bool,
+    /// Seconds since the daemon started.
+    pub uptime_s: f64,
+    /// This node.
+    pub node: Node,
+    /// The encapsulation in use, and why.
+    pub backend: Backend,
+    /// The store.
+    pub store: StoreStatus,
+    /// The TUN device and the packet path behind it.
+    pub device: DeviceStatus,
+    /// Other nodes, by subnet.
+    pub peers: Vec<Peer>,
+    /// Packet-path counters summed over workers, by name: `outbound_packets`, `outbound_bytes`, `inbound_packets`, …
+    pub counters: BTreeMap<String, u64>,
+    /// Packets refused, by reason; reasons that never occurred are left out.
+    pub drops: BTreeMap<String, u64>,
+    /// Leases refused, by reason.
+    pub rejected_leases: BTreeMap<String, u64>,
+}
+
+/// This node's own lease and underlay.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Node {
+    /// The overlay network(s).
+    pub networks: Vec<String>,
+    /// Own subnet(s), CIDR text.
+    pub subnets: Vec<String>,
+    /// Underlay interface name.
+    pub interface: String,
+    /// Underlay addresses peers send to.
+    pub public_ips: Vec<String>,
+    /// MTU of the underlay interface, bytes.
+    pub link_mtu: u16,
+    /// MTU inside, bytes.
+    pub inner_mtu: u16,
+}
+
+/// The backend in use.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Backend {
+    /// Its name: `udp`, `vxlan`, …
+    pub name: String,
+    /// Why it was picked.
+    pub reason: String,
+    /// UDP port, where it has one.
+    pub port: Option<u16>,
+    /// How inbound packets are checked: `strict`, `loose` or `off`.
+    pub ingress_check: String,
+}
+
+/// The store, as seen from this node.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Which store, and where.
+    pub place: String,
+    /// Whether it answered last time.
+    pub connected: bool,
+    /// Seconds since that last changed.
+    pub since_s: f64,
+    /// The last error, if it is away.
+    pub error: Option<String>,
+}
+
+/// The TUN device and the packet path.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Device name.
+    pub name: String,
+    /// Queues (pairs of directions).
+    pub queues: usize,
+    /// Worker threads in all.
+    pub threads: usize,
+    /// Offloads by name (`tun_tso`, `tun_uso`, `udp_gso`, `udp_gro`) → `on`, `off (forced)`, `off (kernel)`.
+    pub offloads: BTreeMap<String, String>,
+}
+
+/// One peer.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its subnet(s), CIDR text.
+    pub subnets: Vec<String>,
+    /// Underlay endpoints, `addr:port`.
+    pub endpoints: Vec<String>,
+    /// Packets and bytes sent to it and received from it (inner, super-packets counted as their segments).
+    pub outbound_packets: u64,
+    /// See `outbound_packets`.
+    pub outbound_bytes: u64,
+    /// See `outbound_packets`.
+    pub inbound_packets: u64,
+    /// See `outbound_packets`.
+    pub inbound_bytes: u64,
+    /// Packets refused that concern this peer, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
