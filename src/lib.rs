@@ -2,5 +2,7 @@
 
 pub mod addr;
 pub mod control;
+pub mod dataplane;
 pub mod lease;
 pub mod status;
+pub mod wire;

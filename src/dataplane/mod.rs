@@ -1,0 +1,4 @@
+//! From the overlay to the underlay and back.
+pub mod packet;
+pub mod route;
+pub mod stats;
