@@ -1,6 +1,7 @@
 //! Flannel without the kernel's tunnel drivers.
 
 pub mod addr;
+pub mod backend;
 pub mod control;
 pub mod dataplane;
 pub mod lease;

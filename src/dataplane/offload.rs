@@ -74,12 +74,12 @@ impl SuperPacket {
     ///
     /// `push` gets the arena and the length of the inner packet that will follow.
     #[inline]
-    pub fn split(
+    pub(crate) fn split(
         &self,
         packet: &[u8],
         headers: &mut Vec<u8>,
         mut push: impl FnMut(&mut Vec<u8>, usize),
-        mut each: impl FnMut(&mut Vec<u8>, Range<usize>, Range<usize>),
+        mut each: impl FnMut(&[u8], Range<usize>, Range<usize>),
     ) {
         let Some(packet) = packet.get(..self.ip.total_len) else { return };
         let Some((template, payload)) = packet.split_at_checked(self.header_len) else { return };

@@ -9,6 +9,7 @@
 
 use std::net::SocketAddr;
 
+use crate::dataplane::offload::SuperPacket;
 use crate::wire::virtio::VirtioHeader;
 
 /// The longest packet of either family we carry, bytes.
@@ -120,14 +121,16 @@ struct Segment {
 }
 
 const END: u32 = u32::MAX;
+/// Newest runs looked at for one that a segment may join.
+const OPEN_RUNS: usize = 8;
 
 /// Segments that leave with one message: one destination, one source port, one size (the last may be shorter).
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
     /// Where to.
     pub to: SocketAddr,
-    /// Which source port of the pool, by inner flow.
-    pub flow: u32,
+    /// Which source port of the pool it leaves from.
+    pub port: usize,
     /// Bytes of every segment but the last, headers of ours included.
     pub segment_size: usize,
     /// Bytes in all.
@@ -138,6 +141,8 @@ pub struct Run {
     pub peer: u32,
     /// The packet of the batch that started it, for answers about it.
     pub packet: usize,
+    /// Flow of the last segment: only that one may end the run with a shorter one.
+    flow: u32,
     first: u32,
     last: u32,
     open: bool,
@@ -153,11 +158,16 @@ pub struct RunLimits {
 }
 
 /// What one batch sends: runs of segments over the batch's bytes.
+///
+/// A segment may join any open run to its peer that is not older than the newest run its flow is in; so flows share runs, and
+/// no packet of a flow overtakes another.
 #[derive(Debug)]
 pub struct SendPlan {
     headers: Vec<u8>,
     segments: Vec<Segment>,
     runs: Vec<Run>,
+    /// The newest run each flow of this batch is in.
+    flows: Vec<(u32, usize)>,
 }
 
 /// What tells one run from another.
@@ -165,7 +175,9 @@ pub struct SendPlan {
 pub struct RunKey {
     /// Where to.
     pub to: SocketAddr,
-    /// Which source port of the pool, by inner flow.
+    /// Which source port of the pool.
+    pub port: usize,
+    /// Hash of the inner flow.
     pub flow: u32,
     /// Index of the peer.
     pub peer: u32,
@@ -184,6 +196,7 @@ impl SendPlan {
             headers: Vec::with_capacity(256 * 1024),
             segments: Vec::with_capacity(4096),
             runs: Vec::with_capacity(BATCH_PACKETS * 2),
+            flows: Vec::with_capacity(BATCH_PACKETS),
         }
     }
 
@@ -192,6 +205,7 @@ impl SendPlan {
         self.headers.clear();
         self.segments.clear();
         self.runs.clear();
+        self.flows.clear();
     }
 
     /// The arena of header slots; a caller appends a header, then names it in [`Self::push`].
@@ -200,9 +214,9 @@ impl SendPlan {
         &mut self.headers
     }
 
-    /// Appends a segment to the newest open run of `key` if it fits, else starts a run.
+    /// Appends a segment to an open run it fits, else starts a run.
     ///
-    /// `header` is a range of [`Self::headers`], `payload` an (offset, length) of the batch as [`PacketBatch::offset`] gives it,
+    /// `header` is a range of [`Self::headers`], `payload` an (offset, length) of the batch as [`PacketMeta::offset`] gives it,
     /// `packet` the index of the packet it comes from.
     #[inline]
     pub fn push(
@@ -213,44 +227,79 @@ impl SendPlan {
         payload: (usize, usize),
         packet: usize,
     ) {
-        let header_len = header.len();
-        let size = header_len + payload.1;
-        let index = self.segments.len() as u32;
+        let size = header.len() + payload.1;
+        let index = len32(self.segments.len());
         self.segments.push(Segment {
-            header_at: header.start as u32,
-            header_len: header_len as u16,
-            payload_len: payload.1 as u16,
-            payload_at: payload.0 as u32,
+            header_at: len32(header.start),
+            header_len: len16(header.len()),
+            payload_at: len32(payload.0),
+            payload_len: len16(payload.1),
             next: END,
         });
-        // Only the newest run of a flow may grow: an older one would let this packet overtake.
-        let candidate = self.runs.iter_mut().rev().take(8).find(|run| run.flow == key.flow && run.to == key.to);
-        if let Some(run) = candidate
-            && run.open
-            && size <= run.segment_size
-            && run.segments < limits.segments
-            && run.bytes + size <= limits.bytes
-        {
-            self.segments[run.last as usize].next = index;
-            run.last = index;
-            run.segments += 1;
-            run.bytes += size;
-            // A shorter segment is the last of its run, Documentation/networking/segmentation-offloads.
-            run.open = size == run.segment_size;
-            return;
-        }
-        self.runs.push(Run {
-            to: key.to,
-            flow: key.flow,
-            segment_size: size,
-            bytes: size,
-            segments: 1,
-            peer: key.peer,
-            packet,
-            first: index,
-            last: index,
-            open: true,
+        let known = self.flows.iter().rposition(|&(flow, _)| flow == key.flow);
+        let floor = known.and_then(|at| self.flows.get(at)).map_or(0, |&(_, run)| run);
+        let run = self.open_run(key, limits, size, floor).unwrap_or_else(|| {
+            self.runs.push(Run {
+                to: key.to,
+                port: key.port,
+                segment_size: size,
+                bytes: 0,
+                segments: 0,
+                peer: key.peer,
+                packet,
+                flow: key.flow,
+                first: index,
+                last: index,
+                open: true,
+            });
+            self.runs.len() - 1
         });
+        match known.and_then(|at| self.flows.get_mut(at)) {
+            Some(entry) => entry.1 = run,
+            None => self.flows.push((key.flow, run)),
+        }
+        let run = &mut self.runs[run];
+        if run.segments > 0 {
+            self.segments[run.last as usize].next = index;
+        }
+        run.last = index;
+        run.flow = key.flow;
+        run.segments += 1;
+        run.bytes += size;
+        // A shorter segment is the last of its run: the receiver cuts at the size of the first.
+        run.open = size == run.segment_size;
+    }
+
+    /// Splits a super-packet: `push` appends the encapsulation of each segment, whose inner length it is given.
+    #[inline]
+    pub fn split(
+        &mut self,
+        super_packet: SuperPacket,
+        packet: &[u8],
+        push: impl FnMut(&mut Vec<u8>, usize),
+        (key, limits, meta, index): (RunKey, RunLimits, PacketMeta, usize),
+    ) {
+        let mut headers = std::mem::take(&mut self.headers);
+        super_packet.split(packet, &mut headers, push, |_, header, payload| {
+            self.push(key, limits, header, (meta.offset(payload.start), payload.len()), index);
+        });
+        self.headers = headers;
+    }
+
+    /// A run not older than `floor` that a segment of `size` bytes may join.
+    #[inline]
+    fn open_run(&self, key: RunKey, limits: RunLimits, size: usize, floor: usize) -> Option<usize> {
+        let recent = self.runs.iter().enumerate().skip(floor).rev().take(OPEN_RUNS);
+        let fitting = recent.into_iter().find(|(_, run)| {
+            run.open
+                && run.peer == key.peer
+                && run.port == key.port
+                && run.to == key.to
+                && run.segments < limits.segments
+                && run.bytes + size <= limits.bytes
+                && (size == run.segment_size || (size < run.segment_size && run.flow == key.flow))
+        });
+        fitting.map(|(index, _)| index)
     }
 
     /// The runs, in the order they are to leave.
@@ -425,58 +474,74 @@ impl DatagramBatch {
     }
 }
 
+/// Offsets into a batch and its headers (below 1 MiB) fit 32 bits.
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+#[inline]
+fn len32(value: usize) -> u32 {
+    value as u32
+}
+
+/// Lengths within one packet fit 16 bits.
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+#[inline]
+fn len16(value: usize) -> u16 {
+    value as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const LIMITS: RunLimits = RunLimits { segments: 4, bytes: 1000 };
 
-    fn key(flow: u32) -> RunKey {
-        RunKey { to: SocketAddr::from(([192, 0, 2, 1], 8285)), flow, peer: 0 }
-    }
-
-    /// Pushes segments of the given (flow, size) and gives back (flow, sizes) of each run.
-    fn runs(pushes: &[(u32, usize)]) -> Vec<(u32, Vec<usize>)> {
+    /// Pushes segments of the given (flow, size) and gives back the flows and sizes of each run.
+    fn runs(pushes: &[(u32, usize)]) -> Vec<Vec<usize>> {
         let batch = PacketBatch::new();
         let mut plan = SendPlan::new();
         for &(flow, size) in pushes {
-            plan.push(key(flow), LIMITS, 0..0, (0, size), 0);
+            let key = RunKey { to: SocketAddr::from(([192, 0, 2, 1], 8285)), port: 0, flow, peer: 0 };
+            plan.push(key, LIMITS, 0..0, (0, size), 0);
         }
-        plan.runs()
-            .iter()
-            .map(|run| (run.flow, plan.segments(run, &batch).map(|(header, payload)| header.len() + payload.len()).collect()))
-            .collect()
+        let sizes = |run| plan.segments(run, &batch).map(|(header, payload)| header.len() + payload.len()).collect();
+        plan.runs().iter().map(sizes).collect()
     }
 
     #[test]
-    fn equal_segments_of_a_flow_make_one_run() {
-        assert_eq!(runs(&[(1, 100), (1, 100), (1, 60)]), [(1, vec![100, 100, 60])]);
+    fn equal_segments_make_one_run() {
+        assert_eq!(runs(&[(1, 100), (1, 100), (1, 60)]), [vec![100, 100, 60]]);
     }
 
     #[test]
     fn a_short_segment_ends_its_run() {
-        assert_eq!(runs(&[(1, 100), (1, 60), (1, 60)]), [(1, vec![100, 60]), (1, vec![60])]);
+        assert_eq!(runs(&[(1, 100), (1, 60), (1, 60)]), [vec![100, 60], vec![60]]);
     }
 
     #[test]
     fn a_longer_segment_starts_a_run() {
-        assert_eq!(runs(&[(1, 60), (1, 100)]), [(1, vec![60]), (1, vec![100])]);
+        assert_eq!(runs(&[(1, 60), (1, 100)]), [vec![60], vec![100]]);
     }
 
     #[test]
-    fn flows_that_alternate_each_keep_their_run() {
-        assert_eq!(runs(&[(1, 100), (2, 100), (1, 100), (2, 100)]), [(1, vec![100, 100]), (2, vec![100, 100])]);
+    fn flows_of_equal_size_share_a_run() {
+        assert_eq!(runs(&[(1, 100), (2, 100), (3, 100)]), [vec![100, 100, 100]]);
     }
 
     #[test]
-    fn a_closed_run_lets_nothing_overtake_the_newer_one() {
-        assert_eq!(runs(&[(1, 100), (1, 50), (1, 100), (1, 50)]), [(1, vec![100, 50]), (1, vec![100, 50])]);
+    fn a_short_packet_of_another_flow_does_not_end_a_run() {
+        assert_eq!(runs(&[(1, 100), (2, 50), (1, 100), (1, 60)]), [vec![100, 100, 60], vec![50]]);
+    }
+
+    #[test]
+    fn no_packet_of_a_flow_overtakes_another() {
+        // The last segment of flow 1 may not go back to the first run: its 50 left after it.
+        assert_eq!(runs(&[(2, 100), (1, 50), (1, 100)]), [vec![100], vec![50], vec![100]]);
+        assert_eq!(runs(&[(1, 100), (1, 50), (1, 100), (1, 50)]), [vec![100, 50], vec![100, 50]]);
     }
 
     #[test]
     fn limits_of_count_and_bytes_hold() {
-        assert_eq!(runs(&[(1, 100); 6]), [(1, vec![100; 4]), (1, vec![100; 2])]);
-        assert_eq!(runs(&[(1, 400); 3]), [(1, vec![400; 2]), (1, vec![400])]);
+        assert_eq!(runs(&[(1, 100); 6]), [vec![100; 4], vec![100; 2]]);
+        assert_eq!(runs(&[(1, 400); 3]), [vec![400; 2], vec![400]]);
     }
 
     #[test]

@@ -167,7 +167,7 @@ impl WorkerStats {
 
     /// Counts `n` packets dropped.
     #[inline]
-    pub fn drop(&self, reason: DropReason, n: u64) {
+    pub fn discard(&self, reason: DropReason, n: u64) {
         self.drops[reason as usize].add(n);
     }
 
@@ -206,7 +206,7 @@ impl Default for PeerCell {
 impl PeerCell {
     /// Counts `n` packets dropped.
     #[inline]
-    pub fn drop(&self, reason: DropReason, n: u64) {
+    pub fn discard(&self, reason: DropReason, n: u64) {
         self.drops[reason as usize].add(n);
     }
 
