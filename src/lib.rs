@@ -4,6 +4,7 @@ pub mod addr;
 pub mod backend;
 pub mod control;
 pub mod dataplane;
+pub mod host;
 pub mod lease;
 pub mod status;
 pub mod wire;

@@ -411,15 +411,13 @@ impl DatagramBatch {
         });
     }
 
-    /// Notes a datagram that did not fit a slot; it is not delivered.
-    pub fn note_cut(&mut self, slot_used: bool) {
+    /// Notes that the next slot holds a datagram that did not fit it; it is not delivered.
+    pub fn note_cut(&mut self) {
         self.cut += 1;
-        if slot_used {
-            // Keeps slots and datagrams in step: an empty datagram is skipped by the forwarder.
-            let slot = self.datagrams.len();
-            let from = SocketAddr::from(([0, 0, 0, 0], 0));
-            self.datagrams.push(Datagram { slot, len: 0, segment_size: None, from });
-        }
+        // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
+        let slot = self.datagrams.len();
+        let from = SocketAddr::from(([0, 0, 0, 0], 0));
+        self.datagrams.push(Datagram { slot, len: 0, segment_size: None, from });
     }
 
     /// Notes datagrams the kernel dropped before we could receive them.
@@ -561,7 +559,7 @@ mod tests {
     fn a_cut_datagram_keeps_slots_in_step() {
         let from = SocketAddr::from(([192, 0, 2, 1], 8285));
         let mut batch = DatagramBatch::new();
-        batch.note_cut(true);
+        batch.note_cut();
         assert!(batch.push(from, b"next", None));
         let datagram = batch.datagrams()[1];
         let start = DatagramBatch::start(datagram);

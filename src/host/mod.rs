@@ -1,0 +1,9 @@
+//! What we ask of the kernel. Leases, stores and backends are unknown here.
+//!
+//! Every feature is asked for by doing it ([`tun::TunOffloads`], [`socket::SocketOffloads`]); the answers are plain values, printed in one line
+//! at start. All `unsafe` code of the project is in [`sys`].
+
+pub mod queues;
+pub mod socket;
+pub mod sys;
+pub mod tun;
