@@ -74,9 +74,34 @@ pub trait Store: Send + Sync {
     /// Renews a lease this node holds; compare-and-swap, never overwrites somebody else's.
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>>;
 
+    /// Gives up a lease, reservation or not.
+    fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        unsupported("revoke a lease", subnet)
+    }
+
+    /// Binds `subnet` for good to the node whose public address `attrs` carries: a free subnet is reserved, the
+    /// node's own lease loses its end.
+    fn reserve<'a>(
+        &'a self,
+        subnet: Subnet,
+        _attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        unsupported("reserve a subnet", subnet)
+    }
+
+    /// Turns a reservation back into a lease that ends.
+    fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        unsupported("end a reservation", subnet)
+    }
+
     /// Watches all leases from `since`, or from a fresh snapshot. The first item of a watch without `since` is a
     /// snapshot. A stream that ends or fails is watched anew by the caller, without `since`.
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;
+}
+
+fn unsupported<'a>(doing: &'static str, subnet: Subnet) -> BoxFuture<'a, Result<(), StoreError>> {
+    let cause = format!("{subnet}: this kind of store cannot");
+    Box::pin(async move { Err(StoreError::Refused { doing, cause }) })
 }
 
 /// How long a lease lives without renewal: flannel's 24 hours.
