@@ -52,9 +52,18 @@ impl Subnet {
     /// The longest IPv6 prefix a key can name: flannel reads the length as 7 bits.
     pub const MAX_V6_LEN: u8 = 127;
 
+    /// What stands in the place of the mandatory IPv4 half where a network has none.
+    pub const NO_V4: Ipv4Prefix = Ipv4Prefix::ALL;
+
+    /// The IPv4 half, unless it only fills the place in the key of an IPv6-only lease.
+    pub fn ipv4(self) -> Option<Ipv4Prefix> {
+        (self.v6.is_none() || self.v4 != Self::NO_V4).then_some(self.v4)
+    }
+
     /// Whether the two share an address, of either family.
     pub fn overlaps(self, other: Self) -> bool {
-        self.v4.overlaps(other.v4) || matches!((self.v6, other.v6), (Some(a), Some(b)) if a.overlaps(b))
+        matches!((self.ipv4(), other.ipv4()), (Some(a), Some(b)) if a.overlaps(b))
+            || matches!((self.v6, other.v6), (Some(a), Some(b)) if a.overlaps(b))
     }
 }
 
