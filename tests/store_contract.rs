@@ -2,6 +2,12 @@
 //!
 //! A new store is one more line at the `contract!` below, and a function that opens it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test says what went wrong by panicking"
+)]
+
 mod etcd_server;
 
 use std::any::Any;

@@ -86,7 +86,7 @@ impl Keep<'_> {
                 }
                 renewed => renewed,
             };
-            StoreHealth::note(self.health, self.store.skipped(), renewed.as_ref().map(|_| ()));
+            StoreHealth::note(self.health, renewed.as_ref().map(|_| ()));
             match renewed {
                 Ok(renewed) => {
                     backoff.reset();
@@ -163,7 +163,7 @@ impl Follow<'_> {
     }
 
     fn take(&mut self, update: Result<WatchItem, StoreError>) {
-        StoreHealth::note(self.health, self.store.skipped(), update.as_ref().map(|_| ()));
+        StoreHealth::note(self.health, update.as_ref().map(|_| ()));
         let update = match update {
             Ok(item) => item.update,
             Err(error) => {
@@ -178,7 +178,7 @@ impl Follow<'_> {
         if own_is_disturbed(&self.own.borrow(), &update) {
             self.disturbed.notify_one();
         }
-        let rejected = self.table.rejected();
+        let (rejected, held) = (self.table.rejected(), self.table.held());
         let changes = self.table.apply(&update);
         if self.table.held() > 0 && self.linger_due.is_none() {
             tracing::warn!(
@@ -193,7 +193,7 @@ impl Follow<'_> {
         if refused != rejected && !refused.is_empty() && self.complaints.allows() {
             tracing::warn!(?refused, "some leases are refused");
         }
-        self.publish(&changes, refused != rejected);
+        self.publish(&changes, refused != rejected || self.table.held() != held);
     }
 
     fn own_changed(&mut self) {

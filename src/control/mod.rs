@@ -101,8 +101,6 @@ pub struct StoreHealth {
     pub since: Instant,
     /// The last error, while it does not.
     pub last_error: Option<String>,
-    /// Keys or values skipped so far because they could not be read.
-    pub skipped: u64,
 }
 
 /// Where [`Control::maintain`] puts what it finds out.
@@ -259,7 +257,6 @@ impl Control {
             connected: self.source == Source::Store,
             since: Instant::now(),
             last_error: None,
-            skipped: self.store.skipped(),
         };
         let (peers, peers_rx) = watch::channel(Arc::new(table));
         let (lease, lease_rx) = watch::channel(lease.clone());
@@ -301,20 +298,19 @@ fn complain(limit: &RateLimit, error: &dyn std::fmt::Display, waiting: &'static 
 }
 
 impl StoreHealth {
-    fn note(sender: &watch::Sender<Self>, skipped: u64, result: Result<(), &StoreError>) {
+    fn note(sender: &watch::Sender<Self>, result: Result<(), &StoreError>) {
         sender.send_if_modified(|health| {
             // A refusal is an answer, too.
-            let connected = result.is_ok_and(|()| true) || result.is_err_and(|error| !error.is_unavailable());
+            let connected = result.err().is_none_or(|error| !error.is_unavailable());
             let last_error = result.err().map(ToString::to_string);
-            let changed =
-                health.connected != connected || health.last_error != last_error || health.skipped != skipped;
             if health.connected != connected {
                 health.since = Instant::now();
+            } else if health.last_error == last_error {
+                return false;
             }
             health.connected = connected;
             health.last_error = last_error;
-            health.skipped = skipped;
-            changed
+            true
         });
     }
 }

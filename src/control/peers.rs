@@ -3,7 +3,7 @@
 //! [`PeerTable`] is the one place where what a store says becomes what this node believes. It is pure: updates go in,
 //! a table and the difference to the table before come out.
 //!
-//! What is kept: every lease the store told of (*told*), less our own; and the part of them that passes the checks
+//! What is kept: every lease the store told of (*told*), and the part of them that passes the checks
 //! (*peers*), recomputed from *told* after each update. So the table is a function of the leases alone, whatever the
 //! order they came in, and a lease that stops being in the way lets the one it blocked back in.
 //!
@@ -120,7 +120,7 @@ impl PeerTable {
             LeaseUpdate::Snapshot(leases) => {
                 let mut told = Leases::new();
                 for lease in leases {
-                    insert(&mut told, lease, self.own, &mut self.over_cap);
+                    insert(&mut told, lease, &mut self.over_cap);
                 }
                 self.told = told;
             }
@@ -128,7 +128,7 @@ impl PeerTable {
                 for event in events {
                     match event {
                         LeaseEvent::Added(lease) => {
-                            insert(&mut self.told, lease, self.own, &mut self.over_cap);
+                            insert(&mut self.told, lease, &mut self.over_cap);
                         }
                         LeaseEvent::Removed(subnet) => {
                             self.told.remove(subnet);
@@ -151,8 +151,6 @@ impl PeerTable {
     pub fn set_own(&mut self, own: &Lease) -> PeerChanges {
         self.own = own.subnet;
         self.own_attrs = own.attrs.clone();
-        self.told.remove(&own.subnet);
-        self.held.remove(&own.subnet);
         self.settle()
     }
 
@@ -224,6 +222,10 @@ impl PeerTable {
         claims.sort_by_key(|(subnet, _)| self.rank(**subnet));
         // What is held has the last word only: a live lease beats a remembered one.
         for (subnet, attrs) in claims.into_iter().chain(&self.held) {
+            // Whoever holds it by the store; if it is a stranger, we are about to move.
+            if *subnet == self.own {
+                continue;
+            }
             let verdict = self.check(*subnet, attrs).and_then(|()| {
                 if taken.overlaps(*subnet) {
                     return Err(Reject::OverlapsPeer);
@@ -308,10 +310,7 @@ impl PeerTable {
     }
 }
 
-fn insert(told: &mut Leases, lease: &Lease, own: Subnet, over_cap: &mut u64) {
-    if lease.subnet == own {
-        return;
-    }
+fn insert(told: &mut Leases, lease: &Lease, over_cap: &mut u64) {
     if told.len() >= MAX_LEASES && !told.contains_key(&lease.subnet) {
         *over_cap += 1;
         return;
@@ -434,6 +433,14 @@ mod tests {
         assert!(table.apply(&added(lease("10.0.1.0-24", "192.0.2.1"))).is_empty());
         assert!(table.apply(&added(lease("10.0.1.0-24", "192.0.2.9"))).is_empty());
         assert!(table.rejected().is_empty());
+    }
+
+    #[test]
+    fn who_took_our_subnet_is_a_peer_once_we_have_moved() {
+        let mut table = table();
+        table.apply(&added(lease("10.0.1.0-24", "192.0.2.9")));
+        let changes = table.set_own(&lease("10.0.7.0-24", "192.0.2.1"));
+        assert_eq!(changes.added, ["10.0.1.0-24".parse().unwrap()]);
     }
 
     #[test]
