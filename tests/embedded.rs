@@ -133,7 +133,10 @@ fn a_damaged_file_is_refused_or_read_but_nothing_panics() {
         open(&bytes[..end]);
     }
     // The header's every byte, then some of each page.
-    for at in (0..320).step_by(3).chain((320..bytes.len()).step_by(bytes.len() / 100 + 1)) {
+    for at in (0..320)
+        .step_by(3)
+        .chain((320..bytes.len()).step_by(bytes.len() / 100 + 1))
+    {
         let mut flipped = bytes.clone();
         flipped[at] ^= 1 << (at % 8);
         open(&flipped);

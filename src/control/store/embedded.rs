@@ -523,9 +523,13 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
         }
         Err(error) => return Err(damaged(path, &error)),
     };
-    database
+    // Checks the sums of all pages; what a crash left half-written goes back to the last complete transaction.
+    if !database
         .check_integrity()
-        .map_err(|error| damaged(path, &error))?;
+        .map_err(|error| damaged(path, &error))?
+    {
+        tracing::warn!(path = %path.display(), "the store was damaged; the last complete state is used");
+    }
     Ok(database)
 }
 
