@@ -15,7 +15,7 @@ use std::time::Duration;
 use etcd_client::PutOptions;
 use etcd_server::{Etcd, PREFIX};
 use futures_util::stream::StreamExt;
-use kersey::control::store::{EtcdOptions, EtcdStore, Store, StoreError};
+use kersey::control::store::{EtcdOptions, EtcdStore, Expirations, Store, StoreError};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use nix::sys::signal::Signal;
@@ -478,6 +478,82 @@ async fn a_wrong_password_is_a_refusal() {
         let error = EtcdStore::connect(options).unwrap().config().await.unwrap_err();
         assert!(matches!(error, StoreError::Refused { .. }), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_ca_file_alone_makes_tls() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(etcd) = etcd_server::start_with_tls(dir.path()).await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    assert_eq!(etcd.store().config().await.unwrap(), CONFIG);
+    // A server nobody we trust vouches for is not talked to.
+    let untrusted = EtcdOptions {
+        cafile: None,
+        ..etcd.options()
+    };
+    let error = EtcdStore::connect(untrusted).unwrap().config().await.unwrap_err();
+    assert!(error.is_unavailable(), "{error}");
+    let missing = EtcdOptions {
+        cafile: Some("/nonexistent/ca.pem".into()),
+        ..etcd.options()
+    };
+    let error = EtcdStore::connect(missing).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
+}
+
+#[tokio::test]
+async fn a_dead_endpoint_beside_a_live_one_does_no_harm() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let store = EtcdStore::connect(EtcdOptions {
+        endpoints: vec![
+            "http://127.0.0.1:9".to_owned(),
+            etcd.url(),
+            "http://192.0.2.1:2379".to_owned(),
+        ],
+        ..etcd.options()
+    })
+    .unwrap();
+    assert_eq!(store.config().await.unwrap(), CONFIG);
+    assert!(store.acquire(&node(1), None).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_server_learns_when_leases_end() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let writer = EtcdOptions {
+        ttl: Duration::from_secs(100),
+        ..etcd.options()
+    };
+    let lease = EtcdStore::connect(writer)
+        .unwrap()
+        .acquire(&node(1), None)
+        .await
+        .unwrap();
+    let reader = EtcdOptions {
+        expirations: Expirations::Ask,
+        ..etcd.options()
+    };
+    let reader = EtcdStore::connect(reader).unwrap();
+    let item = reader.watch(None).next().await.unwrap().unwrap();
+    let LeaseUpdate::Snapshot(listed) = item.update else {
+        panic!("{item:?}")
+    };
+    let (Expiration::At(granted), Expiration::At(told)) = (lease.expiration, listed[0].expiration) else {
+        panic!("{lease:?} {listed:?}")
+    };
+    let apart = granted
+        .duration_since(told)
+        .or_else(|error| Ok::<_, ()>(error.duration()))
+        .unwrap();
+    assert!(apart < Duration::from_secs(5), "{apart:?}");
 }
 
 /// One node's life cycle, running.

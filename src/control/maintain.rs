@@ -51,6 +51,7 @@ pub(super) async fn run(
         cache_due: Some(Instant::now() + CACHE_DELAY),
         linger_due: None,
         complaints: RateLimit::default(),
+        refusal_complaints: RateLimit::default(),
         cache_complaints: RateLimit::default(),
     };
     tokio::join!(keep.run(source), follow.run());
@@ -146,6 +147,7 @@ struct Follow<'a> {
     cache_due: Option<Instant>,
     linger_due: Option<Instant>,
     complaints: RateLimit,
+    refusal_complaints: RateLimit,
     cache_complaints: RateLimit,
 }
 
@@ -190,7 +192,7 @@ impl Follow<'_> {
             self.linger_due = None;
         }
         let refused = self.table.rejected();
-        if refused != rejected && !refused.is_empty() && self.complaints.allows() {
+        if refused != rejected && !refused.is_empty() && self.refusal_complaints.allows() {
             tracing::warn!(?refused, "some leases are refused");
         }
         self.publish(&changes, refused != rejected || self.table.held() != held);

@@ -4,10 +4,11 @@
 #![allow(unreachable_pub, reason = "shared by test binaries as a module")]
 
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use etcd_client::Client;
+use etcd_client::{Certificate, Client, ConnectOptions, TlsOptions};
 use kersey::control::store::{EtcdOptions, EtcdStore};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -20,10 +21,28 @@ pub struct Etcd {
     client_port: u16,
     peer_port: u16,
     child: Child,
+    tls: Option<Tls>,
+}
+
+/// A server certificate for 127.0.0.1 and the CA that signed it; clients need none.
+#[derive(Clone)]
+pub struct Tls {
+    pub ca: PathBuf,
+    certificate: PathBuf,
+    key: PathBuf,
 }
 
 /// Starts etcd. Without etcd on this machine the test is skipped, but not in CI, where it must be there.
 pub async fn start() -> Option<Etcd> {
+    start_with(None).await
+}
+
+/// Starts etcd with a server certificate.
+pub async fn start_with_tls(dir: &Path) -> Option<Etcd> {
+    start_with(Some(make_certificates(dir))).await
+}
+
+async fn start_with(tls: Option<Tls>) -> Option<Etcd> {
     let found = Command::new("etcd").arg("--version").output().is_ok();
     if !found {
         assert!(std::env::var_os("CI").is_none(), "etcd is not installed");
@@ -32,12 +51,13 @@ pub async fn start() -> Option<Etcd> {
     }
     let dir = tempfile::tempdir().unwrap();
     let ports = [free_port(), free_port()].map(|listener| listener.local_addr().unwrap().port());
-    let child = spawn(&dir, ports[0], ports[1]);
+    let child = spawn(&dir, ports[0], ports[1], tls.as_ref());
     let etcd = Etcd {
         dir,
         client_port: ports[0],
         peer_port: ports[1],
         child,
+        tls,
     };
     etcd.wait_ready().await;
     Some(etcd)
@@ -45,12 +65,14 @@ pub async fn start() -> Option<Etcd> {
 
 impl Etcd {
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.client_port)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.client_port)
     }
 
     pub fn options(&self) -> EtcdOptions {
         EtcdOptions {
             endpoints: vec![self.url()],
+            cafile: self.tls.as_ref().map(|tls| tls.ca.clone()),
             ..EtcdOptions::default()
         }
     }
@@ -60,7 +82,11 @@ impl Etcd {
     }
 
     pub async fn client(&self) -> Client {
-        Client::connect([self.url()], None).await.unwrap()
+        let options = self.tls.as_ref().map(|tls| {
+            let ca = Certificate::from_pem(std::fs::read(&tls.ca).unwrap());
+            ConnectOptions::new().with_tls(TlsOptions::new().ca_certificate(ca))
+        });
+        Client::connect([self.url()], options).await.unwrap()
     }
 
     pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) {
@@ -103,7 +129,7 @@ impl Etcd {
     }
 
     pub async fn restart(&mut self) {
-        self.child = spawn(&self.dir, self.client_port, self.peer_port);
+        self.child = spawn(&self.dir, self.client_port, self.peer_port, self.tls.as_ref());
         self.wait_ready().await;
     }
 
@@ -135,10 +161,41 @@ impl Drop for Etcd {
     }
 }
 
-fn spawn(dir: &TempDir, client_port: u16, peer_port: u16) -> Child {
-    let client = format!("http://127.0.0.1:{client_port}");
+fn make_certificates(dir: &Path) -> Tls {
+    let script = "
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca \
+            -keyout ca.key -out ca.pem
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=etcd \
+            -keyout key.pem -out request.pem
+        printf 'subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n' > extensions
+        openssl x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
+            -extfile extensions -out certificate.pem";
+    let made = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    Tls {
+        ca: dir.join("ca.pem"),
+        certificate: dir.join("certificate.pem"),
+        key: dir.join("key.pem"),
+    }
+}
+
+fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>) -> Child {
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let client = format!("{scheme}://127.0.0.1:{client_port}");
     let peer = format!("http://127.0.0.1:{peer_port}");
-    Command::new("etcd")
+    let mut command = Command::new("etcd");
+    if let Some(tls) = tls {
+        command
+            .arg("--cert-file")
+            .arg(&tls.certificate)
+            .arg("--key-file")
+            .arg(&tls.key);
+    }
+    command
         .args(["--name", "one", "--log-level", "error", "--logger", "zap"])
         .arg("--data-dir")
         .arg(dir.path().join("data"))

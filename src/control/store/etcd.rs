@@ -16,15 +16,16 @@
 //! - A key or value cannot be read: it is skipped, counted and told once a minute, and the watch goes on. It stands
 //!   for nothing, not for a removal.
 //!
-//! The client is made at first use, since with a password making it asks etcd; it reconnects by itself. Certificates
-//! are read once.
+//! One member is spoken to at a time, the one that answers first when all are asked at once: an endpoint that is dead or
+//! hangs costs nothing beside one that lives (flannel's default names two, of which one is always dead). After a
+//! failure the next request asks all again. Certificates are read once.
 //!
 //! Limits: how much time other nodes' leases have left is asked for only with [`Expirations::Ask`], one round trip per
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{
@@ -32,8 +33,7 @@ use etcd_client::{
     KeyValue, PutOptions, TlsOptions, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
 };
 use futures_util::future::BoxFuture;
-use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio::sync::Mutex;
+use futures_util::stream::{self, BoxStream, FuturesUnordered, StreamExt};
 use tokio::time::timeout;
 
 use crate::control::RateLimit;
@@ -77,7 +77,7 @@ pub enum Expirations {
 }
 
 /// How to reach etcd, and what in it is ours.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EtcdOptions {
     /// URLs of the members.
     pub endpoints: Vec<String>,
@@ -97,6 +97,17 @@ pub struct EtcdOptions {
     pub ttl: Duration,
     /// How the expiration of a listed lease is found out.
     pub expirations: Expirations,
+}
+
+impl std::fmt::Debug for EtcdOptions {
+    /// Leaves the password out.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdOptions")
+            .field("endpoints", &self.endpoints)
+            .field("prefix", &self.prefix)
+            .field("username", &self.username)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for EtcdOptions {
@@ -132,13 +143,14 @@ impl EtcdStore {
 pub struct EtcdRegistry {
     endpoints: Vec<String>,
     connect: ConnectOptions,
+    /// Speaks to one member; `None` before the first request and after a failure.
     client: Mutex<Option<Client>>,
     /// Clean: no trailing or double slash.
     prefix: String,
     ttl: Duration,
     expirations: Expirations,
     skipped: AtomicU64,
-    complaints: Arc<RateLimit>,
+    complaints: RateLimit,
 }
 
 impl std::fmt::Debug for EtcdRegistry {
@@ -175,7 +187,7 @@ impl EtcdRegistry {
             ttl: options.ttl,
             expirations: options.expirations,
             skipped: AtomicU64::new(0),
-            complaints: Arc::default(),
+            complaints: RateLimit::default(),
         })
     }
 
@@ -189,14 +201,43 @@ impl EtcdRegistry {
         format!("{}/subnets/", self.prefix)
     }
 
+    /// The client in use, or a new one for the member that answers first.
     async fn client(&self, doing: &'static str) -> Result<Client, StoreError> {
-        let mut client = self.client.lock().await;
-        if let Some(client) = &*client {
-            return Ok(client.clone());
+        if let Some(client) = self.slot().clone() {
+            return Ok(client);
         }
-        let connect = Client::connect(&self.endpoints, Some(self.connect.clone()));
-        let fresh = self.ask(doing, connect).await?;
-        Ok(client.insert(fresh).clone())
+        let mut members: FuturesUnordered<_> = self
+            .endpoints
+            .iter()
+            .map(|endpoint| self.connect(doing, endpoint))
+            .collect();
+        let mut failure = None;
+        while let Some(connected) = members.next().await {
+            match connected {
+                Ok(client) => {
+                    *self.slot() = Some(client.clone());
+                    return Ok(client);
+                }
+                // What a member that answers says is worth more than that another one does not.
+                Err(error) if error.is_unavailable() && failure.is_some() => {}
+                Err(error) => failure = Some(error),
+            }
+        }
+        Err(failure.unwrap_or_else(|| self.unavailable(doing, "there is no endpoint".to_owned())))
+    }
+
+    async fn connect(&self, doing: &'static str, endpoint: &str) -> Result<Client, StoreError> {
+        let options = Some(self.connect.clone());
+        let mut client = self.ask(doing, Client::connect([endpoint], options)).await?;
+        // Connecting proves nothing; an answer does, even a refusal.
+        match self.ask(doing, client.status()).await {
+            Err(error) if error.is_unavailable() => Err(error),
+            Ok(_) | Err(_) => Ok(client),
+        }
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Client>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs one request, never longer than [`REQUEST`].
@@ -230,7 +271,9 @@ impl EtcdRegistry {
         self.unavailable(doing, error.to_string())
     }
 
+    /// Reports a failure, and has the next request look for a member that answers.
     fn unavailable(&self, doing: &'static str, cause: String) -> StoreError {
+        *self.slot() = None;
         StoreError::Unavailable {
             doing,
             place: self.place(),

@@ -111,10 +111,8 @@ impl<R: Registry> LocalStore<R> {
         if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet.overlaps(subnet)) {
             return Err(lost(entry));
         }
-        let created = self
-            .registry
-            .create(subnet, &lease.attrs, lifetime(lease))
-            .await?;
+        // A reservation that was deleted is not brought back as one: that is the operator's to decide.
+        let created = self.registry.create(subnet, &lease.attrs, Lifetime::Ttl).await?;
         Ok(created.map(|entry| entry.lease))
     }
 

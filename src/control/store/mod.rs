@@ -16,7 +16,7 @@ use futures_util::stream::BoxStream;
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 
 pub use embedded::EmbeddedStore;
-pub use etcd::{EtcdOptions, EtcdStore};
+pub use etcd::{EtcdOptions, EtcdStore, Expirations};
 pub use local::LocalStore;
 
 /// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).
