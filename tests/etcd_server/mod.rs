@@ -136,6 +136,12 @@ impl Etcd {
     /// Stops or continues the process: stopped, it accepts connections and never answers.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+        // The signal is sent before it is obeyed.
+        let stat = format!("/proc/{}/stat", self.child.id());
+        let stopped = || std::fs::read_to_string(&stat).unwrap().contains(") T ");
+        while signal == Signal::SIGSTOP && !stopped() {
+            std::thread::yield_now();
+        }
     }
 
     async fn wait_ready(&self) {

@@ -5,20 +5,20 @@
 //! So reads never wait for the disk and go on while it is full or gone; a failed write changes nothing and is an
 //! error. After a failed write the file is opened anew at the next one, and memory follows it if the two disagree.
 //!
-//! Every change has a revision. The last [`LOG`] changes are kept in memory for watchers; one that is further behind,
+//! Every change has a revision. The last 10,000 changes are kept in memory for watchers; one that is further behind,
 //! or comes with a cursor from another file or from before a restart it missed changes in, gets a snapshot. A cursor
 //! is `FILE.REVISION`, where `FILE` is a random number made with the file.
 //!
 //! Leases end by the monotonic clock while the server runs. The file keeps the wall-clock time of the end; after a
-//! restart a lease has what is left of that, but at least [`GRACE`] and at most a full lease time, so that neither a
+//! restart a lease has what is left of that, but at least an hour and at most a full lease time, so that neither a
 //! clock that was set nor a server that was away for long makes all nodes vanish. Whoever looks first takes ended
 //! leases out: every watcher wakes for the next one due, and every list begins with it.
 //!
 //! Limits: one process at a time. The file never shrinks.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -511,6 +511,14 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
         std::fs::create_dir_all(parent).map_err(|error| cannot(&error))?;
     }
     let file = open_file(path).map_err(|error| cannot(&error))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(cannot(&"in use by another process; a store has one server only"));
+        }
+        Err(TryLockError::Error(error)) => return Err(cannot(&error)),
+    }
+    distrust(&file).map_err(|error| cannot(&error))?;
     let mut database = match Builder::new().set_cache_size(CACHE_BYTES).create_file(file) {
         Ok(database) => database,
         Err(DatabaseError::DatabaseAlreadyOpen) => {
@@ -535,6 +543,29 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
 
 /// Everything is in memory anyway; redb's own cache only serves the writes.
 const CACHE_BYTES: usize = 4 << 20;
+
+/// Has redb check everything in the file when it opens it, as after a crash.
+///
+/// After an orderly end redb takes the file's list of free pages without looking at its checksum, and panics if that
+/// is damaged. With the flag "recovery required" set and "two-phase commit" clear (both in byte 9 of redb's file
+/// format 3, after the magic number) it checks all pages and makes the list anew, in milliseconds for a file of this
+/// size. The caller holds the lock.
+fn distrust(file: &File) -> std::io::Result<()> {
+    const MAGIC: [u8; 9] = *b"redb\x1a\x0a\xa9\x0d\x0a";
+    const RECOVERY_REQUIRED: u8 = 2;
+    const TWO_PHASE_COMMIT: u8 = 4;
+    let mut start = [0; 10];
+    match file.read_exact_at(&mut start, 0) {
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
+        read => read?,
+    }
+    let flags = start[9];
+    let wanted = (flags | RECOVERY_REQUIRED) & !TWO_PHASE_COMMIT;
+    if start[..9] == MAGIC && flags != wanted {
+        file.write_all_at(&[wanted], 9)?;
+    }
+    Ok(())
+}
 
 /// Opens a regular file, and neither follows a link nor waits for a FIFO.
 fn open_file(path: &Path) -> std::io::Result<File> {

@@ -11,31 +11,29 @@
 //! - The stream breaks: the watch ends with an error, and the caller watches anew, from a list.
 //! - The revision was compacted away, or etcd's history is shorter than the cursor (restored from a backup): it lists
 //!   again by itself and goes on with a snapshot.
-//! - Nothing comes. HTTP/2 pings ([`KEEP_ALIVE`]) find a dead connection; a server that answers pings but has lost its
-//!   leader or hangs is found by asking for a progress notice ([`QUIET`]) and by `require-leader`.
+//! - Nothing comes. HTTP/2 pings find a dead connection; a server that answers pings but has lost its
+//!   leader or hangs is found by asking for a progress notice and by `require-leader`.
 //! - A key or value cannot be read: it is skipped, counted and told once a minute, and the watch goes on. It stands
 //!   for nothing, not for a removal.
-//!
-//! One member is spoken to at a time, the one that answers first when all are asked at once: an endpoint that is dead or
-//! hangs costs nothing beside one that lives (flannel's default names two, of which one is always dead). After a
-//! failure the next request asks all again. Certificates are read once.
 //!
 //! Limits: how much time other nodes' leases have left is asked for only with [`Expirations::Ask`], one round trip per
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
 
+mod connection;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, Identity,
-    KeyValue, PutOptions, TlsOptions, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
+    Compare, CompareOp, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, WatchOptions, WatchResponse,
+    WatchStream,
 };
 use futures_util::future::BoxFuture;
-use futures_util::stream::{self, BoxStream, FuturesUnordered, StreamExt};
+use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::timeout;
 
+use self::connection::{Connection, refused};
 use crate::control::RateLimit;
 use crate::control::store::{
     Cursor, Entry, LEASE_TTL, Lifetime, LocalStore, Registry, StoreError, WatchItem, expires_in,
@@ -45,12 +43,6 @@ use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subne
 /// Flannel's default for `--etcd-prefix`.
 pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
 
-/// Ping interval and ping timeout of a connection, idle or not: a black hole is noticed after both, in 10 s.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
-
-/// One request; etcd answers in milliseconds, and in a second or two while it elects a leader.
-const REQUEST: Duration = Duration::from_secs(5);
-
 /// How long a watch may be quiet before it is asked for a progress notice; after as long again it is given up.
 const QUIET: Duration = Duration::from_secs(15);
 
@@ -59,13 +51,6 @@ const PAGE: i64 = 1000;
 
 /// The largest answer taken: a page of hostile values, 1.5 MB each, must not stop the list.
 const MAX_ANSWER: usize = 2 << 30;
-
-/// Where the system keeps its root certificates, by distribution.
-const SYSTEM_ROOTS: [&str; 3] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-];
 
 /// How the expiration of a listed lease is found out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,10 +126,7 @@ impl EtcdStore {
 
 /// One network's keys in etcd.
 pub struct EtcdRegistry {
-    endpoints: Vec<String>,
-    connect: ConnectOptions,
-    /// Speaks to one member; `None` before the first request and after a failure.
-    client: Mutex<Option<Client>>,
+    connection: Connection,
     /// Clean: no trailing or double slash.
     prefix: String,
     ttl: Duration,
@@ -163,27 +145,10 @@ impl std::fmt::Debug for EtcdRegistry {
 
 impl EtcdRegistry {
     fn new(options: EtcdOptions) -> Result<Self, StoreError> {
-        let mut connect = ConnectOptions::new()
-            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE)
-            .with_keep_alive_while_idle(true)
-            .with_timeout(REQUEST)
-            .with_connect_timeout(REQUEST)
-            .with_require_leader(true)
-            .with_auto_token_refresh(true);
-        if !options.username.is_empty() && !options.password.is_empty() {
-            connect = connect.with_user(options.username.as_str(), options.password.as_str());
-        }
-        if options.endpoints.iter().any(|url| url.starts_with("https://")) {
-            connect = connect.with_tls(tls(&options)?);
-        }
-        if options.endpoints.is_empty() {
-            return Err(refused("open the store", "no etcd endpoint is given"));
-        }
+        let prefix = clean(&options.prefix);
         Ok(Self {
-            endpoints: options.endpoints,
-            connect,
-            client: Mutex::new(None),
-            prefix: clean(&options.prefix),
+            connection: Connection::new(&options, format!("etcd {} {prefix}", options.endpoints.join(",")))?,
+            prefix,
             ttl: options.ttl,
             expirations: options.expirations,
             skipped: AtomicU64::new(0),
@@ -201,89 +166,10 @@ impl EtcdRegistry {
         format!("{}/subnets/", self.prefix)
     }
 
-    /// The client in use, or a new one for the member that answers first.
-    async fn client(&self, doing: &'static str) -> Result<Client, StoreError> {
-        if let Some(client) = self.slot().clone() {
-            return Ok(client);
-        }
-        let mut members: FuturesUnordered<_> = self
-            .endpoints
-            .iter()
-            .map(|endpoint| self.connect(doing, endpoint))
-            .collect();
-        let mut failure = None;
-        while let Some(connected) = members.next().await {
-            match connected {
-                Ok(client) => {
-                    *self.slot() = Some(client.clone());
-                    return Ok(client);
-                }
-                // What a member that answers says is worth more than that another one does not.
-                Err(error) if error.is_unavailable() && failure.is_some() => {}
-                Err(error) => failure = Some(error),
-            }
-        }
-        Err(failure.unwrap_or_else(|| self.unavailable(doing, "there is no endpoint".to_owned())))
-    }
-
-    async fn connect(&self, doing: &'static str, endpoint: &str) -> Result<Client, StoreError> {
-        let options = Some(self.connect.clone());
-        let mut client = self.ask(doing, Client::connect([endpoint], options)).await?;
-        // Connecting proves nothing; an answer does, even a refusal.
-        match self.ask(doing, client.status()).await {
-            Err(error) if error.is_unavailable() => Err(error),
-            Ok(_) | Err(_) => Ok(client),
-        }
-    }
-
-    fn slot(&self) -> MutexGuard<'_, Option<Client>> {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs one request, never longer than [`REQUEST`].
-    async fn ask<T>(
-        &self,
-        doing: &'static str,
-        request: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, StoreError> {
-        match timeout(REQUEST, request).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(self.error(doing, &error)),
-            Err(_) => Err(self.unavailable(doing, format!("no answer within {} s", REQUEST.as_secs()))),
-        }
-    }
-
-    fn error(&self, doing: &'static str, error: &Error) -> StoreError {
-        if let Error::GRpcStatus(status) = error {
-            // The words of gRPC's code, since etcd-client does not show the type: an answer, and a no.
-            let code = format!("{:?}", status.code());
-            let answers = [
-                "InvalidArgument",
-                "Unauthenticated",
-                "PermissionDenied",
-                "FailedPrecondition",
-            ];
-            if answers.contains(&code.as_str()) {
-                return refused(doing, &format!("etcd says: {}", status.message()));
-            }
-            return self.unavailable(doing, format!("{code}: {}", status.message()));
-        }
-        self.unavailable(doing, error.to_string())
-    }
-
-    /// Reports a failure, and has the next request look for a member that answers.
-    fn unavailable(&self, doing: &'static str, cause: String) -> StoreError {
-        *self.slot() = None;
-        StoreError::Unavailable {
-            doing,
-            place: self.place(),
-            cause,
-        }
-    }
-
     async fn list_at_revision(&self) -> Result<(Vec<Entry>, u64), StoreError> {
         const DOING: &str = "list the leases";
         let mut kv = self
+            .connection
             .client(DOING)
             .await?
             .kv_client()
@@ -296,7 +182,7 @@ impl EtcdRegistry {
                 .with_range(end.clone())
                 .with_limit(PAGE)
                 .with_revision(revision);
-            let mut answer = self.ask(DOING, kv.get(from, Some(page))).await?;
+            let mut answer = self.connection.ask(DOING, kv.get(from, Some(page))).await?;
             if revision == 0 {
                 revision = answer.header().map_or(0, |header| header.revision());
             }
@@ -377,8 +263,10 @@ impl EtcdRegistry {
         const DOING: &str = "ask when a lease ends";
         if id != 0 {
             let left = async {
-                let mut client = self.client(DOING).await?;
-                self.ask(DOING, client.lease_time_to_live(id, None)).await
+                let mut client = self.connection.client(DOING).await?;
+                self.connection
+                    .ask(DOING, client.lease_time_to_live(id, None))
+                    .await
             };
             let left = left.await.map_or(0, |answer| answer.ttl().max(0));
             entry.lease.expiration = expires_in(Duration::from_secs(left.unsigned_abs()));
@@ -395,12 +283,16 @@ impl EtcdRegistry {
         attrs: &LeaseAttrs,
         lifetime: Lifetime,
     ) -> Result<Option<Entry>, StoreError> {
-        let mut client = self.client(doing).await?;
+        let mut client = self.connection.client(doing).await?;
         let grant = match lifetime {
             Lifetime::Forever => None,
             Lifetime::Ttl => {
                 let seconds = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
-                Some(self.ask(doing, client.lease_grant(seconds, None)).await?)
+                Some(
+                    self.connection
+                        .ask(doing, client.lease_grant(seconds, None))
+                        .await?,
+                )
             }
         };
         let id = grant.as_ref().map_or(0, |grant| grant.id());
@@ -410,11 +302,11 @@ impl EtcdRegistry {
             Some(PutOptions::new().with_lease(id)),
         );
         let txn = Txn::new().when([condition]).and_then([put]);
-        let answer = self.ask(doing, client.txn(txn)).await?;
+        let answer = self.connection.ask(doing, client.txn(txn)).await?;
         if !answer.succeeded() {
             if id != 0 {
                 // Nothing hangs on it; if this fails, it runs out by itself.
-                let _ = self.ask(doing, client.lease_revoke(id)).await;
+                let _ = self.connection.ask(doing, client.lease_revoke(id)).await;
             }
             return Ok(None);
         }
@@ -438,6 +330,7 @@ impl EtcdRegistry {
     async fn open_watch(&self, revision: u64) -> Result<Box<Following>, StoreError> {
         const DOING: &str = "watch the leases";
         let mut watch = self
+            .connection
             .client(DOING)
             .await?
             .watch_client()
@@ -448,7 +341,10 @@ impl EtcdRegistry {
             .with_range(prefix_end(&prefix))
             .with_start_revision(from)
             .with_progress_notify();
-        let stream = self.ask(DOING, watch.watch(prefix, Some(options))).await?;
+        let stream = self
+            .connection
+            .ask(DOING, watch.watch(prefix, Some(options)))
+            .await?;
         Ok(Box::new(Following { stream, revision }))
     }
 
@@ -470,7 +366,7 @@ impl EtcdRegistry {
             }
             if answer.canceled() {
                 let cause = format!("etcd ended the watch: {}", answer.cancel_reason());
-                return Err(self.unavailable("watch the leases", cause));
+                return Err(self.connection.unavailable("watch the leases", cause));
             }
             let events = self.events(&answer).await;
             match answer
@@ -509,12 +405,16 @@ impl EtcdRegistry {
         for _ in 0..2 {
             match timeout(QUIET, stream.message()).await {
                 Ok(Ok(Some(answer))) => return Ok(answer),
-                Ok(Ok(None)) => return Err(self.unavailable(DOING, "the stream ended".to_owned())),
-                Ok(Err(error)) => return Err(self.error(DOING, &error)),
-                Err(_) => self.ask(DOING, stream.request_progress()).await?,
+                Ok(Ok(None)) => {
+                    return Err(self.connection.unavailable(DOING, "the stream ended".to_owned()));
+                }
+                Ok(Err(error)) => return Err(self.connection.error(DOING, &error)),
+                Err(_) => self.connection.ask(DOING, stream.request_progress()).await?,
             }
         }
-        Err(self.unavailable(DOING, "the watch fell silent".to_owned()))
+        Err(self
+            .connection
+            .unavailable(DOING, "the watch fell silent".to_owned()))
     }
 
     async fn events(&self, answer: &WatchResponse) -> Vec<LeaseEvent> {
@@ -538,15 +438,15 @@ impl EtcdRegistry {
 
 impl Registry for EtcdRegistry {
     fn place(&self) -> String {
-        format!("etcd {} {}", self.endpoints.join(","), self.prefix)
+        self.connection.place().to_owned()
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
         const DOING: &str = "read the network config";
         Box::pin(async move {
-            let mut client = self.client(DOING).await?;
+            let mut client = self.connection.client(DOING).await?;
             let key = format!("{}/config", self.prefix);
-            let answer = self.ask(DOING, client.get(key.as_str(), None)).await?;
+            let answer = self.connection.ask(DOING, client.get(key.as_str(), None)).await?;
             match answer.kvs().first() {
                 Some(kv) => Ok(String::from_utf8_lossy(kv.value()).into_owned()),
                 None => Err(refused(DOING, &format!("the key {key} does not exist"))),
@@ -585,8 +485,8 @@ impl Registry for EtcdRegistry {
             let key = self.key(subnet);
             let delete = TxnOp::delete(key.as_str(), None);
             let txn = Txn::new().when([unchanged(key, revision)]).and_then([delete]);
-            let mut client = self.client(DOING).await?;
-            Ok(self.ask(DOING, client.txn(txn)).await?.succeeded())
+            let mut client = self.connection.client(DOING).await?;
+            Ok(self.connection.ask(DOING, client.txn(txn)).await?.succeeded())
         })
     }
 
@@ -627,36 +527,6 @@ struct Following {
 
 fn unchanged(key: String, revision: u64) -> Compare {
     Compare::mod_revision(key, CompareOp::Equal, i64::try_from(revision).unwrap_or(i64::MAX))
-}
-
-fn refused(doing: &'static str, cause: &str) -> StoreError {
-    StoreError::Refused {
-        doing,
-        cause: cause.to_owned(),
-    }
-}
-
-fn tls(options: &EtcdOptions) -> Result<TlsOptions, StoreError> {
-    let read = |path: &PathBuf| {
-        std::fs::read(path).map_err(|error| {
-            refused(
-                "open the store",
-                &format!("cannot read {}: {error}", path.display()),
-            )
-        })
-    };
-    let roots = match &options.cafile {
-        Some(path) => read(path)?,
-        None => match SYSTEM_ROOTS.map(PathBuf::from).iter().find(|path| path.exists()) {
-            Some(path) => read(path)?,
-            None => Vec::new(),
-        },
-    };
-    let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(roots));
-    if let (Some(certificate), Some(key)) = (&options.certfile, &options.keyfile) {
-        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
-    }
-    Ok(tls)
 }
 
 /// The first key behind all keys that begin with `prefix`, which ends in a slash.
