@@ -37,6 +37,9 @@ macro_rules! prefix {
             /// Address width in bits.
             pub const BITS: u8 = $bits;
 
+            /// The prefix of all addresses, of length 0.
+            pub const ALL: Self = Self(<$net>::new_assert(<$addr>::UNSPECIFIED, 0));
+
             /// Makes the prefix that holds `addr`; bits below `len` are cleared, as Go's
             /// `net.ParseCIDR` does.
             ///
@@ -91,9 +94,11 @@ macro_rules! prefix {
             type Err = AddrError;
 
             fn from_str(text: &str) -> Result<Self, AddrError> {
-                text.parse::<$net>()
-                    .map(|net| Self(net.trunc()))
-                    .map_err(|_| AddrError::new(text, $expected))
+                // Not ipnet's parser, which takes leading zeros.
+                let (addr, len) = text.split_once('/').ok_or_else(|| AddrError::new(text, $expected))?;
+                let addr = addr.parse().map_err(|_| AddrError::new(text, $expected))?;
+                let len = len.parse().ok().filter(|_| len.bytes().all(|byte| byte.is_ascii_digit()));
+                Self::new(addr, len.unwrap_or(u8::MAX)).map_err(|_| AddrError::new(text, $expected))
             }
         }
 
@@ -149,7 +154,10 @@ impl Prefix {
     }
 
     /// Prefix length in bits.
-    #[expect(clippy::len_without_is_empty, reason = "a prefix length is not a count of elements")]
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a prefix length is not a count of elements"
+    )]
     pub fn len(self) -> u8 {
         match self {
             Self::V4(prefix) => prefix.len(),

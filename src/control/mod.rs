@@ -1,3 +1,316 @@
 //! The lease life cycle: acquire, renew, watch, publish.
+//!
+//! A node needs three things from its store: the network's config, a lease of its own, and everybody else's leases.
+//! [`Control`] gets the first two once, in this order, and then keeps all of them true for as long as the daemon runs:
+//!
+//! ```text
+//!   store ──config──▶ network_config() ──▶ acquire() ──▶ maintain(): two loops, for ever
+//!     ▲                                                    │
+//!     ├── renew, acquire ── keep: our lease ───────────────┼──▶ lease   ─┐
+//!     │                       ▲ "it is gone"  │ "it moved" │             ├─ watch channels,
+//!     └── watch ──────────── follow: the peers' leases ────┴──▶ peers   ─┤  last value only
+//!                               │                              health ───┘
+//!                               ▼
+//!                             cache file
+//! ```
+//!
+//! - *Keep* renews at expiry less the margin, by the monotonic clock, and at once when *follow* sees our lease gone or
+//!   in other hands. A lease that somebody else holds is given up, never overwritten; another is acquired and published.
+//! - *Follow* applies each update to a [`PeerTable`] and publishes a new table if anything changed. Every watch begins
+//!   with a snapshot; it is renewed when it breaks, and every five minutes in any case, since a watch may lose events
+//!   without a sign.
+//!
+//! Invariants: the last good state stays published while the store is away; only what the store said in an answer that
+//! was complete removes anything; a mass removal waits for the linger time (see [`peers`]). Nothing here gives up:
+//! whatever fails is tried again with growing, jittered pauses, and told at most once a minute.
+//!
+//! Starting without the store: after [`PATIENCE`] without any answer the cached config and lease are used, if there are
+//! any and they fit; *keep* then confirms the lease as soon as the store is back. An answer that is a refusal is an
+//! answer, and no reason to use the cache.
+//!
+//! Limits: the config is read once; a change takes effect at the next start. Time the machine was suspended does not
+//! count; a lease lost in sleep is noticed by *follow*.
 
+pub mod allocate;
+pub mod cache;
+pub mod config;
+mod maintain;
+pub mod peers;
+mod retry;
+mod state_file;
 pub mod store;
+pub mod subnet_file;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::control::cache::Cache;
+use crate::control::config::NetworkConfig;
+use crate::control::peers::PeerTable;
+use crate::control::store::{Store, StoreError, expires_in};
+use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
+
+pub(crate) use retry::{Backoff, RateLimit};
+
+/// How long the store may be silent at start before the cache is used. Etcd elects a leader in one to two seconds.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How the life cycle is run.
+#[derive(Clone, Debug)]
+pub struct ControlOptions {
+    /// How long before its end a lease is renewed; flannel's `--subnet-lease-renew-margin`.
+    pub renew_margin: Duration,
+    /// Where the cache is kept; without it there is none.
+    pub state_dir: Option<PathBuf>,
+    /// The subnet file of the last run, which names the subnet to ask for.
+    pub subnet_file: PathBuf,
+    /// The longest pause between two attempts, jitter included.
+    pub backoff_cap: Duration,
+    /// How long peers stay after more than half of them vanished at once.
+    pub linger: Duration,
+    /// How often all leases are listed anew, give or take a tenth.
+    pub relist: Duration,
+}
+
+impl Default for ControlOptions {
+    fn default() -> Self {
+        Self {
+            renew_margin: Duration::from_secs(60 * 60),
+            state_dir: None,
+            subnet_file: PathBuf::from(subnet_file::DEFAULT_PATH),
+            // A node converges within 5 s of its store's return: this pause, a connection, a list.
+            backoff_cap: Duration::from_secs(2),
+            // Nodes register anew within 10 s of a wiped store's return.
+            linger: Duration::from_secs(60),
+            relist: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+/// Whether the store answers.
+#[derive(Clone, Debug)]
+pub struct StoreHealth {
+    /// Whether it answered last time.
+    pub connected: bool,
+    /// Since when.
+    pub since: Instant,
+    /// The last error, while it does not.
+    pub last_error: Option<String>,
+}
+
+/// Where [`Control::maintain`] puts what it finds out.
+#[derive(Debug)]
+pub struct Publish {
+    /// The peers.
+    pub peers: watch::Sender<Arc<PeerTable>>,
+    /// Our own lease; its subnet changes if it had to be taken anew.
+    pub lease: watch::Sender<Lease>,
+    /// The store's health.
+    pub health: watch::Sender<StoreHealth>,
+}
+
+/// The other ends of [`Publish`]'s channels.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// The peers.
+    pub peers: watch::Receiver<Arc<PeerTable>>,
+    /// Our own lease.
+    pub lease: watch::Receiver<Lease>,
+    /// The store's health.
+    pub health: watch::Receiver<StoreHealth>,
+}
+
+/// Whether the store has confirmed what we go by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Store,
+    Cache,
+}
+
+/// The lease life cycle of one node in one network.
+pub struct Control {
+    store: Arc<dyn Store>,
+    options: ControlOptions,
+    cache: Cache,
+    source: Source,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("store", &self.store.place())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// Prepares the life cycle; reads the cache, asks the store nothing.
+    pub fn new(store: Arc<dyn Store>, options: ControlOptions) -> Self {
+        let cache = match &options.state_dir {
+            Some(dir) => Cache::load(dir, &store.place()),
+            None => Cache::default(),
+        };
+        Self {
+            store,
+            options,
+            cache,
+            source: Source::Store,
+        }
+    }
+
+    /// Gets the network config; waits until there is a usable one.
+    pub async fn network_config(&mut self) -> NetworkConfig {
+        let cached = self
+            .cache
+            .config
+            .as_deref()
+            .and_then(|text| NetworkConfig::parse(text).ok());
+        let answered = AtomicBool::new(false);
+        let fetch = async {
+            let complaints = RateLimit::default();
+            loop {
+                match self.store.config().await {
+                    Ok(text) => match NetworkConfig::parse(&text) {
+                        Ok(config) => return (config, text),
+                        Err(error) => {
+                            answered.store(true, Ordering::Relaxed);
+                            complain(&complaints, &error, "waiting for a usable network config");
+                        }
+                    },
+                    Err(error) => {
+                        answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
+                        complain(&complaints, &error, "waiting for the network config");
+                    }
+                }
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::select! {
+            (config, text) = fetch => {
+                self.cache.config = Some(text);
+                config
+            }
+            config = fallback(cached, &answered) => {
+                tracing::warn!(store = self.store.place(), "the store is away: starting with the cached config");
+                config
+            }
+        }
+    }
+
+    /// Acquires a lease for the node `attrs` describes; waits until there is one.
+    pub async fn acquire(&mut self, attrs: &LeaseAttrs) -> Lease {
+        let config = self
+            .cache
+            .config
+            .as_deref()
+            .and_then(|text| NetworkConfig::parse(text).ok());
+        let cached = self.cache.own.as_ref().filter(|(subnet, theirs)| {
+            theirs.same_node(attrs) && config.is_some_and(|config| config.fits(*subnet))
+        });
+        let cached = cached.map(|(subnet, _)| *subnet);
+        let previous = subnet_file::previous(&self.options.subnet_file).or(cached);
+        let answered = AtomicBool::new(false);
+        let fetch = async {
+            let complaints = RateLimit::default();
+            let mut backoff = Backoff::new(self.options.backoff_cap);
+            loop {
+                match self.store.acquire(attrs, previous).await {
+                    Ok(lease) => return lease,
+                    Err(error) => {
+                        answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
+                        complain(&complaints, &error, "waiting for a lease");
+                    }
+                }
+                sleep(backoff.next_pause()).await;
+            }
+        };
+        let lease = tokio::select! {
+            lease = fetch => {
+                self.source = Source::Store;
+                lease
+            }
+            subnet = fallback(cached, &answered) => {
+                tracing::warn!(store = self.store.place(), %subnet, "the store is away: starting with the cached lease");
+                self.source = Source::Cache;
+                Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO) }
+            }
+        };
+        self.cache.own = Some((lease.subnet, lease.attrs.clone()));
+        lease
+    }
+
+    /// Makes the channels for [`maintain`](Self::maintain); the peers are those of the cache at first.
+    pub fn channels(&self, config: &NetworkConfig, lease: &Lease) -> (Publish, Published) {
+        let mut table = PeerTable::new(Arc::new(config.clone()), lease);
+        let cached = self.cache.peers.iter().map(|(subnet, attrs)| Lease {
+            subnet: *subnet,
+            attrs: attrs.clone(),
+            expiration: Expiration::Never,
+        });
+        table.apply(&LeaseUpdate::Snapshot(cached.collect()));
+        let health = StoreHealth {
+            connected: self.source == Source::Store,
+            since: Instant::now(),
+            last_error: None,
+        };
+        let (peers, peers_rx) = watch::channel(Arc::new(table));
+        let (lease, lease_rx) = watch::channel(lease.clone());
+        let (health, health_rx) = watch::channel(health);
+        let publish = Publish { peers, lease, health };
+        let published = Published {
+            peers: peers_rx,
+            lease: lease_rx,
+            health: health_rx,
+        };
+        (publish, published)
+    }
+
+    /// Keeps our lease and the peers true, for ever.
+    pub async fn maintain(self, publish: Publish) {
+        maintain::run(self.store, self.options, self.cache, self.source, publish).await;
+    }
+
+    /// The subnet this node would ask for first: that of the subnet file, else that of the cache.
+    pub fn previous_subnet(&self) -> Option<Subnet> {
+        subnet_file::previous(&self.options.subnet_file)
+            .or_else(|| self.cache.own.as_ref().map(|(subnet, _)| *subnet))
+    }
+}
+
+/// What the cache has, once the store has not answered for [`PATIENCE`]; never if it has answered or there is nothing.
+async fn fallback<T>(cached: Option<T>, answered: &AtomicBool) -> T {
+    sleep_until(Instant::now() + PATIENCE).await;
+    match cached {
+        Some(cached) if !answered.load(Ordering::Relaxed) => cached,
+        Some(_) | None => std::future::pending().await,
+    }
+}
+
+fn complain(limit: &RateLimit, error: &dyn std::fmt::Display, waiting: &'static str) {
+    if limit.allows() {
+        tracing::warn!(%error, "{waiting}");
+    }
+}
+
+impl StoreHealth {
+    fn note(sender: &watch::Sender<Self>, result: Result<(), &StoreError>) {
+        sender.send_if_modified(|health| {
+            // A refusal is an answer, too.
+            let connected = result.err().is_none_or(|error| !error.is_unavailable());
+            let last_error = result.err().map(ToString::to_string);
+            if health.connected != connected {
+                health.since = Instant::now();
+            } else if health.last_error == last_error {
+                return false;
+            }
+            health.connected = connected;
+            health.last_error = last_error;
+            true
+        });
+    }
+}

@@ -4,12 +4,20 @@
 //! is a plain key space (etcd, embedded) is a [`Registry`], and `LocalStore` in this module runs flannel's
 //! allocation over it; a remote store sends the same requests to a Kersey (or old flannel) server, which allocates.
 
-use std::time::Duration;
+pub mod embedded;
+pub mod etcd;
+mod local;
+
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
-use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
+use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
+
+pub use embedded::EmbeddedStore;
+pub use etcd::{EtcdOptions, EtcdStore, Expirations};
+pub use local::LocalStore;
 
 /// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +63,16 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether the store answered; if not, waiting may be all it takes.
+    pub fn is_unavailable(&self) -> bool {
+        match self {
+            Self::Unavailable { .. } => true,
+            Self::Refused { .. } | Self::LeaseLost { .. } => false,
+        }
+    }
+}
+
 /// One network's config and leases, as a node sees them.
 pub trait Store: Send + Sync {
     /// Where this store is, for logs: `etcd http://127.0.0.1:2379`, `embedded /var/lib/kersey/leases.redb`.
@@ -74,9 +92,108 @@ pub trait Store: Send + Sync {
     /// Renews a lease this node holds; compare-and-swap, never overwrites somebody else's.
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>>;
 
+    /// How many keys or values under this network were skipped so far because they could not be read.
+    fn skipped(&self) -> u64 {
+        0
+    }
+
+    /// Gives up a lease, reservation or not.
+    fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        unsupported("revoke a lease", subnet)
+    }
+
+    /// Binds `subnet` for good to the node whose public address `attrs` carries: a free subnet is reserved, the
+    /// node's own lease loses its end.
+    fn reserve<'a>(
+        &'a self,
+        subnet: Subnet,
+        _attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        unsupported("reserve a subnet", subnet)
+    }
+
+    /// Turns a reservation back into a lease that ends.
+    fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        unsupported("end a reservation", subnet)
+    }
+
     /// Watches all leases from `since`, or from a fresh snapshot. The first item of a watch without `since` is a
     /// snapshot. A stream that ends or fails is watched anew by the caller, without `since`.
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;
+}
+
+/// A lease as a registry keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The lease.
+    pub lease: Lease,
+    /// The revision of its last change; compare-and-swap compares it.
+    pub revision: u64,
+}
+
+/// How long an entry lives without renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// The registry's lease time.
+    Ttl,
+    /// For good: a reservation.
+    Forever,
+}
+
+/// One network's key space: a config text and lease entries with revisions.
+///
+/// Every change has a revision of its own, higher than all before. Failing operations change nothing, except that
+/// one that failed as [`StoreError::Unavailable`] may have been carried out all the same.
+pub trait Registry: Send + Sync {
+    /// Where it is, for logs.
+    fn place(&self) -> String;
+
+    /// The config text as it stands.
+    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>>;
+
+    /// All entries at one revision. It is complete or fails; entries that cannot be read are skipped and counted.
+    fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>>;
+
+    /// Creates an entry unless there is one already; `None` if there is.
+    fn create<'a>(
+        &'a self,
+        subnet: Subnet,
+        attrs: &'a LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+
+    /// Replaces the entry of `subnet` if it still has `revision`; `None` if it has not.
+    fn update<'a>(
+        &'a self,
+        subnet: Subnet,
+        revision: u64,
+        attrs: &'a LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+
+    /// Deletes the entry of `subnet` if it still has `revision`; tells whether it had.
+    fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>>;
+
+    /// See [`Store::watch`].
+    fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;
+
+    /// See [`Store::skipped`].
+    fn skipped(&self) -> u64 {
+        0
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an expiration is wall-clock time for show; no timer runs on it"
+)]
+pub(crate) fn expires_in(ttl: Duration) -> Expiration {
+    Expiration::At(SystemTime::now() + ttl)
+}
+
+fn unsupported<'a>(doing: &'static str, subnet: Subnet) -> BoxFuture<'a, Result<(), StoreError>> {
+    let cause = format!("{subnet}: this kind of store cannot");
+    Box::pin(async move { Err(StoreError::Refused { doing, cause }) })
 }
 
 /// How long a lease lives without renewal: flannel's 24 hours.

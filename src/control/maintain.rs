@@ -1,0 +1,335 @@
+//! The two loops of [`Control::maintain`](super::Control::maintain); [`super`] tells what they are for.
+//!
+//! They run as one task. *Keep* tells *follow* of a new lease through the published one; *follow* wakes *keep* with a
+//! `Notify`. Both tell the store's health.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use rand::RngExt;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use crate::control::cache::Cache;
+use crate::control::peers::{PeerChanges, PeerTable};
+use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
+use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, StoreHealth};
+use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate};
+
+/// How long changes gather before the cache is written.
+const CACHE_DELAY: Duration = Duration::from_secs(2);
+
+/// The least time between two renewals of a lease the store says is in order.
+const MIN_RENEWAL: Duration = Duration::from_secs(1);
+
+pub(super) async fn run(
+    store: Arc<dyn Store>,
+    options: ControlOptions,
+    cache: Cache,
+    source: Source,
+    publish: Publish,
+) {
+    let disturbed = Notify::new();
+    let keep = Keep {
+        store: &*store,
+        options: &options,
+        lease: &publish.lease,
+        health: &publish.health,
+        disturbed: &disturbed,
+        complaints: RateLimit::default(),
+    };
+    let follow = Follow {
+        store: &*store,
+        options: &options,
+        own: publish.lease.subscribe(),
+        table: PeerTable::clone(&publish.peers.borrow()),
+        peers: &publish.peers,
+        health: &publish.health,
+        disturbed: &disturbed,
+        cache,
+        cache_due: Some(Instant::now() + CACHE_DELAY),
+        linger_due: None,
+        complaints: RateLimit::default(),
+        refusal_complaints: RateLimit::default(),
+        cache_complaints: RateLimit::default(),
+    };
+    tokio::join!(keep.run(source), follow.run());
+}
+
+/// Keeps our own lease.
+struct Keep<'a> {
+    store: &'a dyn Store,
+    options: &'a ControlOptions,
+    lease: &'a watch::Sender<Lease>,
+    health: &'a watch::Sender<StoreHealth>,
+    disturbed: &'a Notify,
+    complaints: RateLimit,
+}
+
+impl Keep<'_> {
+    async fn run(self, source: Source) {
+        let mut backoff = Backoff::new(self.options.backoff_cap);
+        let mut due = match source {
+            Source::Store => self.renewal_due(&self.lease.borrow()),
+            Source::Cache => Instant::now(),
+        };
+        loop {
+            tokio::select! {
+                () = sleep_until(due) => {}
+                () = self.disturbed.notified() => {}
+            }
+            let lease = self.lease.borrow().clone();
+            let renewed = match self.store.renew(&lease).await {
+                Err(error @ StoreError::LeaseLost { .. }) => {
+                    tracing::warn!(%error, "our lease went to another node; taking another subnet");
+                    self.store.acquire(&lease.attrs, None).await
+                }
+                renewed => renewed,
+            };
+            StoreHealth::note(self.health, renewed.as_ref().map(|_| ()));
+            match renewed {
+                Ok(renewed) => {
+                    backoff.reset();
+                    due = self.renewal_due(&renewed);
+                    if renewed.subnet != lease.subnet {
+                        tracing::warn!(old = %lease.subnet, new = %renewed.subnet, "our subnet changed");
+                    } else {
+                        tracing::info!(subnet = %renewed.subnet, "lease renewed");
+                    }
+                    self.lease.send_if_modified(|lease| {
+                        let changed = *lease != renewed;
+                        *lease = renewed;
+                        changed
+                    });
+                }
+                Err(error) => {
+                    super::complain(&self.complaints, &error, "cannot renew our lease; trying on");
+                    due = Instant::now() + backoff.next_pause();
+                }
+            }
+        }
+    }
+
+    fn renewal_due(&self, lease: &Lease) -> Instant {
+        Instant::now() + renewal_pause(lease.expiration, self.options.renew_margin)
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a store gives the end of a lease as wall-clock time; it becomes a pause at once"
+)]
+fn renewal_pause(expiration: Expiration, margin: Duration) -> Duration {
+    let Expiration::At(end) = expiration else {
+        // A reservation has no end. Renewing it once in a while mends a value that was changed by hand.
+        return LEASE_TTL;
+    };
+    match end.duration_since(SystemTime::now()) {
+        Ok(left) if left > margin => (left - margin).max(MIN_RENEWAL),
+        Ok(left) => (left / 2).max(MIN_RENEWAL),
+        // A lease just renewed that has ended already: the store's clock is not ours. Neither clock can be told
+        // wrong from here; this often does no harm.
+        Err(_) => Duration::from_secs(10 * 60),
+    }
+}
+
+/// Follows the peers' leases.
+struct Follow<'a> {
+    store: &'a dyn Store,
+    options: &'a ControlOptions,
+    own: watch::Receiver<Lease>,
+    table: PeerTable,
+    peers: &'a watch::Sender<Arc<PeerTable>>,
+    health: &'a watch::Sender<StoreHealth>,
+    disturbed: &'a Notify,
+    cache: Cache,
+    cache_due: Option<Instant>,
+    linger_due: Option<Instant>,
+    complaints: RateLimit,
+    refusal_complaints: RateLimit,
+    cache_complaints: RateLimit,
+}
+
+impl Follow<'_> {
+    async fn run(mut self) {
+        let mut updates = Box::pin(updates(self.store, self.options));
+        loop {
+            tokio::select! {
+                Some(update) = updates.next() => self.take(update),
+                Ok(()) = self.own.changed() => self.own_changed(),
+                () = at(self.linger_due) => self.linger_over(),
+                () = at(self.cache_due) => self.save_cache().await,
+            }
+        }
+    }
+
+    fn take(&mut self, update: Result<WatchItem, StoreError>) {
+        StoreHealth::note(self.health, update.as_ref().map(|_| ()));
+        let update = match update {
+            Ok(item) => item.update,
+            Err(error) => {
+                super::complain(
+                    &self.complaints,
+                    &error,
+                    "lost sight of the leases; the peers stay as they are",
+                );
+                return;
+            }
+        };
+        if own_is_disturbed(&self.own.borrow(), &update) {
+            self.disturbed.notify_one();
+        }
+        let (rejected, held) = (self.table.rejected(), self.table.held());
+        let changes = self.table.apply(&update);
+        if self.table.held() > 0 && self.linger_due.is_none() {
+            tracing::warn!(
+                peers = self.table.held(),
+                "more than half of the peers vanished at once; keeping them for a while"
+            );
+            self.linger_due = Some(Instant::now() + self.options.linger);
+        } else if self.table.held() == 0 {
+            self.linger_due = None;
+        }
+        let refused = self.table.rejected();
+        if refused != rejected && !refused.is_empty() && self.refusal_complaints.allows() {
+            tracing::warn!(?refused, "some leases are refused");
+        }
+        self.publish(&changes, refused != rejected || self.table.held() != held);
+    }
+
+    fn own_changed(&mut self) {
+        let own = self.own.borrow_and_update().clone();
+        let changes = self.table.set_own(&own);
+        self.cache.own = Some((own.subnet, own.attrs));
+        self.cache_due.get_or_insert(Instant::now() + CACHE_DELAY);
+        self.publish(&changes, true);
+    }
+
+    fn linger_over(&mut self) {
+        self.linger_due = None;
+        let changes = self.table.release_held();
+        tracing::warn!(
+            peers = changes.removed.len(),
+            "peers that vanished did not come back"
+        );
+        self.publish(&changes, true);
+    }
+
+    fn publish(&mut self, changes: &PeerChanges, counters_changed: bool) {
+        if !changes.is_empty() {
+            tracing::debug!(
+                added = changes.added.len(),
+                changed = changes.changed.len(),
+                removed = changes.removed.len(),
+                peers = self.table.len(),
+                "peers changed"
+            );
+            self.cache_due.get_or_insert(Instant::now() + CACHE_DELAY);
+        }
+        if !changes.is_empty() || counters_changed {
+            self.peers.send_replace(Arc::new(self.table.clone()));
+        }
+    }
+
+    async fn save_cache(&mut self) {
+        self.cache_due = None;
+        let Some(dir) = self.options.state_dir.clone() else {
+            return;
+        };
+        self.cache.peers = self
+            .table
+            .iter()
+            .map(|(subnet, attrs)| (subnet, attrs.clone()))
+            .collect();
+        let (cache, place) = (self.cache.clone(), self.store.place());
+        let saved = tokio::task::spawn_blocking(move || cache.save(&dir, &place)).await;
+        if let Err(error) = saved.unwrap_or_else(|error| Err(error.into())) {
+            super::complain(&self.cache_complaints, &error, "cannot write the cache");
+        }
+    }
+}
+
+/// Whether the update says that our lease is gone or somebody else's.
+fn own_is_disturbed(own: &Lease, update: &LeaseUpdate) -> bool {
+    let foreign = |lease: &Lease| lease.subnet == own.subnet && !lease.attrs.same_node(&own.attrs);
+    match update {
+        LeaseUpdate::Snapshot(leases) => {
+            !leases.iter().any(|lease| lease.subnet == own.subnet) || leases.iter().any(foreign)
+        }
+        LeaseUpdate::Events(events) => {
+            let last = events.iter().rev().find(|event| match event {
+                LeaseEvent::Added(lease) => lease.subnet == own.subnet,
+                LeaseEvent::Removed(subnet) => *subnet == own.subnet,
+            });
+            match last {
+                Some(LeaseEvent::Added(lease)) => foreign(lease),
+                Some(LeaseEvent::Removed(_)) => true,
+                None => false,
+            }
+        }
+    }
+}
+
+/// The updates of one watch after the other, each from a snapshot; errors between them, with pauses after.
+fn updates<'a>(
+    store: &'a dyn Store,
+    options: &'a ControlOptions,
+) -> impl Stream<Item = Result<WatchItem, StoreError>> + 'a {
+    struct Watching<'a> {
+        stream: Option<BoxStream<'a, Result<WatchItem, StoreError>>>,
+        opened: Instant,
+        relist: Instant,
+        resume: Instant,
+        backoff: Backoff,
+    }
+    let start = Instant::now();
+    let watching = Watching {
+        stream: None,
+        opened: start,
+        relist: start,
+        resume: start,
+        backoff: Backoff::new(options.backoff_cap),
+    };
+    stream::unfold(watching, move |mut watching| async move {
+        loop {
+            let stream = match &mut watching.stream {
+                Some(stream) => stream,
+                none @ None => {
+                    sleep_until(watching.resume).await;
+                    watching.opened = Instant::now();
+                    let relist = options.relist.mul_f64(rand::rng().random_range(0.9..=1.1));
+                    watching.relist = watching.opened + relist;
+                    none.insert(store.watch(None))
+                }
+            };
+            match timeout_at(watching.relist, stream.next()).await {
+                Ok(Some(Ok(item))) => return Some((Ok(item), watching)),
+                Err(_) => watching.stream = None,
+                Ok(ended) => {
+                    watching.stream = None;
+                    // A watch that breaks as soon as it is made must not reset the pauses.
+                    if watching.opened.elapsed() > options.backoff_cap * 2 {
+                        watching.backoff.reset();
+                    }
+                    watching.resume = Instant::now() + watching.backoff.next_pause();
+                    let error = ended
+                        .and_then(Result::err)
+                        .unwrap_or_else(|| StoreError::Unavailable {
+                            doing: "watch the leases",
+                            place: store.place(),
+                            cause: "the watch ended".to_owned(),
+                        });
+                    return Some((Err(error), watching));
+                }
+            }
+        }
+    })
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}

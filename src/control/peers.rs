@@ -1,0 +1,651 @@
+//! The other nodes, as their leases show them.
+//!
+//! [`PeerTable`] is the one place where what a store says becomes what this node believes. It is pure: updates go in,
+//! a table and the difference to the table before come out.
+//!
+//! What is kept: every lease the store told of (*told*), and the part of them that passes the checks
+//! (*peers*), recomputed from *told* after each update. So the table is a function of the leases alone, whatever the
+//! order they came in, and a lease that stops being in the way lets the one it blocked back in.
+//!
+//! Invariants:
+//!
+//! - Only a [`LeaseUpdate::Snapshot`] that lacks a lease, or a [`LeaseEvent::Removed`], removes one.
+//! - Our own subnet is never a peer, nor is anything that overlaps it.
+//! - No two peers overlap. Of two leases that do, the one of the configured subnet length wins, then the one with the
+//!   longer IPv4 prefix, then IPv6 prefix, then the lower address; so a wide claim cannot push nodes aside.
+//! - A refused lease touches no other lease, and is counted by reason ([`PeerTable::rejected`]).
+//!
+//! Mass removal: an update that takes away more than half of the peers (and more than one) may be a store wiped or
+//! restored rather than nodes gone, and looks no different. Such peers are *held*: they stay until
+//! [`PeerTable::release_held`], which the caller calls after a linger time, or until they come back.
+//!
+//! Limits: at most [`MAX_LEASES`] leases; more are refused and counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use crate::addr::{Ipv4Prefix, Ipv6Prefix};
+use crate::control::config::{NetworkConfig, Prefixed};
+use crate::lease::{Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+
+/// How many leases are kept. A /8 cut into /24s has 65,536 subnets; more than this is no network but an attack.
+pub const MAX_LEASES: usize = 100_000;
+
+/// Why a lease is not a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reject {
+    /// Its subnet does not lie in the network.
+    OutsideNetwork,
+    /// Its subnet overlaps ours.
+    OverlapsOwn,
+    /// Its subnet overlaps a peer's that has the better claim.
+    OverlapsPeer,
+    /// Its public address is no unicast address: absent, loopback, multicast, broadcast, link-local IPv6.
+    PublicIpInvalid,
+    /// Its public address is ours.
+    PublicIpOurs,
+    /// Its public address lies in the overlay.
+    PublicIpInOverlay,
+    /// There are too many leases.
+    TableFull,
+}
+
+impl Reject {
+    /// The reason as counters name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OutsideNetwork => "outside_network",
+            Self::OverlapsOwn => "overlaps_own",
+            Self::OverlapsPeer => "overlaps_peer",
+            Self::PublicIpInvalid => "public_ip_invalid",
+            Self::PublicIpOurs => "public_ip_ours",
+            Self::PublicIpInOverlay => "public_ip_in_overlay",
+            Self::TableFull => "table_full",
+        }
+    }
+}
+
+/// The difference an update made; each list is in order of subnets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerChanges {
+    /// Peers that came.
+    pub added: Vec<Subnet>,
+    /// Peers with the same subnet and other attributes.
+    pub changed: Vec<Subnet>,
+    /// Peers that went.
+    pub removed: Vec<Subnet>,
+}
+
+impl PeerChanges {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.changed.is_empty() && self.removed.is_empty()
+    }
+}
+
+type Leases = BTreeMap<Subnet, Arc<LeaseAttrs>>;
+
+/// The peers of one node.
+#[derive(Clone, Debug)]
+pub struct PeerTable {
+    config: Arc<NetworkConfig>,
+    own: Subnet,
+    own_attrs: LeaseAttrs,
+    told: Leases,
+    held: Leases,
+    peers: Leases,
+    rejected: BTreeMap<Subnet, Reject>,
+    over_cap: u64,
+}
+
+impl PeerTable {
+    /// The table of the node that holds `own`, empty.
+    pub fn new(config: Arc<NetworkConfig>, own: &Lease) -> Self {
+        Self {
+            config,
+            own: own.subnet,
+            own_attrs: own.attrs.clone(),
+            told: Leases::new(),
+            held: Leases::new(),
+            peers: Leases::new(),
+            rejected: BTreeMap::new(),
+            over_cap: 0,
+        }
+    }
+
+    /// Takes in what the store told, whole values compared.
+    pub fn apply(&mut self, update: &LeaseUpdate) -> PeerChanges {
+        match update {
+            LeaseUpdate::Snapshot(leases) => {
+                let mut told = Leases::new();
+                for lease in leases {
+                    insert(&mut told, lease, &mut self.over_cap);
+                }
+                self.told = told;
+            }
+            LeaseUpdate::Events(events) => {
+                for event in events {
+                    match event {
+                        LeaseEvent::Added(lease) => {
+                            insert(&mut self.told, lease, &mut self.over_cap);
+                        }
+                        LeaseEvent::Removed(subnet) => {
+                            self.told.remove(subnet);
+                        }
+                    }
+                }
+            }
+        }
+        self.hold_mass_removal();
+        self.settle()
+    }
+
+    /// Gives up the peers held back from a mass removal.
+    pub fn release_held(&mut self) -> PeerChanges {
+        self.held.clear();
+        self.settle()
+    }
+
+    /// Changes our own lease; peers are checked against it anew.
+    pub fn set_own(&mut self, own: &Lease) -> PeerChanges {
+        self.own = own.subnet;
+        self.own_attrs = own.attrs.clone();
+        self.settle()
+    }
+
+    /// Changes the config; peers are checked against it anew.
+    pub fn set_config(&mut self, config: Arc<NetworkConfig>) -> PeerChanges {
+        self.config = config;
+        self.settle()
+    }
+
+    /// The peers in order of subnets.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (Subnet, &LeaseAttrs)> {
+        self.peers.iter().map(|(subnet, attrs)| (*subnet, &**attrs))
+    }
+
+    /// One peer.
+    pub fn get(&self, subnet: Subnet) -> Option<&LeaseAttrs> {
+        self.peers.get(&subnet).map(|attrs| &**attrs)
+    }
+
+    /// How many peers there are.
+    pub fn len(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.peers.is_empty()
+    }
+
+    /// How many peers are held back from a mass removal.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// How many leases stand refused, by reason. Those beyond [`MAX_LEASES`] are not kept, so they are counted each
+    /// time they are told.
+    pub fn rejected(&self) -> BTreeMap<&'static str, u64> {
+        let mut counts = BTreeMap::new();
+        for reject in self.rejected.values() {
+            *counts.entry(reject.name()).or_default() += 1;
+        }
+        if self.over_cap > 0 {
+            counts.insert(Reject::TableFull.name(), self.over_cap);
+        }
+        counts
+    }
+
+    /// The leases that stand refused, and why.
+    pub fn rejects(&self) -> impl ExactSizeIterator<Item = (Subnet, Reject)> {
+        self.rejected.iter().map(|(subnet, reject)| (*subnet, *reject))
+    }
+
+    fn hold_mass_removal(&mut self) {
+        self.held.retain(|subnet, _| !self.told.contains_key(subnet));
+        let known = |subnet: &Subnet| self.told.contains_key(subnet) || self.held.contains_key(subnet);
+        let gone: Vec<_> = self.peers.iter().filter(|(subnet, _)| !known(subnet)).collect();
+        if gone.len() > 1 && gone.len() * 2 > self.peers.len() {
+            self.held
+                .extend(gone.into_iter().map(|(subnet, attrs)| (*subnet, attrs.clone())));
+        }
+    }
+
+    /// Recomputes peers and refusals, and tells the difference.
+    fn settle(&mut self) -> PeerChanges {
+        let mut peers = Leases::new();
+        let mut taken = Taken::default();
+        self.rejected.clear();
+        let mut claims: Vec<_> = self.told.iter().collect();
+        claims.sort_by_key(|(subnet, _)| self.rank(**subnet));
+        // What is held has the last word only: a live lease beats a remembered one.
+        for (subnet, attrs) in claims.into_iter().chain(&self.held) {
+            // Whoever holds it by the store; if it is a stranger, we are about to move.
+            if *subnet == self.own {
+                continue;
+            }
+            let verdict = self.check(*subnet, attrs).and_then(|()| {
+                if taken.overlaps(*subnet) {
+                    return Err(Reject::OverlapsPeer);
+                }
+                Ok(())
+            });
+            match verdict {
+                Ok(()) => {
+                    taken.insert(*subnet);
+                    peers.insert(*subnet, attrs.clone());
+                }
+                Err(reject) => {
+                    self.rejected.insert(*subnet, reject);
+                }
+            }
+        }
+        let changes = difference(&self.peers, &peers);
+        self.peers = peers;
+        changes
+    }
+
+    /// Sorts the better claim first.
+    fn rank(&self, subnet: Subnet) -> impl Ord + use<> {
+        let v4_len = subnet.ipv4().map(Ipv4Prefix::len);
+        let v6_len = subnet.v6.map(Ipv6Prefix::len);
+        let v4_fits = self
+            .config
+            .v4
+            .is_none_or(|range| v4_len == Some(range.subnet_len()));
+        let v6_fits = v6_len.is_none_or(|len| self.config.v6.is_some_and(|range| len == range.subnet_len()));
+        let usual = v4_fits && v6_fits;
+        (!usual, std::cmp::Reverse((v4_len, v6_len)), subnet)
+    }
+
+    fn check(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<(), Reject> {
+        if let Some(v4) = subnet.ipv4() {
+            let network = self.config.v4.ok_or(Reject::OutsideNetwork)?.network;
+            if !network.covers(v4) {
+                return Err(Reject::OutsideNetwork);
+            }
+        }
+        if let Some(v6) = subnet.v6 {
+            let network = self.config.v6.ok_or(Reject::OutsideNetwork)?.network;
+            if !network.covers(v6) {
+                return Err(Reject::OutsideNetwork);
+            }
+        }
+        if subnet.overlaps(self.own) {
+            return Err(Reject::OverlapsOwn);
+        }
+        if attrs.public_ip.is_unspecified() {
+            let addr = attrs.public_ipv6.ok_or(Reject::PublicIpInvalid)?;
+            self.check_public(addr.into())?;
+        } else {
+            self.check_public(attrs.public_ip.into())?;
+            if let Some(addr) = attrs.public_ipv6 {
+                self.check_public(addr.into())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_public(&self, addr: IpAddr) -> Result<(), Reject> {
+        let (unicast, ours, inside) = match addr {
+            IpAddr::V4(addr) => (
+                is_unicast_v4(addr),
+                addr == self.own_attrs.public_ip,
+                self.config.v4.is_some_and(|range| range.network.contains(addr)),
+            ),
+            IpAddr::V6(addr) => (
+                is_unicast_v6(addr),
+                Some(addr) == self.own_attrs.public_ipv6,
+                self.config.v6.is_some_and(|range| range.network.contains(addr)),
+            ),
+        };
+        match (unicast, ours, inside) {
+            (false, ..) => Err(Reject::PublicIpInvalid),
+            (true, true, _) => Err(Reject::PublicIpOurs),
+            (true, false, true) => Err(Reject::PublicIpInOverlay),
+            (true, false, false) => Ok(()),
+        }
+    }
+}
+
+fn insert(told: &mut Leases, lease: &Lease, over_cap: &mut u64) {
+    if told.len() >= MAX_LEASES && !told.contains_key(&lease.subnet) {
+        *over_cap += 1;
+        return;
+    }
+    if told.get(&lease.subnet).is_none_or(|attrs| **attrs != lease.attrs) {
+        told.insert(lease.subnet, Arc::new(lease.attrs.clone()));
+    }
+}
+
+/// RFC 1122 §3.2.1.3: 0/8 and 127/8 never appear on a wire, nor can the limited broadcast or a group be a peer.
+fn is_unicast_v4(addr: Ipv4Addr) -> bool {
+    addr.octets()[0] != 0 && !addr.is_loopback() && !addr.is_multicast() && !addr.is_broadcast()
+}
+
+/// A link-local address means nothing without its interface; a mapped one would leave as IPv4.
+fn is_unicast_v6(addr: Ipv6Addr) -> bool {
+    !addr.is_unspecified()
+        && !addr.is_loopback()
+        && !addr.is_multicast()
+        && !addr.is_unicast_link_local()
+        && addr.to_ipv4_mapped().is_none()
+}
+
+fn difference(before: &Leases, after: &Leases) -> PeerChanges {
+    let mut changes = PeerChanges::default();
+    for (subnet, attrs) in after {
+        match before.get(subnet) {
+            None => changes.added.push(*subnet),
+            Some(old) if old != attrs => changes.changed.push(*subnet),
+            Some(_) => {}
+        }
+    }
+    let gone = before.keys().filter(|subnet| !after.contains_key(subnet));
+    changes.removed.extend(gone);
+    changes
+}
+
+/// The address ranges taken, by first address; they never overlap.
+#[derive(Default)]
+struct Taken {
+    v4: BTreeSet<(u128, u128)>,
+    v6: BTreeSet<(u128, u128)>,
+}
+
+impl Taken {
+    fn overlaps(&self, subnet: Subnet) -> bool {
+        subnet.ipv4().is_some_and(|prefix| touches(&self.v4, prefix))
+            || subnet.v6.is_some_and(|prefix| touches(&self.v6, prefix))
+    }
+
+    fn insert(&mut self, subnet: Subnet) {
+        if let Some(v4) = subnet.ipv4() {
+            self.v4.insert((v4.first(), v4.last()));
+        }
+        if let Some(v6) = subnet.v6 {
+            self.v6.insert((v6.first(), v6.last()));
+        }
+    }
+}
+
+fn touches<P: Prefixed>(ranges: &BTreeSet<(u128, u128)>, prefix: P) -> bool {
+    // The range that begins last before the prefix ends is the only one that can reach into it.
+    let before_end = ranges.range(..=(prefix.last(), u128::MAX)).next_back();
+    before_end.is_some_and(|&(_, last)| last >= prefix.first())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lease::Expiration;
+
+    const CONFIG: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+
+    fn table() -> PeerTable {
+        let config = Arc::new(NetworkConfig::parse(CONFIG).unwrap());
+        PeerTable::new(config, &lease("10.0.1.0-24", "192.0.2.1"))
+    }
+
+    fn lease(key: &str, ip: &str) -> Lease {
+        Lease {
+            subnet: key.parse().unwrap(),
+            attrs: LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap(),
+            expiration: Expiration::Never,
+        }
+    }
+
+    fn added(lease: Lease) -> LeaseUpdate {
+        LeaseUpdate::Events(vec![LeaseEvent::Added(lease)])
+    }
+
+    fn names(table: &PeerTable) -> Vec<String> {
+        table.iter().map(|(subnet, _)| subnet.to_string()).collect()
+    }
+
+    #[test]
+    fn a_snapshot_tells_additions_changes_and_removals() {
+        let mut table = table();
+        let three = [
+            lease("10.0.2.0-24", "192.0.2.2"),
+            lease("10.0.3.0-24", "192.0.2.3"),
+            lease("10.0.4.0-24", "192.0.2.4"),
+        ];
+        assert_eq!(table.apply(&LeaseUpdate::Snapshot(three.to_vec())).added.len(), 3);
+        let changes = table.apply(&LeaseUpdate::Snapshot(vec![
+            three[0].clone(),
+            lease("10.0.3.0-24", "192.0.2.33"),
+            lease("10.0.5.0-24", "192.0.2.5"),
+        ]));
+        let subnet = |key: &str| vec![key.parse::<Subnet>().unwrap()];
+        assert_eq!(changes.added, subnet("10.0.5.0-24"));
+        assert_eq!(changes.changed, subnet("10.0.3.0-24"));
+        assert_eq!(changes.removed, subnet("10.0.4.0-24"));
+    }
+
+    #[test]
+    fn our_own_lease_is_never_a_peer_whoever_holds_it() {
+        let mut table = table();
+        assert!(table.apply(&added(lease("10.0.1.0-24", "192.0.2.1"))).is_empty());
+        assert!(table.apply(&added(lease("10.0.1.0-24", "192.0.2.9"))).is_empty());
+        assert!(table.rejected().is_empty());
+    }
+
+    #[test]
+    fn who_took_our_subnet_is_a_peer_once_we_have_moved() {
+        let mut table = table();
+        table.apply(&added(lease("10.0.1.0-24", "192.0.2.9")));
+        let changes = table.set_own(&lease("10.0.7.0-24", "192.0.2.1"));
+        assert_eq!(changes.added, ["10.0.1.0-24".parse().unwrap()]);
+    }
+
+    #[test]
+    fn hostile_leases_are_refused_by_reason_and_touch_nobody() {
+        let mut table = table();
+        table.apply(&added(lease("10.0.2.0-24", "192.0.2.2")));
+        for (key, ip, reason) in [
+            ("0.0.0.0-0", "192.0.2.3", "outside_network"),
+            ("0.0.0.0-1", "192.0.2.3", "outside_network"),
+            ("10.0.0.0-8", "192.0.2.3", "outside_network"),
+            ("192.0.2.0-24", "192.0.2.3", "outside_network"),
+            ("10.0.3.0-24&fd01::-64", "192.0.2.3", "outside_network"),
+            ("10.0.0.0-16", "192.0.2.3", "overlaps_own"),
+            ("10.0.1.0-25", "192.0.2.3", "overlaps_own"),
+            ("10.0.1.0-24&fd00::-64", "192.0.2.3", "overlaps_own"),
+            ("10.0.2.0-23", "192.0.2.3", "overlaps_peer"),
+            ("10.0.2.128-25", "192.0.2.3", "overlaps_peer"),
+            ("10.0.3.0-24", "0.0.0.0", "public_ip_invalid"),
+            ("10.0.3.0-24", "0.1.2.3", "public_ip_invalid"),
+            ("10.0.3.0-24", "127.0.0.1", "public_ip_invalid"),
+            ("10.0.3.0-24", "224.0.0.1", "public_ip_invalid"),
+            ("10.0.3.0-24", "255.255.255.255", "public_ip_invalid"),
+            ("10.0.3.0-24", "192.0.2.1", "public_ip_ours"),
+            ("10.0.3.0-24", "10.0.9.9", "public_ip_in_overlay"),
+        ] {
+            assert!(table.apply(&added(lease(key, ip))).is_empty(), "{key} {ip}");
+            assert_eq!(table.rejected(), BTreeMap::from([(reason, 1)]), "{key} {ip}");
+            let gone = LeaseUpdate::Events(vec![LeaseEvent::Removed(key.parse().unwrap())]);
+            assert!(table.apply(&gone).is_empty(), "{key} {ip}");
+        }
+        assert_eq!(names(&table), ["10.0.2.0-24"]);
+    }
+
+    #[test]
+    fn an_ipv6_only_peer_is_reached_by_its_ipv6_address() {
+        let config = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+        let six = |key: &str, addr: &str| Lease {
+            subnet: key.parse().unwrap(),
+            attrs: LeaseAttrs::from_json(format!("{{\"PublicIPv6\":\"{addr}\"}}").as_bytes()).unwrap(),
+            expiration: Expiration::Never,
+        };
+        let own = six("0.0.0.0-0&fd00:0:0:1::-64", "2001:db8::1");
+        let mut table = PeerTable::new(Arc::new(NetworkConfig::parse(config).unwrap()), &own);
+        table.apply(&added(six("0.0.0.0-0&fd00:0:0:2::-64", "2001:db8::2")));
+        table.apply(&added(six("0.0.0.0-0&fd00:0:0:3::-64", "2001:db8::3")));
+        assert_eq!(table.len(), 2);
+        for bad in [
+            "::",
+            "::1",
+            "ff02::1",
+            "fe80::1",
+            "::ffff:192.0.2.1",
+            "fd00::9",
+            "2001:db8::1",
+        ] {
+            assert!(
+                table
+                    .apply(&added(six("0.0.0.0-0&fd00:0:0:4::-64", bad)))
+                    .is_empty(),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_blocked_lease_comes_in_when_the_way_is_free() {
+        let mut table = table();
+        table.apply(&added(lease("10.0.2.0-24", "192.0.2.2")));
+        table.apply(&added(lease("10.0.2.0-23", "192.0.2.3")));
+        let gone = LeaseUpdate::Events(vec![LeaseEvent::Removed("10.0.2.0-24".parse().unwrap())]);
+        let changes = table.apply(&gone);
+        assert_eq!((changes.added.len(), changes.removed.len()), (1, 1));
+        assert_eq!(names(&table), ["10.0.2.0-23"]);
+    }
+
+    #[test]
+    fn a_mass_removal_is_held_until_released() {
+        let mut table = table();
+        let leases: Vec<_> = (2..10)
+            .map(|i| lease(&format!("10.0.{i}.0-24"), &format!("192.0.2.{i}")))
+            .collect();
+        table.apply(&LeaseUpdate::Snapshot(leases.clone()));
+        assert!(table.apply(&LeaseUpdate::Snapshot(vec![])).is_empty());
+        assert_eq!((table.len(), table.held()), (8, 8));
+        assert!(table.apply(&added(leases[0].clone())).is_empty());
+        assert_eq!(table.held(), 7);
+        assert_eq!(table.release_held().removed.len(), 7);
+        assert_eq!(names(&table), ["10.0.2.0-24"]);
+    }
+
+    #[test]
+    fn a_hundred_thousand_leases_are_enough() {
+        let config = Arc::new(NetworkConfig::parse(r#"{"Network":"10.0.0.0/8","SubnetLen":28}"#).unwrap());
+        let own = lease("10.255.255.0-28", "192.0.2.1");
+        let mut table = PeerTable::new(config, &own);
+        let attrs = lease("10.0.0.0-28", "192.0.2.2").attrs;
+        let leases = (0..100_500_u32)
+            .map(|i| Lease {
+                subnet: Subnet {
+                    v4: Ipv4Prefix::new((0x0a00_0000 + i * 16).into(), 28).unwrap(),
+                    v6: None,
+                },
+                attrs: attrs.clone(),
+                expiration: Expiration::Never,
+            })
+            .collect();
+        table.apply(&LeaseUpdate::Snapshot(leases));
+        assert_eq!(table.len(), MAX_LEASES);
+        assert_eq!(table.rejected(), BTreeMap::from([("table_full", 500)]));
+    }
+
+    fn any_lease() -> impl Strategy<Value = Lease> {
+        let ip = prop_oneof![
+            8 => (2_u8..20).prop_map(|i| Ipv4Addr::new(192, 0, 2, i)),
+            1 => any::<u32>().prop_map(Ipv4Addr::from),
+        ];
+        (0_u8..12, 20_u8..=26, ip).prop_map(|(third, len, ip)| {
+            let mut lease = lease("10.0.1.0-24", &ip.to_string());
+            lease.subnet.v4 = Ipv4Prefix::new(Ipv4Addr::new(10, 0, third, 0), len).unwrap();
+            lease
+        })
+    }
+
+    fn any_update() -> impl Strategy<Value = LeaseUpdate> {
+        let event = prop_oneof![
+            3 => any_lease().prop_map(LeaseEvent::Added),
+            1 => any_lease().prop_map(|lease| LeaseEvent::Removed(lease.subnet)),
+        ];
+        prop_oneof![
+            1 => prop::collection::vec(any_lease(), 0..10).prop_map(LeaseUpdate::Snapshot),
+            4 => prop::collection::vec(event, 0..5).prop_map(LeaseUpdate::Events),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn the_table_is_a_function_of_the_leases(updates in prop::collection::vec(any_update(), 0..20)) {
+            let mut table = table();
+            let mut model: BTreeMap<Subnet, Lease> = BTreeMap::new();
+            for update in &updates {
+                let before: BTreeMap<Subnet, LeaseAttrs> =
+                    table.iter().map(|(subnet, attrs)| (subnet, attrs.clone())).collect();
+                let changes = table.apply(update);
+                match update {
+                    LeaseUpdate::Snapshot(leases) => {
+                        model = leases.iter().map(|lease| (lease.subnet, lease.clone())).collect();
+                    }
+                    LeaseUpdate::Events(events) => {
+                        for event in events {
+                            match event {
+                                LeaseEvent::Added(lease) => {
+                                    model.insert(lease.subnet, lease.clone());
+                                }
+                                LeaseEvent::Removed(subnet) => {
+                                    model.remove(subnet);
+                                }
+                            }
+                        }
+                    }
+                }
+                // The changes lead from the old table to the new one.
+                let mut replayed = before.clone();
+                for subnet in &changes.removed {
+                    prop_assert!(replayed.remove(subnet).is_some());
+                }
+                for subnet in changes.added.iter().chain(&changes.changed) {
+                    replayed.insert(*subnet, table.get(*subnet).unwrap().clone());
+                }
+                let now: BTreeMap<_, _> = table.iter().map(|(s, a)| (s, a.clone())).collect();
+                prop_assert_eq!(&replayed, &now);
+                // No two peers overlap, none overlaps us.
+                let own: Subnet = "10.0.1.0-24".parse().unwrap();
+                for (i, (a, _)) in table.iter().enumerate() {
+                    prop_assert!(!a.overlaps(own));
+                    prop_assert!(table.iter().skip(i + 1).all(|(b, _)| !a.overlaps(b)));
+                }
+            }
+            // Whatever the way, the same leases make the same table.
+            table.release_held();
+            let mut fresh = self::table();
+            fresh.apply(&LeaseUpdate::Snapshot(model.into_values().rev().collect()));
+            prop_assert!(table.iter().eq(fresh.iter()));
+        }
+
+        /// F6: what was not observed to go is not removed, unless a better claim overlaps it.
+        #[test]
+        fn only_an_observed_removal_removes(updates in prop::collection::vec(any_update(), 0..20)) {
+            let mut table = table();
+            for update in &updates {
+                let before: Vec<_> = table.iter().map(|(subnet, _)| subnet).collect();
+                let changes = table.apply(update);
+                prop_assert!(changes.removed.iter().all(|subnet| before.contains(subnet)));
+                for subnet in changes.removed {
+                    let observed = match update {
+                        LeaseUpdate::Snapshot(leases) => leases.iter().all(|lease| lease.subnet != subnet),
+                        LeaseUpdate::Events(events) => events.iter().any(|event| match event {
+                            LeaseEvent::Removed(gone) => *gone == subnet,
+                            LeaseEvent::Added(_) => false,
+                        }),
+                    };
+                    prop_assert!(observed || table.rejects().any(|(rejected, _)| rejected == subnet));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Flannel's allocation over a plain key space.
+//!
+//! Several nodes and servers run this at once over one registry and never talk to each other; the registry's
+//! create-if-absent and compare-and-swap decide between them. A lost race means: list again, choose again.
+//!
+//! Whose a lease is, its value tells: the public address ([`LeaseAttrs::same_node`]). An update is always a
+//! compare-and-swap against the entry that was read, so a lease that changed hands meanwhile is never overwritten.
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+
+use crate::control::allocate::{self, OwnLease};
+use crate::control::config::NetworkConfig;
+use crate::control::store::{Cursor, Entry, Lifetime, Registry, Store, StoreError, WatchItem};
+use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
+
+/// How often a lost race is run again, as flannel means to. With 32 nodes on the last 32 subnets about a third win
+/// each time, so ten rounds are ample; what still loses is tried again by the caller.
+const ATTEMPTS: usize = 10;
+
+/// A [`Store`] over a [`Registry`].
+#[derive(Debug)]
+pub struct LocalStore<R> {
+    registry: R,
+}
+
+impl<R: Registry> LocalStore<R> {
+    /// Allocates over `registry`.
+    pub fn new(registry: R) -> Self {
+        Self { registry }
+    }
+
+    /// The registry below.
+    pub fn registry(&self) -> &R {
+        &self.registry
+    }
+
+    async fn network(&self, doing: &'static str) -> Result<NetworkConfig, StoreError> {
+        let text = self.registry.config().await?;
+        NetworkConfig::parse(&text).map_err(|error| StoreError::Refused {
+            doing,
+            cause: error.to_string(),
+        })
+    }
+
+    async fn try_acquire(
+        &self,
+        attrs: &LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> Result<Option<Lease>, StoreError> {
+        const DOING: &str = "acquire a lease";
+        let config = self.network(DOING).await?;
+        let entries = self.registry.list().await?;
+        let own = allocate::own_lease(&config, &entries, attrs, |entry| {
+            (entry.lease.subnet, &entry.lease.attrs)
+        });
+        match own {
+            OwnLease::Fits(entry) => {
+                let subnet = entry.lease.subnet;
+                let updated = self
+                    .registry
+                    .update(subnet, entry.revision, attrs, lifetime(&entry.lease))
+                    .await?;
+                return Ok(updated.map(|entry| entry.lease));
+            }
+            // A reservation is the operator's to remove.
+            OwnLease::Misfit(entry) if lifetime(&entry.lease) == Lifetime::Ttl => {
+                if !self.registry.delete(entry.lease.subnet, entry.revision).await? {
+                    return Ok(None);
+                }
+            }
+            OwnLease::Misfit(_) | OwnLease::None => {}
+        }
+        let taken: Vec<Subnet> = entries
+            .iter()
+            .filter(|entry| !attrs.same_node(&entry.lease.attrs))
+            .map(|entry| entry.lease.subnet)
+            .collect();
+        let subnet = allocate::choose(&config, &taken, previous, &mut rand::rng()).map_err(|error| {
+            StoreError::Refused {
+                doing: DOING,
+                cause: error.to_string(),
+            }
+        })?;
+        let created = self.registry.create(subnet, attrs, Lifetime::Ttl).await?;
+        Ok(created.map(|entry| entry.lease))
+    }
+
+    async fn try_renew(&self, lease: &Lease) -> Result<Option<Lease>, StoreError> {
+        let subnet = lease.subnet;
+        let lost = |holder: &Entry| StoreError::LeaseLost {
+            subnet,
+            cause: format!(
+                "{} is held by {}",
+                holder.lease.subnet, holder.lease.attrs.public_ip
+            ),
+        };
+        let entries = self.registry.list().await?;
+        if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet == subnet) {
+            if !entry.lease.attrs.same_node(&lease.attrs) {
+                return Err(lost(entry));
+            }
+            let lifetime = lifetime(&entry.lease);
+            let updated = self
+                .registry
+                .update(subnet, entry.revision, &lease.attrs, lifetime)
+                .await?;
+            return Ok(updated.map(|entry| entry.lease));
+        }
+        // It ran out while nobody renewed it. It is ours again unless someone moved in.
+        if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet.overlaps(subnet)) {
+            return Err(lost(entry));
+        }
+        // A reservation that was deleted is not brought back as one: that is the operator's to decide.
+        let created = self.registry.create(subnet, &lease.attrs, Lifetime::Ttl).await?;
+        Ok(created.map(|entry| entry.lease))
+    }
+
+    async fn find(&self, subnet: Subnet) -> Result<Option<Entry>, StoreError> {
+        let entries = self.registry.list().await?;
+        Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
+    }
+
+    async fn try_reserve(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<()>, StoreError> {
+        const DOING: &str = "reserve a subnet";
+        let refuse = |cause: String| StoreError::Refused { doing: DOING, cause };
+        let config = self.network(DOING).await?;
+        let right_len = config
+            .v4
+            .is_some_and(|range| range.subnet_len() == subnet.v4.len() && range.network.covers(subnet.v4));
+        if !right_len {
+            return Err(refuse(format!("{subnet} is no subnet of the network")));
+        }
+        let Some(entry) = self.find(subnet).await? else {
+            let created = self.registry.create(subnet, attrs, Lifetime::Forever).await?;
+            return Ok(created.map(|_| ()));
+        };
+        if !entry.lease.attrs.same_node(attrs) {
+            return Err(refuse(format!(
+                "{subnet}: lease already taken by {}",
+                entry.lease.attrs.public_ip
+            )));
+        }
+        let updated = self
+            .registry
+            .update(subnet, entry.revision, &entry.lease.attrs, Lifetime::Forever)
+            .await?;
+        Ok(updated.map(|_| ()))
+    }
+
+    async fn try_unreserve(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
+        let Some(entry) = self.find(subnet).await? else {
+            return Err(StoreError::Refused {
+                doing: "end a reservation",
+                cause: format!("there is no lease of {subnet}"),
+            });
+        };
+        let updated = self
+            .registry
+            .update(subnet, entry.revision, &entry.lease.attrs, Lifetime::Ttl)
+            .await?;
+        Ok(updated.map(|_| ()))
+    }
+
+    async fn try_revoke(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
+        let Some(entry) = self.find(subnet).await? else {
+            return Err(StoreError::Refused {
+                doing: "revoke a lease",
+                cause: format!("there is no lease of {subnet}"),
+            });
+        };
+        Ok(self.registry.delete(subnet, entry.revision).await?.then_some(()))
+    }
+}
+
+impl<R: Registry> Store for LocalStore<R> {
+    fn place(&self) -> String {
+        self.registry.place()
+    }
+
+    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
+        self.registry.config()
+    }
+
+    fn acquire<'a>(
+        &'a self,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(lease) = self.try_acquire(attrs, previous).await? {
+                    return Ok(lease);
+                }
+            }
+            Err(races_lost("acquire a lease"))
+        })
+    }
+
+    fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(lease) = self.try_renew(lease).await? {
+                    return Ok(lease);
+                }
+            }
+            Err(races_lost("renew a lease"))
+        })
+    }
+
+    fn skipped(&self) -> u64 {
+        self.registry.skipped()
+    }
+
+    fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(()) = self.try_revoke(subnet).await? {
+                    return Ok(());
+                }
+            }
+            Err(races_lost("revoke a lease"))
+        })
+    }
+
+    fn reserve<'a>(&'a self, subnet: Subnet, attrs: &'a LeaseAttrs) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(()) = self.try_reserve(subnet, attrs).await? {
+                    return Ok(());
+                }
+            }
+            Err(races_lost("reserve a subnet"))
+        })
+    }
+
+    fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(()) = self.try_unreserve(subnet).await? {
+                    return Ok(());
+                }
+            }
+            Err(races_lost("end a reservation"))
+        })
+    }
+
+    fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
+        self.registry.watch(since)
+    }
+}
+
+/// A reservation stays one, whatever is done to it.
+fn lifetime(lease: &Lease) -> Lifetime {
+    match lease.expiration {
+        Expiration::Never => Lifetime::Forever,
+        Expiration::At(_) => Lifetime::Ttl,
+    }
+}
+
+fn races_lost(doing: &'static str) -> StoreError {
+    StoreError::Refused {
+        doing,
+        cause: format!("others were faster {ATTEMPTS} times in a row"),
+    }
+}

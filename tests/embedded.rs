@@ -1,0 +1,286 @@
+//! The embedded store against crashes, damage, full disks and second openers.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test says what went wrong by panicking"
+)]
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use futures_util::stream::StreamExt;
+use kersey::control::store::{EmbeddedStore, LEASE_TTL, Store, StoreError};
+use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+const CONFIG: &str = r#"{"Network":"10.0.0.0/8"}"#;
+
+/// What the copy of this test binary that is to be killed, or starved of disk space, finds its file by.
+const FILE_VARIABLE: &str = "KERSEY_TEST_STORE";
+
+#[tokio::test]
+async fn everything_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sub/leases.redb");
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let lease = store.acquire(&node(1), None).await.unwrap();
+    let reserved = "10.9.9.0-24".parse().unwrap();
+    store.reserve(reserved, &node(2)).await.unwrap();
+    let cursor = store.watch(None).next().await.unwrap().unwrap().cursor;
+    drop(store);
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    assert_eq!(store.config().await.unwrap(), CONFIG);
+    let leases = leases(&store).await;
+    assert_eq!(leases.len(), 2);
+    assert!(
+        leases
+            .iter()
+            .any(|found| found.subnet == lease.subnet && found.attrs == lease.attrs)
+    );
+    assert!(
+        leases
+            .iter()
+            .any(|found| found.subnet == reserved && found.expiration == Expiration::Never)
+    );
+    // Who missed nothing goes on where it was.
+    let mut watch = store.watch(Some(cursor));
+    store.acquire(&node(3), None).await.unwrap();
+    let item = watch.next().await.unwrap().unwrap();
+    assert!(matches!(item.update, LeaseUpdate::Events(events) if events.len() == 1));
+}
+
+#[tokio::test]
+async fn a_bad_config_is_not_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open(&dir.path().join("leases.redb"), LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let error = store
+        .set_config(r#"{"Network":"10.0.0.0/33"}"#)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("Network"), "{error}");
+    assert_eq!(store.config().await.unwrap(), CONFIG);
+}
+
+#[tokio::test]
+async fn a_second_server_is_turned_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let _store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    let error = EmbeddedStore::open(&path, LEASE_TTL).unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_no_file_of_ours_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let refused = || {
+        let error = EmbeddedStore::open(&path, LEASE_TTL).unwrap_err();
+        assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("leases.redb"), "{error}");
+    };
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    refused();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    refused();
+    std::fs::remove_dir(&path).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).unwrap();
+    refused();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "this is no database at all").unwrap();
+    refused();
+    assert_eq!(std::fs::read(&path).unwrap(), b"this is no database at all");
+}
+
+#[test]
+fn a_damaged_file_is_refused_or_read_but_nothing_panics() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    runtime.block_on(async {
+        store.set_config(CONFIG).await.unwrap();
+        for i in 0..100 {
+            store.acquire(&node(i), None).await.unwrap();
+        }
+    });
+    drop(store);
+    let bytes = std::fs::read(&path).unwrap();
+    let damaged = dir.path().join("damaged.redb");
+    let mut refused = 0;
+    let mut open = |bytes: &[u8]| {
+        std::fs::write(&damaged, bytes).unwrap();
+        match EmbeddedStore::open(&damaged, LEASE_TTL) {
+            Ok(_) => {}
+            Err(StoreError::Refused { cause, .. }) => {
+                assert!(cause.contains("damaged.redb"), "{cause}");
+                refused += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let step = bytes.len() / 25;
+    for end in (1..bytes.len()).step_by(step) {
+        open(&bytes[..end]);
+    }
+    // The header's every byte, then some of each page.
+    for at in (0..320)
+        .step_by(5)
+        .chain((320..bytes.len()).step_by(bytes.len() / 60 + 1))
+    {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << (at % 8);
+        open(&flipped);
+    }
+    assert!(refused > 25, "only {refused} of the damaged files were refused");
+}
+
+/// Not a test but the process the next one kills: it says what has been acknowledged, line by line.
+#[tokio::test]
+#[ignore = "runs as a child of the crash test"]
+async fn child_that_writes_until_killed() {
+    let Some(path) = std::env::var_os(FILE_VARIABLE) else {
+        return;
+    };
+    let store = EmbeddedStore::open(Path::new(&path), LEASE_TTL).unwrap();
+    for i in 0.. {
+        let lease = store.acquire(&node(i), None).await.unwrap();
+        println!("\nacknowledged {} {}", lease.subnet, lease.attrs.public_ip);
+    }
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_kill_nine() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    for round in 0..8_u64 {
+        let fresh = dir.path().join(format!("{round}.redb"));
+        let store = EmbeddedStore::open(&fresh, LEASE_TTL).unwrap();
+        store.set_config(CONFIG).await.unwrap();
+        drop(store);
+        std::fs::rename(&fresh, &path).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "child_that_writes_until_killed",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env(FILE_VARIABLE, &path)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut acknowledged = Vec::new();
+        for line in lines.map_while(Result::ok) {
+            if let Some((subnet, ip)) = line
+                .strip_prefix("acknowledged ")
+                .and_then(|rest| rest.split_once(' '))
+            {
+                acknowledged.push((subnet.to_owned(), ip.to_owned()));
+            }
+            if acknowledged.len() as u64 == 5 + round * 3 {
+                // Somewhere within the next write.
+                tokio::time::sleep(Duration::from_micros(300 * round)).await;
+                child.kill().unwrap();
+            }
+        }
+        child.wait().unwrap();
+        let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+        let leases = leases(&store).await;
+        assert!(acknowledged.len() >= 5, "the child did not write");
+        assert!(
+            leases.len() <= acknowledged.len() + 1,
+            "more leases than were asked for"
+        );
+        for (subnet, ip) in &acknowledged {
+            let kept = leases
+                .iter()
+                .any(|lease| lease.subnet.to_string() == *subnet && lease.attrs.public_ip.to_string() == *ip);
+            assert!(kept, "{subnet} of {ip} was acknowledged and is gone");
+        }
+    }
+}
+
+/// Not a test but the process the next one starves.
+#[tokio::test]
+#[ignore = "runs as a child of the full-disk test"]
+async fn child_whose_disk_is_full() {
+    let Some(path) = std::env::var_os(FILE_VARIABLE) else {
+        return;
+    };
+    let store = EmbeddedStore::open(Path::new(&path), LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+    // No byte may be written behind this; a file that needs more gets EFBIG.
+    let size = std::fs::metadata(&path).unwrap().len();
+    setrlimit(Resource::RLIMIT_FSIZE, size, hard).unwrap();
+    let mut acknowledged = Vec::new();
+    let error = loop {
+        let mut attrs = node(u32::try_from(acknowledged.len()).unwrap());
+        attrs.backend_data = Some(format!("\"{}\"", "x".repeat(50_000)));
+        match store.acquire(&attrs, None).await {
+            Ok(lease) => acknowledged.push(lease.subnet),
+            Err(error) => break error,
+        }
+        assert!(acknowledged.len() < 10_000, "the disk is never full");
+    };
+    assert!(error.is_unavailable(), "{error}");
+    // Reads go on, and more writes fail as the first did.
+    assert_eq!(store.config().await.unwrap(), CONFIG);
+    assert_eq!(leases(&store).await.len(), acknowledged.len());
+    setrlimit(Resource::RLIMIT_FSIZE, 0, hard).unwrap();
+    assert!(store.acquire(&node(90_000), None).await.is_err());
+    assert_eq!(leases(&store).await.len(), acknowledged.len());
+    // Space is back: so is the store, and nothing acknowledged is lost.
+    setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
+    let lease = store.acquire(&node(90_001), None).await.unwrap();
+    acknowledged.push(lease.subnet);
+    drop(store);
+    let store = EmbeddedStore::open(Path::new(&path), LEASE_TTL).unwrap();
+    let kept: Vec<_> = leases(&store).await.iter().map(|lease| lease.subnet).collect();
+    assert!(acknowledged.iter().all(|subnet| kept.contains(subnet)));
+}
+
+#[test]
+fn a_full_disk_costs_nothing_but_the_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    // The shell makes the child ignore the signal that comes with EFBIG.
+    let child = Command::new("sh")
+        .args([
+            "-c",
+            "trap '' XFSZ; exec \"$0\" --exact child_whose_disk_is_full --ignored --nocapture",
+        ])
+        .arg(std::env::current_exe().unwrap())
+        .env(FILE_VARIABLE, dir.path().join("leases.redb"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stderr);
+    assert!(
+        child.status.success(),
+        "{}\n{said}",
+        String::from_utf8_lossy(&child.stdout)
+    );
+}
+
+async fn leases(store: &EmbeddedStore) -> Vec<Lease> {
+    match store.watch(None).next().await.unwrap().unwrap().update {
+        LeaseUpdate::Snapshot(leases) => leases,
+        LeaseUpdate::Events(events) => panic!("no snapshot but {events:?}"),
+    }
+}
+
+fn node(i: u32) -> LeaseAttrs {
+    let ip = std::net::Ipv4Addr::from(0xc612_0000 + i);
+    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap()
+}

@@ -1,0 +1,495 @@
+//! The life cycle over a scripted store, with the clock in hand.
+
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
+use std::collections::{BTreeSet, VecDeque};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, BoxStream, StreamExt};
+use kersey::control::config::NetworkConfig;
+use kersey::control::store::{Cursor, Store, StoreError, WatchItem};
+use kersey::control::{Control, ControlOptions, Published};
+use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use proptest::prelude::*;
+use tokio::time::{Instant, sleep, timeout};
+
+const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
+const OWN: &str = "10.0.1.0-24";
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_an_hour_before_it_ends() {
+    let fake = Fake::new();
+    let _node = start(&fake, options(None)).await;
+    sleep(HOUR * 23 - Duration::from_secs(60)).await;
+    assert_eq!(fake.script().renewals, 0);
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!(fake.script().renewals, 1);
+    sleep(HOUR * 23).await;
+    assert_eq!(fake.script().renewals, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_renewal_is_tried_again_for_ever_with_pauses() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    sleep(HOUR * 22).await;
+    fake.script().mood = Mood::Away;
+    sleep(HOUR * 6).await;
+    let tries = fake.script().renewals;
+    // Five hours of pauses between one and two seconds.
+    assert!((5 * 1800..5 * 3700).contains(&tries), "{tries}");
+    fake.script().mood = Mood::Fine;
+    sleep(Duration::from_secs(4)).await;
+    let tries = fake.script().renewals;
+    sleep(HOUR).await;
+    assert_eq!(fake.script().renewals, tries);
+    assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_lease_is_renewed_at_once() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 2),
+    ]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 0);
+    fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Removed(subnet(OWN))]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 1);
+    assert_eq!(node.published.peers.borrow().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_lease_is_given_up_and_another_published() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    fake.script().mood = Mood::Lost;
+    fake.script().next_subnet = "10.0.9.0-24";
+    fake.tell(LeaseUpdate::Snapshot(vec![lease(OWN, 66)]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(node.published.lease.borrow().subnet, subnet("10.0.9.0-24"));
+    let peers = node.published.peers.borrow();
+    assert_eq!(
+        peers
+            .iter()
+            .map(|(subnet, _)| subnet.to_string())
+            .collect::<Vec<_>>(),
+        [OWN]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn everything_is_listed_anew_every_five_minutes() {
+    let fake = Fake::new();
+    let _node = start(&fake, options(None)).await;
+    sleep(HOUR).await;
+    let watches = fake.script().watches;
+    assert!((10..=14).contains(&watches), "{watches}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_watch_is_made_anew_with_pauses_and_removes_nobody() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 2),
+    ]));
+    sleep(Duration::from_secs(1)).await;
+    let peers = node.published.peers.clone();
+    fake.script().mood = Mood::Away;
+    fake.end_watch();
+    let before = fake.script().watches;
+    sleep(Duration::from_secs(600)).await;
+    let watches = fake.script().watches - before;
+    assert!((300..=620).contains(&watches), "{watches}");
+    assert!(!node.published.health.borrow().connected);
+    assert_eq!(peers.borrow().len(), 1);
+    fake.script().mood = Mood::Fine;
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.3.0-24", 3),
+    ]));
+    sleep(Duration::from_secs(3)).await;
+    assert!(node.published.health.borrow().connected);
+    assert!(peers.borrow().get(subnet("10.0.3.0-24")).is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn vanished_peers_linger_for_a_minute() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    let four: Vec<_> = (2..6)
+        .map(|i| lease(&format!("10.0.{i}.0-24"), i))
+        .chain([lease(OWN, 1)])
+        .collect();
+    fake.tell(LeaseUpdate::Snapshot(four));
+    fake.tell(LeaseUpdate::Snapshot(vec![lease(OWN, 1)]));
+    sleep(Duration::from_secs(50)).await;
+    assert_eq!(node.published.peers.borrow().len(), 4);
+    sleep(Duration::from_secs(15)).await;
+    assert_eq!(node.published.peers.borrow().len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_store_is_waited_for_or_the_cache_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake::new();
+    fake.script().mood = Mood::Away;
+    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
+    // Without a cache there is nothing to start with.
+    assert!(timeout(HOUR, control.network_config()).await.is_err());
+    fake.script().mood = Mood::Fine;
+    let node = start(&fake, options(Some(dir.path()))).await;
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 2),
+    ]));
+    let written = async {
+        while !std::fs::read_to_string(dir.path().join("control.json"))
+            .is_ok_and(|text| text.contains("10.0.2.0"))
+        {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(HOUR, written).await.unwrap();
+    drop(node);
+    fake.end_watch();
+    for mood in [Mood::Away, Mood::Silent] {
+        fake.script().mood = mood;
+        let started = Instant::now();
+        let node = start(&fake, options(Some(dir.path()))).await;
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "{mood:?}: {:?}",
+            started.elapsed()
+        );
+        assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
+        assert_eq!(node.published.peers.borrow().len(), 1);
+        assert!(!node.published.health.borrow().connected);
+        let renewals = fake.script().renewals;
+        sleep(Duration::from_secs(1)).await;
+        assert!(
+            fake.script().renewals > renewals,
+            "{mood:?}: the cached lease is not confirmed"
+        );
+    }
+    // A refusal is an answer: a config that was taken away is not taken from the cache.
+    fake.script().mood = Mood::Refusing;
+    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
+    assert!(timeout(HOUR, control.network_config()).await.is_err());
+    // Nor is the lease of a node that has another address now.
+    fake.script().mood = Mood::Away;
+    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
+    control.network_config().await;
+    assert!(timeout(HOUR, control.acquire(&attrs(7))).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bad_config_is_waited_out() {
+    let fake = Fake::new();
+    fake.script().config = r#"{"Network":"10.0.0.0/16","SubnetLen":17}"#;
+    let waiting = async {
+        let mut control = Control::new(fake.clone(), options(None));
+        control.network_config().await
+    };
+    let mended = async {
+        sleep(Duration::from_secs(30)).await;
+        fake.script().config = CONFIG;
+    };
+    let (config, ()) = timeout(
+        Duration::from_secs(32),
+        futures_util::future::join(waiting, mended),
+    )
+    .await
+    .unwrap();
+    assert_eq!(config, NetworkConfig::parse(CONFIG).unwrap());
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Tell(LeaseUpdate),
+    Fail,
+    End,
+    Wait(u64),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let any_lease = || (2_u8..10).prop_map(|i| lease(&format!("10.0.{i}.0-24"), i));
+    let event = prop_oneof![
+        2 => any_lease().prop_map(LeaseEvent::Added),
+        1 => any_lease().prop_map(|lease| LeaseEvent::Removed(lease.subnet)),
+    ];
+    prop_oneof![
+        2 => prop::collection::vec(any_lease(), 0..6).prop_map(|leases| Step::Tell(LeaseUpdate::Snapshot(leases))),
+        3 => prop::collection::vec(event, 1..4).prop_map(|events| Step::Tell(LeaseUpdate::Events(events))),
+        2 => Just(Step::Fail),
+        2 => Just(Step::End),
+        1 => (0_u64..400).prop_map(Step::Wait),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Whatever breaks in whatever order, no peer goes whose removal the store did not tell.
+    #[test]
+    fn nothing_is_removed_that_was_not_told(steps in prop::collection::vec(any_step(), 0..20)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let fake = Fake::new();
+            let node = start(&fake, options(None)).await;
+            // Peers the store has told to go and not told of since; they may linger before they do.
+            let mut may_go = BTreeSet::new();
+            for step in steps {
+                let before = peers(&node);
+                match step {
+                    Step::Tell(update) => {
+                        match &update {
+                            LeaseUpdate::Snapshot(leases) => {
+                                may_go.extend(&before);
+                                may_go.retain(|subnet| leases.iter().all(|lease| lease.subnet != *subnet));
+                            }
+                            LeaseUpdate::Events(events) => {
+                                for event in events {
+                                    match event {
+                                        LeaseEvent::Added(lease) => may_go.remove(&lease.subnet),
+                                        LeaseEvent::Removed(subnet) => may_go.insert(*subnet),
+                                    };
+                                }
+                            }
+                        }
+                        fake.tell(update);
+                    }
+                    Step::Fail => fake.fail_watch(),
+                    Step::End => fake.end_watch(),
+                    Step::Wait(seconds) => sleep(Duration::from_secs(seconds)).await,
+                }
+                sleep(Duration::from_secs(3)).await;
+                let now = peers(&node);
+                let gone: BTreeSet<_> = before.difference(&now).copied().collect();
+                prop_assert!(gone.is_subset(&may_go), "{:?} went", gone);
+                let lingering = node.published.peers.borrow().held();
+                let left = now.intersection(&may_go).count();
+                prop_assert_eq!(left, lingering, "some did not go");
+            }
+            Ok(())
+        })?;
+    }
+}
+
+fn peers(node: &Node) -> BTreeSet<Subnet> {
+    node.published
+        .peers
+        .borrow()
+        .iter()
+        .map(|(subnet, _)| subnet)
+        .collect()
+}
+
+/// A store that does as it is told.
+struct Fake {
+    script: Mutex<Script>,
+    wake: tokio::sync::Notify,
+}
+
+#[derive(Default)]
+struct Script {
+    mood: Mood,
+    config: &'static str,
+    next_subnet: &'static str,
+    renewals: usize,
+    watches: usize,
+    told: VecDeque<Told>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Mood {
+    #[default]
+    Fine,
+    /// Every request fails at once.
+    Away,
+    /// No request is ever answered.
+    Silent,
+    /// Every request is refused.
+    Refusing,
+    /// Renewals find the lease in other hands.
+    Lost,
+}
+
+enum Told {
+    Update(LeaseUpdate),
+    Failure,
+    End,
+}
+
+impl Fake {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            script: Mutex::new(Script {
+                config: CONFIG,
+                next_subnet: OWN,
+                ..Script::default()
+            }),
+            wake: tokio::sync::Notify::new(),
+        })
+    }
+
+    fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap()
+    }
+
+    fn tell(&self, update: LeaseUpdate) {
+        self.script().told.push_back(Told::Update(update));
+        self.wake.notify_one();
+    }
+
+    fn fail_watch(&self) {
+        self.script().told.push_back(Told::Failure);
+        self.wake.notify_one();
+    }
+
+    fn end_watch(&self) {
+        self.script().told.push_back(Told::End);
+        self.wake.notify_one();
+    }
+
+    async fn answer<T>(
+        &self,
+        answer: impl FnOnce(&mut Script) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mood = self.script().mood;
+        match mood {
+            Mood::Fine | Mood::Lost => answer(&mut self.script()),
+            Mood::Away => Err(away()),
+            Mood::Silent => std::future::pending().await,
+            Mood::Refusing => Err(StoreError::Refused {
+                doing: "test",
+                cause: "no".to_owned(),
+            }),
+        }
+    }
+}
+
+impl Store for Fake {
+    fn place(&self) -> String {
+        "fake".to_owned()
+    }
+
+    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
+        Box::pin(self.answer(|script| Ok(script.config.to_owned())))
+    }
+
+    fn acquire<'a>(
+        &'a self,
+        attrs: &'a LeaseAttrs,
+        _previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.answer(|script| Ok(day_lease(script.next_subnet, attrs))))
+    }
+
+    fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.script().renewals += 1;
+        let lost = self.script().mood == Mood::Lost;
+        Box::pin(self.answer(move |_| {
+            if lost {
+                return Err(StoreError::LeaseLost {
+                    subnet: lease.subnet,
+                    cause: "a stranger has it".to_owned(),
+                });
+            }
+            Ok(day_lease(&lease.subnet.to_string(), &lease.attrs))
+        }))
+    }
+
+    fn watch(&self, _since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
+        self.script().watches += 1;
+        if self.script().mood == Mood::Away {
+            return Box::pin(stream::once(async { Err(away()) }));
+        }
+        let told = stream::unfold((), move |()| async move {
+            loop {
+                let next = self.script().told.pop_front();
+                match next {
+                    Some(Told::Update(update)) => {
+                        let cursor = Cursor("1".to_owned());
+                        return Some((Ok(WatchItem { update, cursor }), ()));
+                    }
+                    Some(Told::Failure) => return Some((Err(away()), ())),
+                    Some(Told::End) => return None,
+                    None => self.wake.notified().await,
+                }
+            }
+        });
+        told.boxed()
+    }
+}
+
+struct Node {
+    published: Published,
+    maintain: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.maintain.abort();
+    }
+}
+
+async fn start(fake: &Arc<Fake>, options: ControlOptions) -> Node {
+    let mut control = Control::new(fake.clone(), options);
+    let config = control.network_config().await;
+    let lease = control.acquire(&attrs(1)).await;
+    let (publish, published) = control.channels(&config, &lease);
+    Node {
+        published,
+        maintain: tokio::spawn(control.maintain(publish)),
+    }
+}
+
+fn options(state_dir: Option<&Path>) -> ControlOptions {
+    ControlOptions {
+        state_dir: state_dir.map(Path::to_owned),
+        subnet_file: "/nonexistent/subnet.env".into(),
+        ..ControlOptions::default()
+    }
+}
+
+fn away() -> StoreError {
+    StoreError::Unavailable {
+        doing: "test",
+        place: "fake".to_owned(),
+        cause: "away".to_owned(),
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a store says in wall-clock time when a lease ends"
+)]
+fn day_lease(key: &str, attrs: &LeaseAttrs) -> Lease {
+    Lease {
+        subnet: subnet(key),
+        attrs: attrs.clone(),
+        expiration: Expiration::At(SystemTime::now() + HOUR * 24),
+    }
+}
+
+fn lease(key: &str, i: u8) -> Lease {
+    day_lease(key, &attrs(i))
+}
+
+fn subnet(key: &str) -> Subnet {
+    key.parse().unwrap()
+}
+
+fn attrs(i: u8) -> LeaseAttrs {
+    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
+}
