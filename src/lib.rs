@@ -1,6 +1,9 @@
 //! Flannel without the kernel's tunnel drivers.
 
 pub mod addr;
+pub mod cli;
 pub mod control;
+pub mod daemon;
 pub mod lease;
+pub mod options;
 pub mod status;
