@@ -6,4 +6,5 @@ pub mod control;
 pub mod daemon;
 pub mod lease;
 pub mod options;
+pub mod server;
 pub mod status;

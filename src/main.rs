@@ -18,6 +18,6 @@ fn main() -> ExitCode {
     match parsed.command {
         Command::Run(options) => kersey::daemon::run(*options),
         Command::Server(_options) => ExitCode::FAILURE,
-        Command::Status(_options) => ExitCode::FAILURE,
+        Command::Status(options) => cli::status::run(&options),
     }
 }

@@ -186,18 +186,11 @@ mod tests {
     }
 
     fn grammar() -> Grammar {
+        let flag = |name| clap::Arg::new(name).long(name);
         Grammar::of(
-            &clap::Command::new("x").args(
-                [
-                    "etcd-endpoints",
-                    "etcd-endpoint",
-                    "etcd-prefix",
-                    "iface",
-                    "v",
-                    "version",
-                ]
-                .map(|name| clap::Arg::new(name).long(name)),
-            ),
+            &clap::Command::new("x")
+                .args(["etcd-prefix", "iface", "v", "version"].map(flag))
+                .arg(flag("etcd-endpoints").alias("etcd-endpoint")),
         )
     }
 
