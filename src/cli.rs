@@ -17,7 +17,7 @@ mod environment;
 mod go_flags;
 mod logging;
 mod run;
-mod server;
+pub mod server;
 pub mod status;
 mod store;
 

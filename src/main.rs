@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     }
     match parsed.command {
         Command::Run(options) => kersey::daemon::run(*options),
-        Command::Server(_options) => ExitCode::FAILURE,
+        Command::Server(options) => cli::server::run(&options),
         Command::Status(options) => cli::status::run(&options),
     }
 }

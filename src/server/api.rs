@@ -219,13 +219,7 @@ async fn acquire(
     let attrs = LeaseAttrs::from_json(&body).map_err(|error| ApiError::Malformed(error.to_string()))?;
     let lease = api.store.acquire(&attrs, previous).await?;
     tracing::info!(subnet = %lease.subnet, public_ip = %attrs.public_ip, "lease acquired");
-    // The node asks for this lease next; let it find what it was just given.
-    let shown = |history: &History| {
-        history
-            .lease(lease.subnet.v4)
-            .is_some_and(|seen| seen.attrs == lease.attrs)
-    };
-    api.feed.wait_for(shown).await;
+    wait_until_shown(&api, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
 }
 
@@ -242,6 +236,7 @@ async fn renew(
     };
     repair_backend_data(&mut lease.attrs);
     let lease = api.store.renew(&lease).await?;
+    wait_until_shown(&api, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
 }
 
@@ -317,6 +312,15 @@ async fn unreserve(
         })
         .await;
     Ok(empty())
+}
+
+/// A node asks for its lease as soon as it has it: let it find what it was just given.
+async fn wait_until_shown(api: &Api, lease: &Lease) {
+    let shown = |history: &History| {
+        let seen = history.lease(lease.subnet.v4);
+        seen.is_some_and(|seen| seen.attrs == lease.attrs)
+    };
+    api.feed.wait_for(shown).await;
 }
 
 async fn not_found() -> Response {

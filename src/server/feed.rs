@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use crate::addr::Ipv4Prefix;
 use crate::control::store::Store;
 use crate::control::store::remote::objects::{events_json, snapshot_json};
+use crate::control::{Backoff, RateLimit};
 use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate, Subnet};
 
 /// Changes kept: a whole cluster of a thousand nodes renewing four times.
@@ -32,6 +33,8 @@ const MAX_EVENTS_KEPT: usize = 4096;
 const MAX_EVENTS_PER_ANSWER: usize = 256;
 /// Snapshots compute an expiration from a remaining time in whole seconds; less than this apart is the same moment.
 const SAME_MOMENT: Duration = Duration::from_secs(5);
+/// Longest pause before a lost store is watched again: flannel's.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// The leases as they are, and how they came to be so.
 #[derive(Debug)]
@@ -217,30 +220,26 @@ impl Feed {
 
     /// Follows the store for ever.
     pub(super) async fn follow(&self, store: &dyn Store) {
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new(LONGEST_PAUSE);
+        let complaints = RateLimit::default();
         loop {
             let mut updates = store.watch(None);
             while let Some(item) = updates.next().await {
                 match item {
                     Ok(item) => {
-                        if pause != FIRST_PAUSE {
-                            tracing::info!(store = store.place(), "watching the store again");
-                        }
-                        pause = FIRST_PAUSE;
+                        backoff.reset();
                         self.history().apply(item.update);
                         self.changed.send_replace(());
                     }
                     Err(error) => {
-                        if pause == FIRST_PAUSE {
+                        if complaints.allows() {
                             tracing::warn!(%error, "lost the store; answering with what was last known");
                         }
                         break;
                     }
                 }
             }
-            let jitter: f64 = rand::random_range(0.5..1.0);
-            tokio::time::sleep(pause.mul_f64(jitter)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            tokio::time::sleep(backoff.next_pause()).await;
         }
     }
 
@@ -270,10 +269,6 @@ impl Feed {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// Pauses before watching a lost store again.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Whether two leases say the same, apart from rounding of their end.
 fn same(old: &Lease, new: &Lease) -> bool {
