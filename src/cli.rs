@@ -523,7 +523,9 @@ mod tests {
 
     #[test]
     fn mistakes_are_refused_with_the_way_out() {
-        let cases: &[(&[&str], &[(&str, &str)], &[&str])] = &[
+        type Words = &'static [&'static str];
+        type Pairs = &'static [(&'static str, &'static str)];
+        let cases: &[(Words, Pairs, Words)] = &[
             (
                 &["--etcd-endpiont=x"],
                 &[],

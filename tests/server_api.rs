@@ -2,6 +2,8 @@
 //!
 //! Raw sockets where bytes matter, [`RemoteStore`] where behaviour does.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Seed of the captured exchanges: flannel v0.7.1 over etcd with this config.
+/// The config of the captured exchanges.
 const CONFIG: &str = r#"{ "Network": "10.0.0.0/8", "SubnetLen": 20, "SubnetMin": "10.10.0.0", "SubnetMax": "10.99.0.0",
     "Backend": {"Type": "vxlan", "VNI": 100, "Port": 8472} }"#;
 const ATTRS: &str =
@@ -389,6 +391,35 @@ async fn what_an_old_flannel_server_says_is_understood() {
     ));
     let numbered = remote("200 OK", r#"{"events":null,"snapshot":[],"cursor":7}"#).await;
     assert!(matches!(numbered.watch(None).next().await, Some(Err(_))));
+}
+
+#[tokio::test]
+async fn a_server_that_fails_every_poll_is_not_asked_in_a_loop() {
+    let answers = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = answers.clone();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 4096];
+            let count = stream.read(&mut request).await.unwrap_or_default();
+            let poll = String::from_utf8_lossy(&request[..count]).contains("?next=");
+            let (status, body) = if poll {
+                ("500 Internal Server Error", "stalled")
+            } else {
+                ("200 OK", r#"{"events":null,"snapshot":[],"cursor":"1"}"#)
+            };
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let length = body.len();
+            let answer =
+                format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}");
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
+    });
+    let remote = RemoteStore::new(vec![address.parse().unwrap()]);
+    let watching = remote.watch(None).for_each(async |item| drop(item.unwrap()));
+    let _ = timeout(Duration::from_millis(2500), watching).await;
+    assert!(answers.load(std::sync::atomic::Ordering::Relaxed) <= 6);
 }
 
 #[tokio::test]

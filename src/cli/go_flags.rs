@@ -227,7 +227,8 @@ mod tests {
 
     #[test]
     fn gos_flag_forms_are_all_read() {
-        let cases: &[(&[&str], &[(&str, &str)])] = &[
+        type Pairs = &'static [(&'static str, &'static str)];
+        let cases: &[(&[&str], Pairs)] = &[
             (&[], &[]),
             (&["-prefix", "/a"], &[("prefix", "/a")]),
             (&["--prefix=/a"], &[("prefix", "/a")]),

@@ -4,8 +4,8 @@
 //! reached or does not answer in time, to the next, until each was tried once. An answer that says no counts as an
 //! answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
 //!
-//! A watch is a chain of long polls. A poll that brings nothing is given up after [`POLL_TIMEOUT`] and asked again, so
-//! that a server that hangs is left behind; a machine that vanished is noticed sooner, by TCP keep-alive. When a server
+//! A watch is a chain of long polls. A poll that brings nothing for [`POLL_TIMEOUT`] is given up; if the server still
+//! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP keep-alive. When a server
 //! is lost in the middle of a watch, the next one is asked for a snapshot, because a cursor means nothing to it.
 //!
 //! Old servers: v0.5 to v0.7 fill in fewer fields and word errors differently; of a renewal only the new end is taken,
@@ -26,6 +26,7 @@ use hyper::{HeaderMap, Method, Request, StatusCode, header};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use tokio::time::{Instant, sleep};
 
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
 use super::{Cursor, Store, StoreError, WatchItem};
@@ -45,8 +46,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_TIMEOUT: Duration = Duration::from_secs(60);
 /// The largest answer read: a snapshot of some ten thousand ordinary leases.
 const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
-/// Pause after an answer to a poll that says nothing, which no sound server gives.
-const EMPTY_ANSWER_PAUSE: Duration = Duration::from_secs(1);
+/// Pause after a poll that failed at once or brought nothing: flannel's own.
+const POLL_PAUSE: Duration = Duration::from_secs(1);
 
 /// The kind of an error, as [`ERROR_HEADER`] names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +85,15 @@ struct Answer {
     status: StatusCode,
     headers: HeaderMap,
     body: String,
+}
+
+/// Why a server gave none.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("no answer within {} s", .0.as_secs())]
+    Silent(Duration),
+    #[error("{0}")]
+    Broken(String),
 }
 
 /// One request, to be sent to whichever server answers.
@@ -150,7 +160,7 @@ impl RemoteStore {
         })
     }
 
-    async fn ask_one(&self, server: &ServerAddress, ask: &Ask<'_>) -> Result<Answer, String> {
+    async fn ask_one(&self, server: &ServerAddress, ask: &Ask<'_>) -> Result<Answer, Failure> {
         let mut request = Request::builder()
             .method(ask.method.clone())
             .uri(format!("http://{server}{}", ask.path))
@@ -163,18 +173,18 @@ impl RemoteStore {
         }
         let request = request
             .body(Full::from(ask.body.clone()))
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| Failure::Broken(error.to_string()))?;
         let exchange = async {
             let response = self
                 .client
                 .request(request)
                 .await
-                .map_err(|error| root_cause(&error))?;
+                .map_err(|error| Failure::Broken(root_cause(&error)))?;
             let (head, body) = response.into_parts();
             let body = Limited::new(body, MAX_ANSWER_BYTES)
                 .collect()
                 .await
-                .map_err(|error| root_cause(&*error))?;
+                .map_err(|error| Failure::Broken(root_cause(&*error)))?;
             Ok(Answer {
                 status: head.status,
                 headers: head.headers,
@@ -183,7 +193,7 @@ impl RemoteStore {
         };
         tokio::time::timeout(ask.timeout, exchange)
             .await
-            .map_err(|_| format!("no answer within {} s", ask.timeout.as_secs()))?
+            .unwrap_or(Err(Failure::Silent(ask.timeout)))
     }
 
     /// One step of a watch: polls until there is something to tell.
@@ -200,26 +210,35 @@ impl RemoteStore {
             };
             // Only the server that gave the cursor can read it, so a poll does not go round.
             let server = &self.servers[self.preferred.load(Ordering::Relaxed) % self.servers.len()];
-            let ask = leases_ask(Some(&cursor));
-            match self.ask_one(server, &ask).await {
+            let asked = Instant::now();
+            let why = match self.ask_one(server, &leases_ask(Some(&cursor))).await {
                 Ok(answer) if answer.status == StatusCode::OK => {
                     let (update, next) = read_watch(&answer.body)?;
                     if let Some(update) = update {
                         return Ok(WatchItem { update, cursor: next });
                     }
-                    tokio::time::sleep(EMPTY_ANSWER_PAUSE).await;
+                    // No sound server answers a poll with nothing; this one is not asked without a pause.
+                    sleep(POLL_PAUSE).await;
                     since = Some(cursor);
+                    continue;
                 }
-                Ok(answer) => {
-                    let why = answer.body.trim();
-                    tracing::debug!(%server, status = %answer.status, why, "poll refused; asking for a snapshot");
-                    since = None;
+                Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
+                // Quiet networks are the rule. Whether the server lives, a question with an answer tells.
+                Err(Failure::Silent(_)) if self.ask_one(server, &config_ask()).await.is_ok() => {
+                    since = Some(cursor);
+                    continue;
                 }
-                Err(why) => {
-                    tracing::debug!(%server, why, "poll ended; asking for a snapshot");
-                    since = None;
-                }
-            }
+                Err(failure) => failure.to_string(),
+            };
+            tracing::debug!(%server, why, "a poll failed; asking for a snapshot");
+            // All nodes lose a server at once; and one that fails every poll must not be asked in a loop.
+            let pause = if asked.elapsed() < POLL_PAUSE {
+                POLL_PAUSE
+            } else {
+                POLL_PAUSE.mul_f64(rand::random_range(0.1..0.5))
+            };
+            sleep(pause).await;
+            since = None;
         }
     }
 
@@ -250,18 +269,7 @@ impl Store for RemoteStore {
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "read the network config",
-                method: Method::GET,
-                path: "/v1/_/config".to_owned(),
-                body: String::new(),
-                previous: None,
-                about: None,
-                timeout: REQUEST_TIMEOUT,
-            };
-            Ok(self.ask(&ask).await?.body.trim().to_owned())
-        })
+        Box::pin(async move { Ok(self.ask(&config_ask()).await?.body.trim().to_owned()) })
     }
 
     fn acquire<'a>(
@@ -360,6 +368,18 @@ impl Store for RemoteStore {
             })
         })
         .boxed()
+    }
+}
+
+fn config_ask() -> Ask<'static> {
+    Ask {
+        doing: "read the network config",
+        method: Method::GET,
+        path: "/v1/_/config".to_owned(),
+        body: String::new(),
+        previous: None,
+        about: None,
+        timeout: REQUEST_TIMEOUT,
     }
 }
 

@@ -8,7 +8,7 @@
 //! Times are RFC 3339 with nanoseconds in UTC; `0001-01-01T00:00:00Z`, Go's zero time, means "none".
 
 use std::fmt::Write;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -295,7 +295,7 @@ pub fn parse_time(text: &str) -> Option<Expiration> {
     };
     let seconds = days_from_civil(year, month, day) * 86_400 + hour * 3600 + minute * 60 + second - offset_s;
     Some(match u64::try_from(seconds) {
-        Ok(seconds) => Expiration::At(SystemTime::from(UNIX_EPOCH + Duration::new(seconds, nanos))),
+        Ok(seconds) => Expiration::At(UNIX_EPOCH + Duration::new(seconds, nanos)),
         Err(_) => Expiration::Never,
     })
 }
