@@ -233,7 +233,7 @@ impl Feed {
                     }
                     Err(error) => {
                         if complaints.allows() {
-                            tracing::warn!(%error, "lost the store; answering with what was last known");
+                            tracing::warn!(%error, "the store does not answer; polls get what was last known");
                         }
                         break;
                     }

@@ -4,7 +4,7 @@
 //! reached or does not answer in time, to the next, until each was tried once. An answer that says no counts as an
 //! answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
 //!
-//! A watch is a chain of long polls. A poll that brings nothing for [`POLL_TIMEOUT`] is given up; if the server still
+//! A watch is a chain of long polls. A poll that brings nothing for a minute is given up; if the server still
 //! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP keep-alive. When a server
 //! is lost in the middle of a watch, the next one is asked for a snapshot, because a cursor means nothing to it.
 //!
