@@ -2,9 +2,13 @@
 
 pub mod addr;
 pub mod backend;
+pub mod cli;
 pub mod control;
+pub mod daemon;
 pub mod dataplane;
 pub mod host;
 pub mod lease;
+pub mod options;
+pub mod server;
 pub mod status;
 pub mod wire;

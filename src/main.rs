@@ -1,1 +1,23 @@
-fn main(){}
+//! Parse, run, give the exit status.
+
+use std::process::ExitCode;
+
+use kersey::cli::{self, Command};
+
+fn main() -> ExitCode {
+    let parsed = match cli::parse_process() {
+        Ok(parsed) => parsed,
+        Err(stop) => return stop.report(),
+    };
+    if let Some(options) = cli::log_options(&parsed.command) {
+        cli::start_logging(options);
+    }
+    for note in &parsed.notes {
+        tracing::warn!("{note}");
+    }
+    match parsed.command {
+        Command::Run(options) => kersey::daemon::run(*options),
+        Command::Server(options) => cli::server::run(&options),
+        Command::Status(options) => cli::status::run(&options),
+    }
+}

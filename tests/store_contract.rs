@@ -17,8 +17,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{BoxStream, StreamExt};
-use kersey::control::store::{Cursor, EmbeddedStore, EtcdOptions, EtcdStore, Store, StoreError, WatchItem};
+use kersey::control::config::NetworkConfig;
+use kersey::control::store::{
+    Cursor, EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError, WatchItem,
+};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use kersey::server;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 /// Makes a test of every rule for every store.
@@ -28,7 +33,7 @@ macro_rules! contract {
             use super::*;
             contract!(@rules $open:
                 a_missing_config_is_a_refusal("", HOUR),
-                the_config_is_given_as_it_stands(CONFIG, HOUR),
+                the_config_is_given_unchanged(CONFIG, HOUR),
                 a_node_gets_its_subnet_again(CONFIG, HOUR),
                 a_previous_subnet_is_given_if_free(CONFIG, HOUR),
                 thirty_two_claim_thirty_two_subnets(SMALL, HOUR),
@@ -51,6 +56,7 @@ macro_rules! contract {
 contract! {
     etcd: open_etcd,
     embedded: open_embedded,
+    remote: open_remote,
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -91,6 +97,17 @@ async fn open_embedded(config: &str, ttl: Duration) -> Option<Fixture> {
     })
 }
 
+async fn open_remote(config: &str, ttl: Duration) -> Option<Fixture> {
+    let Fixture { store, _guard } = open_embedded(config, ttl).await?;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serving = tokio::spawn(server::serve(listener, store, std::future::pending()));
+    Some(Fixture {
+        store: Arc::new(RemoteStore::new(vec![address.parse().unwrap()])),
+        _guard: Box::new((_guard, serving)),
+    })
+}
+
 async fn a_missing_config_is_a_refusal(fixture: Fixture) {
     assert!(matches!(
         fixture.store.config().await,
@@ -103,8 +120,10 @@ async fn a_missing_config_is_a_refusal(fixture: Fixture) {
     );
 }
 
-async fn the_config_is_given_as_it_stands(fixture: Fixture) {
-    assert_eq!(fixture.store.config().await.unwrap(), CONFIG);
+async fn the_config_is_given_unchanged(fixture: Fixture) {
+    // A server fills in what is left out; the meaning stays.
+    let read = |text: &str| NetworkConfig::parse(text).unwrap();
+    assert_eq!(read(&fixture.store.config().await.unwrap()), read(CONFIG));
 }
 
 async fn a_node_gets_its_subnet_again(fixture: Fixture) {

@@ -7,6 +7,8 @@
 pub mod embedded;
 pub mod etcd;
 mod local;
+mod open;
+pub mod remote;
 
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +20,8 @@ use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 pub use embedded::EmbeddedStore;
 pub use etcd::{EtcdOptions, EtcdStore, Expirations};
 pub use local::LocalStore;
+pub use open::{OpenError, open};
+pub use remote::RemoteStore;
 
 /// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,721 @@
+//! The command line and the environment, turned into the options of one subcommand.
+//!
+//! Parsing has three steps, so that flannel's users keep their habits and clap still writes the help:
+//!
+//! 1. `go_flags` reads the arguments as Go's `flag` package would: `(name, value)` pairs;
+//! 2. `environment` adds what `KERSEY_X` and `FLANNELD_X` set and the command line does not;
+//! 3. clap reads the result, in the one form `--name=value`, checks each value and fills the subcommand's struct,
+//!    which becomes plain data in [`options`](crate::options).
+//!
+//! Started as `flanneld` (a link to this binary will do) there are no subcommands: all arguments are flags of `run`,
+//! and `-listen` alone makes a server of it, as flannel 0.5 to 0.7 did.
+//!
+//! All of it is pure: arguments and variables in, a [`Parsed`] or a [`Stop`] out. A subcommand is one file in this
+//! folder with its flags, one variant of [`Command`] and one arm in `parse`.
+
+mod environment;
+mod go_flags;
+mod logging;
+mod run;
+pub mod server;
+pub mod status;
+mod store;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use clap::{Args, FromArgMatches};
+
+pub use self::logging::start_logging;
+
+use self::environment::Variables;
+use self::go_flags::{Grammar, Setting};
+use self::run::RunArgs;
+use self::server::ServerArgs;
+use self::status::StatusArgs;
+use crate::options::{LogOptions, RunOptions, ServerOptions, StatusOptions};
+
+/// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only.
+pub mod exit {
+    /// All went well, or the daemon was asked to stop.
+    pub const OK: u8 = 0;
+    /// Something failed at run time.
+    pub const FAILED: u8 = 1;
+    /// The command line or a variable is wrong.
+    pub const USAGE: u8 = 2;
+    /// This machine lacks something: a capability, a device, a kernel feature.
+    pub const ENVIRONMENT: u8 = 3;
+    /// The network config is invalid.
+    pub const CONFIG: u8 = 4;
+}
+
+/// A subcommand and its options.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// `kersey run`, or `flanneld`.
+    Run(Box<RunOptions>),
+    /// `kersey server`, or `flanneld -listen`.
+    Server(Box<ServerOptions>),
+    /// `kersey status`.
+    Status(StatusOptions),
+}
+
+/// What to do, and what to tell the user about how it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// What to do.
+    pub command: Command,
+    /// Sentences to log once logging has started: flags without effect, variables with a typo.
+    pub notes: Vec<String>,
+}
+
+/// Why there is nothing to do.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or a version was asked for.
+    Told {
+        /// What to print.
+        text: String,
+        /// Where to.
+        stream: Stream,
+    },
+    /// The command line is wrong.
+    Misused(UsageError),
+    /// Clap's own message, for the words before the flags.
+    Clap(clap::Error),
+}
+
+/// Where a text goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Out,
+    /// Standard error, where flanneld prints help and version.
+    Err,
+}
+
+/// A mistake on the command line or in the environment, and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}\n  hint: {hint}")]
+pub struct UsageError {
+    message: String,
+    hint: String,
+}
+
+impl UsageError {
+    fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+impl From<UsageError> for Stop {
+    fn from(error: UsageError) -> Self {
+        Self::Misused(error)
+    }
+}
+
+impl Stop {
+    /// Prints what there is to say and gives the exit status.
+    pub fn report(self) -> ExitCode {
+        let (text, stream, status) = match self {
+            Self::Told { text, stream } => (text, stream, exit::OK),
+            Self::Misused(error) => (format!("error: {error}\n"), Stream::Err, exit::USAGE),
+            Self::Clap(error) => {
+                let status = u8::try_from(error.exit_code()).unwrap_or(exit::USAGE);
+                // Nobody is left to tell when the terminal is gone.
+                let _ = error.print();
+                return ExitCode::from(status);
+            }
+        };
+        let _ = match stream {
+            Stream::Out => std::io::stdout().write_all(text.as_bytes()),
+            Stream::Err => std::io::stderr().write_all(text.as_bytes()),
+        };
+        ExitCode::from(status)
+    }
+}
+
+/// Reads this process's arguments and environment.
+///
+/// # Errors
+/// Help or version was asked for, or something is wrong.
+pub fn parse_process() -> Result<Parsed, Stop> {
+    let text = |word: OsString| word.to_string_lossy().into_owned();
+    let args: Vec<String> = std::env::args_os().map(text).collect();
+    let variables = std::env::vars_os()
+        .map(|(name, value)| (text(name), text(value)))
+        .collect();
+    parse(&args, &variables)
+}
+
+/// Turns arguments (the first is the program's name) and environment variables into a subcommand and its options.
+///
+/// # Errors
+/// Help or version was asked for, or something is wrong.
+pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
+    let (program, rest) = match args.split_first() {
+        Some((program, rest)) => (program.rsplit('/').next().unwrap_or_default(), rest),
+        None => ("kersey", args),
+    };
+    if program == "flanneld" {
+        return run(rest, variables, Entry::Flanneld);
+    }
+    match rest.split_first() {
+        Some((word, flags)) if word == "run" => run(flags, variables, Entry::Kersey),
+        Some((word, flags)) if word == "server" => {
+            let (args, variables) = flags_of::<ServerArgs>("server", flags, variables, Entry::Kersey)?;
+            let options = args.into_options()?;
+            Ok(Parsed {
+                command: Command::Server(Box::new(options)),
+                notes: variables.notes,
+            })
+        }
+        Some((word, flags)) if word == "status" => {
+            let (args, _) = flags_of::<StatusArgs>("status", flags, variables, Entry::Kersey)?;
+            Ok(Parsed {
+                command: Command::Status(args.into_options()),
+                notes: Vec::new(),
+            })
+        }
+        // `lab` and `bench` go here.
+        Some((word, [name, ..])) if word == "help" && SUBCOMMANDS.contains(&name.as_str()) => parse(
+            &["kersey".to_owned(), name.clone(), "--help".to_owned()],
+            variables,
+        ),
+        Some(_) | None => Err(top_level(rest)),
+    }
+}
+
+/// Names of the subcommands whose flags are in Go's syntax.
+const SUBCOMMANDS: [&str; 3] = ["run", "server", "status"];
+
+/// The options for logging that a command carries.
+pub fn log_options(command: &Command) -> Option<LogOptions> {
+    match command {
+        Command::Run(options) => Some(options.log),
+        Command::Server(options) => Some(options.log),
+        Command::Status(_) => None,
+    }
+}
+
+/// Under which name the program was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    Kersey,
+    Flanneld,
+}
+
+fn run(flags: &[String], variables: &Variables, entry: Entry) -> Result<Parsed, Stop> {
+    let (args, from_variables) = flags_of::<RunArgs>("run", flags, variables, entry)?;
+    if args.wants_version() {
+        return Err(Stop::Told {
+            text: format!("kersey {}\n", env!("CARGO_PKG_VERSION")),
+            stream: Stream::Err,
+        });
+    }
+    let mut notes = from_variables.notes;
+    notes.extend(args.review(&from_variables.origin)?);
+    for name in run::OTHER_VARIABLES {
+        if variables.get(name).is_some_and(|value| !value.is_empty()) {
+            notes.push(format!(
+                "the environment variable {name} has no effect: it matters only with --kube-subnet-mgr"
+            ));
+        }
+    }
+    let command = if entry == Entry::Flanneld && args.wants_server() {
+        Command::Server(Box::new(args.into_flannel_server()?))
+    } else {
+        Command::Run(Box::new(args.into_options()?))
+    };
+    Ok(Parsed { command, notes })
+}
+
+/// What the environment had to say.
+struct FromVariables {
+    /// Flag → the variable that set it.
+    origin: BTreeMap<String, String>,
+    /// Sentences for the log.
+    notes: Vec<String>,
+}
+
+/// Flags whose empty value means "not given", as in flannel, where that is their default.
+const EMPTY_IS_UNSET: [&str; 9] = [
+    "public-ip",
+    "public-ipv6",
+    "iface-can-reach",
+    "remote",
+    "listen",
+    "iface",
+    "iface-regex",
+    "etcd-endpoints",
+    "network-config",
+];
+
+/// Reads the flags of one subcommand: Go's syntax, then the environment, then clap's checks.
+fn flags_of<A: Args + FromArgMatches>(
+    name: &'static str,
+    words: &[String],
+    variables: &Variables,
+    entry: Entry,
+) -> Result<(A, FromVariables), Stop> {
+    let command = subcommand::<A>(name, entry);
+    let grammar = Grammar::of(&command);
+    let given = grammar.parse(words)?;
+    if given.iter().any(|setting| setting.name == "help") {
+        return Err(help(command, entry));
+    }
+    let from_variables = environment::settings(&grammar, &given, variables);
+    // Each variable's value is checked by itself first, so that an error can name the variable.
+    for found in &from_variables {
+        let checked = command.clone().try_get_matches_from([found.setting.to_word()]);
+        if let Err(error) = checked {
+            return Err(bad_value(&found.variable, &found.setting.value, &error).into());
+        }
+    }
+    let mut settings: Vec<Setting> = from_variables.iter().map(|found| found.setting.clone()).collect();
+    for setting in given {
+        if setting.value.is_empty() && EMPTY_IS_UNSET.contains(&setting.name.as_str()) {
+            settings.retain(|earlier| earlier.name != setting.name);
+        } else {
+            settings.push(setting);
+        }
+    }
+    let matches = command
+        .clone()
+        .try_get_matches_from(settings.iter().map(Setting::to_word))
+        .map_err(|error| misused(&settings, &error))?;
+    let args = A::from_arg_matches(&matches).map_err(Stop::Clap)?;
+    Ok((
+        args,
+        FromVariables {
+            notes: environment::near_misses(&grammar, variables),
+            origin: from_variables
+                .into_iter()
+                .map(|found| (found.setting.name, found.variable))
+                .collect(),
+        },
+    ))
+}
+
+/// The clap command for the flags of one subcommand, without a program name in front of them.
+fn subcommand<A: Args>(name: &'static str, entry: Entry) -> clap::Command {
+    let shown = match entry {
+        Entry::Kersey => format!("kersey {name}"),
+        Entry::Flanneld => "flanneld".to_owned(),
+    };
+    A::augment_args(clap::Command::new(name).bin_name(&shown).display_name(shown))
+        .no_binary_name(true)
+        .args_override_self(true)
+        .disable_help_flag(true)
+        .arg(
+            clap::Arg::new("help")
+                .short('h')
+                .long("help")
+                .help("Print help")
+                .help_heading("Other")
+                .action(clap::ArgAction::SetTrue),
+        )
+        .max_term_width(100)
+}
+
+/// Clap's compact help, one line a flag, under the whole description.
+fn help(mut command: clap::Command, entry: Entry) -> Stop {
+    if let Some(about) = command.get_long_about().cloned() {
+        command = command.about(about);
+    }
+    Stop::Told {
+        text: command.render_help().to_string(),
+        stream: match entry {
+            Entry::Kersey => Stream::Out,
+            Entry::Flanneld => Stream::Err,
+        },
+    }
+}
+
+/// Finds the value clap refused and says why.
+fn misused(settings: &[Setting], error: &clap::Error) -> Stop {
+    let context = |kind| match error.get(kind) {
+        Some(clap::error::ContextValue::String(text)) => Some(text.clone()),
+        Some(_) | None => None,
+    };
+    let refused = context(clap::error::ContextKind::InvalidArg).and_then(|arg| {
+        let name = arg
+            .trim_start_matches('-')
+            .split([' ', '=', '['])
+            .next()?
+            .to_owned();
+        settings.iter().rev().find(|setting| setting.name == name)
+    });
+    match refused {
+        Some(setting) => {
+            let flag = format!("--{}", setting.name);
+            bad_value(&flag, &setting.value, error).into()
+        }
+        None => Stop::Misused(UsageError::new(first_line(error), "see --help")),
+    }
+}
+
+fn bad_value(origin: &str, value: &str, error: &clap::Error) -> UsageError {
+    let shown = if origin.to_ascii_lowercase().contains("password") {
+        "***"
+    } else {
+        value
+    };
+    let possible = match error.get(clap::error::ContextKind::ValidValue) {
+        Some(clap::error::ContextValue::Strings(values)) => {
+            Some(format!("expected one of {}", values.join(", ")))
+        }
+        Some(_) | None => None,
+    };
+    let rule = std::error::Error::source(error)
+        .map(ToString::to_string)
+        .or(possible)
+        .unwrap_or_else(|| first_line(error));
+    UsageError::new(format!("invalid value {shown:?} for {origin}"), rule)
+}
+
+fn first_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
+}
+
+/// Help, version or an error for words that start no subcommand.
+fn top_level(words: &[String]) -> Stop {
+    let mut command = clap::Command::new("kersey")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(
+            "Flannel without the kernel's tunnel drivers: a drop-in flanneld that encapsulates in userspace",
+        )
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .max_term_width(100)
+        .subcommand(with_help::<RunArgs>("run"))
+        .subcommand(with_help::<ServerArgs>("server"))
+        .subcommand(with_help::<StatusArgs>("status"))
+        .after_help("Started under the name flanneld, the program takes the flags of `kersey run` directly.");
+    command.build();
+    match command.try_get_matches_from(std::iter::once(&"kersey".to_owned()).chain(words)) {
+        Ok(_) => Stop::Misused(UsageError::new("no subcommand", "see kersey --help")),
+        Err(error) => Stop::Clap(error),
+    }
+}
+
+fn with_help<A: Args>(name: &'static str) -> clap::Command {
+    A::augment_args(clap::Command::new(name))
+}
+
+/// A clap value parser for an address type.
+fn address<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: T::Err| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::options::{IngressCheck, LogLevel, StatusForm, StoreKind};
+
+    #[test]
+    fn flanneld_without_flags_is_flannels_defaults() {
+        let options = run_options(&["flanneld"], &[]);
+        let StoreKind::Etcd(etcd) = &options.store.kind else {
+            panic!("{:?}", options.store);
+        };
+        assert_eq!(etcd.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
+        assert_eq!(etcd.prefix, "/coreos.com/network");
+        assert_eq!(options.subnet_file, Path::new("/run/flannel/subnet.env"));
+        assert_eq!(options.lease.ttl, Duration::from_secs(86_400));
+        assert_eq!(options.lease.renew_margin, Duration::from_secs(3600));
+        assert_eq!(options.packet_path.device, "flannel0");
+        assert_eq!(options.packet_path.ingress_check, IngressCheck::Strict);
+        assert_eq!(options.status_socket, Path::new("/run/kersey/status.sock"));
+        assert_eq!(options.log.level, LogLevel::Info);
+    }
+
+    #[test]
+    fn single_flags_take_the_last_value_and_iface_accumulates() {
+        let options = run_options(
+            &[
+                "/opt/bin/flanneld",
+                "-iface",
+                "eth0",
+                "--iface=eth1",
+                "-etcd-prefix=/a",
+                "-etcd-prefix",
+                "/b",
+                "-v=0x2",
+            ],
+            &[],
+        );
+        assert_eq!(options.interface.iface, ["eth0", "eth1"]);
+        let StoreKind::Etcd(etcd) = options.store.kind else {
+            panic!("etcd expected");
+        };
+        assert_eq!(etcd.prefix, "/b");
+        assert_eq!(options.log.level, LogLevel::Debug);
+    }
+
+    #[test]
+    fn an_empty_value_unsets_where_flannels_default_is_empty() {
+        let options = run_options(
+            &["kersey", "run", "-public-ip=10.0.0.1", "-public-ip="],
+            &[("FLANNELD_PUBLIC_IP", "1.1.1.1")],
+        );
+        assert_eq!(options.interface.public_ip, None);
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_environment() {
+        let variables = [
+            ("FLANNELD_PUBLIC_IP", "10.0.0.1"),
+            ("KERSEY_QUEUES", "3"),
+            ("FLANNELD_QUEUES", "5"),
+        ];
+        let options = run_options(&["kersey", "run", "--public-ip", "10.0.0.2"], &variables);
+        assert_eq!(options.interface.public_ip, Some("10.0.0.2".parse().unwrap()));
+        assert_eq!(
+            options.packet_path.queues.map(std::num::NonZeroUsize::get),
+            Some(3)
+        );
+    }
+
+    #[test]
+    fn the_store_follows_from_the_flags() {
+        for (flags, expected) in [
+            (&["--remote=a:1,http://b:2"] as &[&str], "Remote([a:1, b:2])"),
+            (&["--listen=:8888"], "Embedded"),
+            (&["--listen=:8888", "--etcd-endpoints=http://e:2379"], "Etcd"),
+            (&[], "Etcd"),
+        ] {
+            let args = [&["kersey", "run"], flags].concat();
+            let kind = format!("{:?}", run_options(&args, &[]).store.kind);
+            assert!(kind.starts_with(expected), "{flags:?}: {kind}");
+        }
+    }
+
+    #[test]
+    fn flanneld_with_listen_is_a_server_over_etcd() {
+        let parsed = parse(
+            &words(&[
+                "flanneld",
+                "-listen",
+                "0.0.0.0:10253",
+                "-etcd-prefix=/kubernetes.io/network",
+            ]),
+            &variables(&[]),
+        )
+        .unwrap();
+        let Command::Server(options) = parsed.command else {
+            panic!("{:?}", parsed.command);
+        };
+        assert_eq!(options.listen.to_string(), "0.0.0.0:10253");
+        assert!(matches!(options.store.kind, StoreKind::Etcd(_)));
+    }
+
+    #[test]
+    fn mistakes_are_refused_with_the_way_out() {
+        type Words = &'static [&'static str];
+        type Pairs = &'static [(&'static str, &'static str)];
+        let cases: &[(Words, Pairs, Words)] = &[
+            (
+                &["--etcd-endpiont=x"],
+                &[],
+                &["unknown flag --etcd-endpiont", "--etcd-endpoints"],
+            ),
+            (
+                &["--ip-masq"],
+                &[],
+                &["--ip-masq=true is not supported", "MASQUERADE"],
+            ),
+            (
+                &[],
+                &[("FLANNELD_IP_MASQ", "true")],
+                &["FLANNELD_IP_MASQ=true is not supported"],
+            ),
+            (&["--kube-subnet-mgr"], &[], &["not supported", "--remote"]),
+            (&["--ip-blackhole-route=1"], &[], &["not supported"]),
+            (&["--healthz-port=8081"], &[], &["not supported", "kersey status"]),
+            (&["--networks=a,b"], &[], &["not supported", "--etcd-prefix"]),
+            (&["--remote-cafile=x"], &[], &["not supported"]),
+            (&["--use-multi-cluster-cidr"], &[], &["not supported"]),
+            (&["--queues=0"], &[], &["\"0\" for --queues", "1 to 256"]),
+            (
+                &[],
+                &[("KERSEY_QUEUES", "many")],
+                &["\"many\" for KERSEY_QUEUES", "1 to 256"],
+            ),
+            (
+                &[],
+                &[("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1440")],
+                &["FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1439"],
+            ),
+            (
+                &["--ingress-check=maybe"],
+                &[],
+                &["--ingress-check", "strict, loose, off"],
+            ),
+            (&["--device=much/too/long"], &[], &["--device", "interface name"]),
+            (
+                &["--iface-regex=("],
+                &[],
+                &["--iface-regex", "regular expression"],
+            ),
+            (&["--public-ip=fd00::1"], &[], &["--public-ip", "IPv4"]),
+            (&["--listen=:1", "--remote=a:1"], &[], &["exclude each other"]),
+            (
+                &["--remote=a:1", "--etcd-endpoints=x"],
+                &[],
+                &["exclude each other"],
+            ),
+            (
+                &["--remote=https://a:1"],
+                &[],
+                &["--remote", "https:// is not supported"],
+            ),
+            (&["--listen=fd://"], &[], &["--listen", "fd:// is not supported"]),
+            (
+                &["--network-config=x"],
+                &[],
+                &["--network-config is for the embedded store"],
+            ),
+            (&["--etcd-keyfile=x"], &[], &["need each other"]),
+            (&["--etcd-username=x"], &[], &["need each other"]),
+            (&["--etcd-prefix="], &[], &["--etcd-prefix"]),
+            (&["--lease-ttl=60"], &[], &["never due", "--lease-renew-margin"]),
+            (
+                &["--verify-inner", "true"],
+                &[],
+                &["unexpected word", "--verify-inner=true"],
+            ),
+        ];
+        for (flags, environment, expected) in cases {
+            let args = [&["kersey", "run"], *flags].concat();
+            let error = match parse(&words(&args), &variables(environment)) {
+                Err(Stop::Misused(error)) => error.to_string(),
+                other => panic!("{flags:?} {environment:?}: {other:?}"),
+            };
+            for part in *expected {
+                assert!(error.contains(part), "{flags:?} {environment:?}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_effect_is_noted() {
+        for (flags, environment, expected) in [
+            (
+                &["--iptables-resync=5"] as &[&str],
+                &[] as &[(&str, &str)],
+                Some("sets no firewall rules yet"),
+            ),
+            (&["--log_dir=/x"], &[], Some("standard error only")),
+            (&["--kubeconfig-file=/x"], &[], Some("--kube-subnet-mgr")),
+            (
+                &[],
+                &[("EVENT_QUEUE_DEPTH", "9")],
+                Some("EVENT_QUEUE_DEPTH has no effect"),
+            ),
+            (
+                &[],
+                &[("FLANNEL_ETCD_KEYFILE", "/x")],
+                Some("did you mean FLANNELD_ETCD_KEYFILE?"),
+            ),
+            (
+                &[
+                    "--logtostderr",
+                    "--ip-masq=false",
+                    "--healthz-port=0",
+                    "--kube-subnet-mgr=F",
+                    "--networks=",
+                ],
+                &[],
+                None,
+            ),
+        ] {
+            let args = [&["kersey", "run"], flags].concat();
+            let notes = parse(&words(&args), &variables(environment)).unwrap().notes;
+            match expected {
+                Some(part) => assert!(
+                    notes.len() == 1 && notes[0].contains(part),
+                    "{flags:?}: {notes:?}"
+                ),
+                None => assert!(notes.is_empty(), "{flags:?}: {notes:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_password_in_the_environment_is_not_shown() {
+        let error = bad_value(
+            "FLANNELD_ETCD_PASSWORD",
+            "hunter2",
+            &clap::Error::new(clap::error::ErrorKind::ValueValidation),
+        );
+        assert!(!error.to_string().contains("hunter2"));
+    }
+
+    #[test]
+    fn help_and_version_go_where_each_name_sends_them() {
+        for (args, expected, part) in [
+            (&["flanneld", "-h"] as &[&str], Stream::Err, "Usage: flanneld"),
+            (&["flanneld", "--version"], Stream::Err, "kersey 0"),
+            (&["kersey", "run", "--help"], Stream::Out, "Packet path:"),
+            (&["kersey", "help", "run"], Stream::Out, "Usage: kersey run"),
+            (&["kersey", "server", "-help"], Stream::Out, "--listen"),
+        ] {
+            match parse(&words(args), &variables(&[])) {
+                Err(Stop::Told { text, stream }) => {
+                    assert_eq!(stream, expected, "{args:?}");
+                    assert!(text.contains(part), "{args:?}: {text}");
+                }
+                other => panic!("{args:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn status_finds_the_socket_the_daemon_was_told() {
+        let parsed = parse(
+            &words(&["kersey", "status", "--json"]),
+            &variables(&[("KERSEY_STATUS_SOCKET", "/s")]),
+        )
+        .unwrap();
+        let Command::Status(options) = parsed.command else {
+            panic!("{:?}", parsed.command);
+        };
+        assert_eq!(
+            (options.socket.as_path(), options.form),
+            (Path::new("/s"), StatusForm::Json)
+        );
+    }
+
+    fn run_options(args: &[&str], environment: &[(&str, &str)]) -> RunOptions {
+        match parse(&words(args), &variables(environment)) {
+            Ok(Parsed {
+                command: Command::Run(options),
+                ..
+            }) => *options,
+            other => panic!("{args:?}: {other:?}"),
+        }
+    }
+
+    fn words(args: &[&str]) -> Vec<String> {
+        args.iter().map(|&word| word.to_owned()).collect()
+    }
+
+    fn variables(pairs: &[(&str, &str)]) -> Variables {
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+}

@@ -1,0 +1,62 @@
+//! Logging: its flags and its start.
+
+use std::io;
+
+use tracing_subscriber::filter::LevelFilter;
+
+use super::store::int_within;
+use crate::options::{LogFormat, LogLevel, LogOptions};
+
+/// Kersey's and flannel's logging flags.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Logging")]
+pub(super) struct LogArgs {
+    /// Most detailed level shown [default: info]
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    log_level: Option<LogLevel>,
+    /// Line format; lines go to standard error
+    #[arg(long, value_name = "FORMAT", value_enum, default_value = "text")]
+    log_format: LogFormat,
+    /// Flannel's verbosity: 1 to 5 mean debug, above 5 trace; --log-level wins
+    #[arg(long, value_name = "N", value_parser = verbosity)]
+    v: Option<u8>,
+}
+
+impl LogArgs {
+    pub(super) fn options(&self) -> LogOptions {
+        let by_verbosity = match self.v.unwrap_or(0) {
+            0 => LogLevel::Info,
+            1..=5 => LogLevel::Debug,
+            6.. => LogLevel::Trace,
+        };
+        LogOptions {
+            format: self.log_format,
+            level: self.log_level.unwrap_or(by_verbosity),
+        }
+    }
+}
+
+/// Sends log lines to standard error from here on. A second call changes nothing.
+pub fn start_logging(options: LogOptions) {
+    let level = match options.level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none());
+    // An error says that logging was started before, by a test or an embedding program; that one stays.
+    let _already_started = match options.format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}
+
+fn verbosity(text: &str) -> Result<u8, String> {
+    let value = int_within(text, 0..=i64::from(i32::MAX))?;
+    Ok(u8::try_from(value).unwrap_or(u8::MAX))
+}

@@ -1,0 +1,95 @@
+//! `kersey server`: its flags, and the process around the server.
+
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::exit;
+use super::logging::LogArgs;
+use super::store::{EtcdArgs, OwnStoreArgs, Serving, store_options};
+use super::{UsageError, address};
+use crate::control::store::etcd::Expirations;
+use crate::control::store::{self, OpenError};
+use crate::options::{ListenAddress, ServerOptions};
+use crate::server::{self, ListenError};
+
+/// Serve config and leases to other nodes over HTTP, without joining the overlay
+///
+/// The store is a database of this process (give --network-config the first time), or etcd if --etcd-endpoints is
+/// given. Nodes join with `kersey run --remote HOST:PORT`; flannel 0.5 to 0.7 clients are served too. There is no
+/// authentication: listen on an address only your nodes can reach.
+#[derive(Debug, clap::Args)]
+pub(super) struct ServerArgs {
+    /// Where to listen; port 0 lets the kernel choose
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8888", value_parser = address::<ListenAddress>)]
+    listen: ListenAddress,
+    #[command(flatten)]
+    own: OwnStoreArgs,
+    #[command(flatten)]
+    etcd: EtcdArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+impl ServerArgs {
+    pub(super) fn into_options(self) -> Result<ServerOptions, UsageError> {
+        Ok(ServerOptions {
+            store: store_options(self.etcd, &self.own, None, Serving::Yes)?,
+            listen: self.listen,
+            lease_ttl: self.own.lease_ttl,
+            log: self.log.options(),
+        })
+    }
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(options: &ServerOptions) -> ExitCode {
+    let served = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)
+        .and_then(|runtime| runtime.block_on(serve(options)));
+    match served {
+        Ok(()) => ExitCode::from(exit::OK),
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::from(match error {
+                ServeError::Open(OpenError::Config(_)) => exit::CONFIG,
+                ServeError::Open(_) | ServeError::Listen(_) | ServeError::Runtime(_) => exit::FAILED,
+            })
+        }
+    }
+}
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("cannot start the runtime: {0}")]
+    Runtime(std::io::Error),
+}
+
+async fn serve(options: &ServerOptions) -> Result<(), ServeError> {
+    // Taken first, so that a signal that comes while the store opens is not lost.
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Runtime)?;
+    let store = store::open(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
+    let listener = server::listen(&options.listen).await?;
+    let address = listener.local_addr().map_err(ServeError::Runtime)?;
+    tracing::info!(%address, store = store.place(), "serving leases");
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let stop = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        tracing::info!("stopping");
+    };
+    server::serve(listener, store, stop).await;
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! Opening the store the options name: one arm per store.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::etcd::Expirations;
+use super::{EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError};
+use crate::control::config::{ConfigError, NetworkConfig};
+use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
+
+/// The embedded store's file in its directory.
+const FILE: &str = "leases.redb";
+
+/// Why a store cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The store said so.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The directory of the embedded store cannot be made.
+    #[error("cannot create the data directory {}: {source}", .path.display())]
+    DataDir {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file given with `--network-config` cannot be read.
+    #[error("cannot read the network config {}: {source}", .path.display())]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The config given with `--network-config` is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// Opens the store `kind` names. Etcd and servers are not asked anything yet; `expirations` matters to etcd only.
+///
+/// # Errors
+/// Files cannot be read or written, or the config for an embedded store is invalid.
+pub async fn open(
+    kind: &StoreKind,
+    ttl: Duration,
+    expirations: Expirations,
+) -> Result<Arc<dyn Store>, OpenError> {
+    Ok(match kind {
+        StoreKind::Etcd(etcd) => Arc::new(EtcdStore::connect(etcd_options(etcd, ttl, expirations))?),
+        StoreKind::Embedded(embedded) => Arc::new(open_embedded(embedded, ttl).await?),
+        StoreKind::Remote(servers) => Arc::new(RemoteStore::new(servers.clone())),
+    })
+}
+
+fn etcd_options(etcd: &options::EtcdOptions, ttl: Duration, expirations: Expirations) -> EtcdOptions {
+    let (username, password) = match &etcd.login {
+        Some(login) => (login.user.clone(), login.password.clone()),
+        None => (String::new(), String::new()),
+    };
+    let (certfile, keyfile) = match &etcd.client_cert {
+        Some(cert) => (Some(cert.cert_file.clone()), Some(cert.key_file.clone())),
+        None => (None, None),
+    };
+    EtcdOptions {
+        endpoints: etcd.endpoints.clone(),
+        prefix: etcd.prefix.clone(),
+        username,
+        password,
+        cafile: etcd.ca_file.clone(),
+        certfile,
+        keyfile,
+        ttl,
+        expirations,
+    }
+}
+
+/// Opens the file, and gives it the config if it has none. A config that is there stays: nodes run by it.
+async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<EmbeddedStore, OpenError> {
+    let given = match &embedded.network_config {
+        None => None,
+        Some(NetworkConfigSource::Inline(text)) => Some(text.clone()),
+        Some(NetworkConfigSource::File(path)) => {
+            let text = fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
+                path: path.clone(),
+                source,
+            })?;
+            Some(text)
+        }
+    };
+    let given = given
+        .map(|text| NetworkConfig::parse(&text).map(|parsed| (text, parsed)))
+        .transpose()?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&embedded.data_dir)
+        .map_err(|source| OpenError::DataDir {
+            path: embedded.data_dir.clone(),
+            source,
+        })?;
+    let store = EmbeddedStore::open(&embedded.data_dir.join(FILE), ttl)?;
+    match (store.config().await, given) {
+        (Ok(held), Some((_, given))) if NetworkConfig::parse(&held).ok() != Some(given.clone()) => {
+            tracing::warn!(
+                store = store.place(),
+                "the store has another network config than --network-config says; the store's is used"
+            );
+        }
+        (Ok(_), Some(_) | None) => {}
+        (Err(_), Some((text, _))) => store.set_config(text.trim()).await?,
+        (Err(_), None) => {
+            tracing::warn!(
+                store = store.place(),
+                "the store has no network config; give --network-config once"
+            );
+        }
+    }
+    Ok(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_embedded_store_keeps_its_first_config() {
+        let dir = tempfile::tempdir().unwrap();
+        for given in [r#"{"Network":"10.1.0.0/16"}"#, r#"{"Network":"10.2.0.0/16"}"#] {
+            let store = open(
+                &embedded(&dir, given),
+                Duration::from_secs(60),
+                Expirations::Assume,
+            )
+            .await
+            .unwrap();
+            assert_eq!(store.config().await.unwrap(), r#"{"Network":"10.1.0.0/16"}"#);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_invalid_config_is_refused_before_anything_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = open(
+            &embedded(&dir, "{}"),
+            Duration::from_secs(60),
+            Expirations::Assume,
+        )
+        .await
+        .err()
+        .unwrap();
+        assert!(matches!(error, OpenError::Config(_)), "{error}");
+        assert!(!dir.path().join("data").exists());
+    }
+
+    fn embedded(dir: &tempfile::TempDir, config: &str) -> StoreKind {
+        StoreKind::Embedded(EmbeddedOptions {
+            data_dir: dir.path().join("data"),
+            network_config: Some(NetworkConfigSource::Inline(config.to_owned())),
+        })
+    }
+}

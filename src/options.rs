@@ -1,0 +1,442 @@
+//! What the user asked for, as plain data: the command line and the environment, parsed and checked.
+//!
+//! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
+//! refused never gets this far.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// `kersey run`: the daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Where config and leases live.
+    pub store: StoreOptions,
+    /// Serve that store to other nodes here, while this node uses it too.
+    pub listen: Option<ListenAddress>,
+    /// Which underlay interface and addresses to use.
+    pub interface: InterfaceOptions,
+    /// Where `subnet.env` is written.
+    pub subnet_file: PathBuf,
+    /// Lease times.
+    pub lease: LeaseOptions,
+    /// The TUN device and the packet path.
+    pub packet_path: PacketPathOptions,
+    /// The unix socket `kersey status` asks.
+    pub status_socket: PathBuf,
+    /// Logging.
+    pub log: LogOptions,
+}
+
+/// `kersey server`: a store served over HTTP, no overlay on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// The store served.
+    pub store: StoreOptions,
+    /// Where to listen.
+    pub listen: ListenAddress,
+    /// How long a lease handed out lives without renewal.
+    pub lease_ttl: Duration,
+    /// Logging.
+    pub log: LogOptions,
+}
+
+/// `kersey status`: ask a running daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatusOptions {
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// How to print the answer.
+    pub form: StatusForm,
+}
+
+/// How `kersey status` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatusForm {
+    /// A table for people.
+    Table,
+    /// The document as it came.
+    Json,
+}
+
+/// A store, and how patient to be with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// Which store.
+    pub kind: StoreKind,
+    /// The longest pause between two attempts to reach it.
+    pub backoff_cap: Duration,
+}
+
+/// Which store holds config and leases.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreKind {
+    /// An etcd cluster, with flannel's keys.
+    Etcd(EtcdOptions),
+    /// A database file of this process.
+    Embedded(EmbeddedOptions),
+    /// Kersey (or old flannel) servers over HTTP, in order of preference.
+    Remote(Vec<ServerAddress>),
+}
+
+/// Access to etcd.
+#[derive(Clone, PartialEq, Eq)]
+pub struct EtcdOptions {
+    /// Endpoint URLs.
+    pub endpoints: Vec<String>,
+    /// Key prefix, as given.
+    pub prefix: String,
+    /// Root certificates; the system's if absent.
+    pub ca_file: Option<PathBuf>,
+    /// Client certificate and its key; one without the other is refused.
+    pub client_cert: Option<ClientCert>,
+    /// User and password; one without the other is refused.
+    pub login: Option<Login>,
+}
+
+/// A client certificate on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCert {
+    /// PEM certificate.
+    pub cert_file: PathBuf,
+    /// PEM private key.
+    pub key_file: PathBuf,
+}
+
+/// A user and a password. `Debug` hides the password, so that no log line can show it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Login {
+    /// User name.
+    pub user: String,
+    /// Password.
+    pub password: String,
+}
+
+/// The store inside this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EmbeddedOptions {
+    /// Directory of the database.
+    pub data_dir: PathBuf,
+    /// Network config put into a database that has none.
+    pub network_config: Option<NetworkConfigSource>,
+}
+
+/// Where an initial network config comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetworkConfigSource {
+    /// JSON text from the command line.
+    Inline(String),
+    /// A file, flannel's `net-conf.json`.
+    File(PathBuf),
+}
+
+/// Which underlay interface and addresses to use; flannel's rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterfaceOptions {
+    /// Names or addresses, tried in order.
+    pub iface: Vec<String>,
+    /// Patterns on address, then name, after all of `iface`.
+    pub iface_regex: Vec<String>,
+    /// Choose by the route to this address, after the two above.
+    pub can_reach: Option<IpAddr>,
+    /// Address told to peers.
+    pub public_ip: Option<Ipv4Addr>,
+    /// IPv6 address told to peers.
+    pub public_ipv6: Option<Ipv6Addr>,
+}
+
+/// Lease times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseOptions {
+    /// How long a lease lives without renewal.
+    pub ttl: Duration,
+    /// How long before its end it is renewed; shorter than `ttl`.
+    pub renew_margin: Duration,
+}
+
+/// The TUN device and the packet path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketPathOptions {
+    /// Name of the TUN device.
+    pub device: String,
+    /// How inbound packets are checked.
+    pub ingress_check: IngressCheck,
+    /// TCP segmentation offload on the TUN device.
+    pub tun_tso: Offload,
+    /// UDP segmentation offload on the TUN device.
+    pub tun_uso: Offload,
+    /// Segmentation offload on the UDP socket.
+    pub udp_gso: Offload,
+    /// Receive coalescing on the UDP socket.
+    pub udp_gro: Offload,
+    /// What to do about checksums of inner packets.
+    pub inner_checksums: InnerChecksums,
+    /// Queues, each with its own worker; chosen by core count if absent.
+    pub queues: Option<NonZeroUsize>,
+    /// How workers are laid out on threads.
+    pub threads: ThreadLayout,
+    /// UDP source ports outbound flows are spread over; the backend's choice if absent.
+    pub source_ports: Option<NonZeroU16>,
+}
+
+/// How inbound packets are checked against the leases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum IngressCheck {
+    /// The outer source must be the peer whose subnet the inner source lies in.
+    #[default]
+    Strict,
+    /// The outer source must be some peer.
+    Loose,
+    /// No check, as flannel.
+    Off,
+}
+
+/// Whether an offload may be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Offload {
+    /// Use it where the kernel has it.
+    #[default]
+    Auto,
+    /// Do without.
+    Off,
+}
+
+/// What to do about checksums of inner packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InnerChecksums {
+    /// Hand packets on; the receiving stack checks them.
+    #[default]
+    Trust,
+    /// Verify each inbound packet and drop it if its checksum is wrong.
+    Verify,
+}
+
+/// How the two directions of a queue are laid out on threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ThreadLayout {
+    /// By core count.
+    #[default]
+    Auto,
+    /// One thread serves both directions.
+    Joined,
+    /// A thread each.
+    Split,
+}
+
+/// Logging.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogOptions {
+    /// Line format.
+    pub format: LogFormat,
+    /// The most detailed level shown.
+    pub level: LogLevel,
+}
+
+/// Log line format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Log level.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum LogLevel {
+    /// We stop.
+    Error,
+    /// Someone should look.
+    Warn,
+    /// What an operator would notice.
+    #[default]
+    Info,
+    /// How decisions came about.
+    Debug,
+    /// Single packets.
+    Trace,
+}
+
+/// Why a text is no address to listen on or to connect to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct AddressError(String);
+
+/// Where a server listens: `HOST:PORT` or `tcp://HOST:PORT`; an empty host means every address of this machine.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ListenAddress {
+    /// Name or address, without brackets; empty for all.
+    pub host: String,
+    /// TCP port; 0 lets the kernel choose.
+    pub port: u16,
+}
+
+impl FromStr for ListenAddress {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let rest = text.strip_prefix("tcp://").unwrap_or(text);
+        if let Some((scheme, _)) = rest.split_once("://") {
+            return Err(AddressError(format!(
+                "{scheme}:// is not supported; listen on HOST:PORT or tcp://HOST:PORT"
+            )));
+        }
+        let (host, port) = split_host_port(rest)
+            .ok_or_else(|| AddressError("expected HOST:PORT, such as 0.0.0.0:8888 or [::1]:8888".into()))?;
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_host_port(f, &self.host, self.port)
+    }
+}
+
+impl fmt::Debug for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A server to connect to: `HOST:PORT` or `http://HOST:PORT`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServerAddress {
+    /// Name or address, without brackets; never empty.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+impl FromStr for ServerAddress {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let rest = text.strip_prefix("http://").unwrap_or(text);
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        if let Some((scheme, _)) = rest.split_once("://") {
+            return Err(AddressError(format!(
+                "{scheme}:// is not supported; a server is HOST:PORT or http://HOST:PORT"
+            )));
+        }
+        split_host_port(rest)
+            .filter(|(host, port)| !host.is_empty() && *port != 0)
+            .map(|(host, port)| Self { host, port })
+            .ok_or_else(|| AddressError("expected HOST:PORT, such as 10.0.0.1:8888".into()))
+    }
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_host_port(f, &self.host, self.port)
+    }
+}
+
+impl fmt::Debug for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Debug for EtcdOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdOptions")
+            .field("endpoints", &self.endpoints)
+            .field("prefix", &self.prefix)
+            .field("ca_file", &self.ca_file)
+            .field("client_cert", &self.client_cert)
+            .field("login", &self.login)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Splits `host:port`, with IPv6 addresses in brackets.
+fn split_host_port(text: &str) -> Option<(String, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let host = match host.strip_prefix('[') {
+        Some(inner) => {
+            let inner = inner.strip_suffix(']')?;
+            inner.parse::<Ipv6Addr>().ok()?;
+            inner
+        }
+        None if host.contains([':', '/', '@', ' ']) => return None,
+        None => host,
+    };
+    if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    Some((host.to_owned(), port.parse().ok()?))
+}
+
+fn write_host_port(f: &mut fmt::Formatter<'_>, host: &str, port: u16) -> fmt::Result {
+    if host.contains(':') {
+        write!(f, "[{host}]:{port}")
+    } else {
+        write!(f, "{host}:{port}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listen_addresses_take_flannels_forms() {
+        for (text, host, port) in [
+            ("0.0.0.0:8888", "0.0.0.0", 8888),
+            (":8888", "", 8888),
+            ("tcp://10.0.0.1:1", "10.0.0.1", 1),
+            ("[::]:8888", "::", 8888),
+            ("localhost:0", "localhost", 0),
+        ] {
+            let address: ListenAddress = text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!((address.host.as_str(), address.port), (host, port), "{text}");
+        }
+        for text in [
+            "",
+            "8888",
+            "host",
+            "::1:80",
+            "h:",
+            "h:+1",
+            "h:65536",
+            "fd://",
+            "fd://3",
+            "https://h:1",
+            "[h]:1",
+        ] {
+            assert!(text.parse::<ListenAddress>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn server_addresses_need_host_and_port() {
+        for (text, shown) in [("a:1", "a:1"), ("http://[::1]:80/", "[::1]:80")] {
+            assert_eq!(text.parse::<ServerAddress>().unwrap().to_string(), shown);
+        }
+        for text in ["a", ":1", "a:0", "https://a:1", "http://a:1/v1", "u@a:1"] {
+            assert!(text.parse::<ServerAddress>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_password_never_reaches_a_log_line() {
+        let login = Login {
+            user: "root".into(),
+            password: "hunter2".into(),
+        };
+        assert!(!format!("{login:?}").contains("hunter2"));
+    }
+}

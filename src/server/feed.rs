@@ -1,0 +1,432 @@
+//! One watch of the store, shared by all who poll.
+//!
+//! A thousand nodes each hold a long poll. The store is watched once; what it tells goes into a [`History`]: the
+//! leases as they are, and the last few thousand changes, numbered. A poll names the number it has seen and gets what
+//! came after, or waits. If the number is too old, or from another life of the server, the answer is a snapshot.
+//!
+//! A cursor is `EPOCH.NUMBER`. The epoch is drawn when the server starts, so that a cursor of a server that has since
+//! been replaced, perhaps by one with an older database, never passes for one of ours.
+//!
+//! Memory: the snapshot's text is made once for each change at most and shared by all answers that carry it; an answer
+//! carries at most [`MAX_EVENTS_PER_ANSWER`] events, and the rest is fetched with the next poll.
+//!
+//! While the store is away, polls wait and snapshots show the last known leases: stale routes carry packets, none do
+//! not.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::watch;
+
+use crate::addr::Ipv4Prefix;
+use crate::control::store::Store;
+use crate::control::store::remote::objects::{events_json, snapshot_json};
+use crate::control::{Backoff, RateLimit};
+use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate, Subnet};
+
+/// Changes kept: a whole cluster of a thousand nodes renewing four times.
+const MAX_EVENTS_KEPT: usize = 4096;
+/// Changes in one answer: some tens of kilobytes.
+const MAX_EVENTS_PER_ANSWER: usize = 256;
+/// Snapshots compute an expiration from a remaining time in whole seconds; less than this apart is the same moment.
+const SAME_MOMENT: Duration = Duration::from_secs(5);
+/// Longest pause before a lost store is watched again: flannel's.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The leases as they are, and how they came to be so.
+#[derive(Debug)]
+pub(super) struct History {
+    epoch: String,
+    leases: BTreeMap<Subnet, Lease>,
+    /// The last changes; the newest has the number `last`.
+    events: VecDeque<LeaseEvent>,
+    last: u64,
+    /// The text of the snapshot at `last`, once somebody asked for it.
+    snapshot: Option<Bytes>,
+    known: Knowledge,
+}
+
+/// Whether the store has been heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Knowledge {
+    /// Not yet: there is nothing to answer with.
+    Nothing,
+    /// A snapshot was seen.
+    Leases,
+}
+
+/// The answer to a poll.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// Send this.
+    Body(Bytes),
+    /// The lease asked about does not exist.
+    NoSuchLease,
+}
+
+impl History {
+    pub(super) fn new(epoch: String) -> Self {
+        Self {
+            epoch,
+            leases: BTreeMap::new(),
+            events: VecDeque::new(),
+            last: 0,
+            snapshot: None,
+            known: Knowledge::Nothing,
+        }
+    }
+
+    /// Takes in what the store told. Snapshots are turned into the changes they amount to.
+    pub(super) fn apply(&mut self, update: LeaseUpdate) {
+        let events = match update {
+            LeaseUpdate::Events(events) => events,
+            LeaseUpdate::Snapshot(leases) => {
+                self.known = Knowledge::Leases;
+                let new: BTreeMap<Subnet, Lease> =
+                    leases.into_iter().map(|lease| (lease.subnet, lease)).collect();
+                let gone = self.leases.keys().filter(|subnet| !new.contains_key(subnet));
+                let mut events: Vec<LeaseEvent> = gone.map(|&subnet| LeaseEvent::Removed(subnet)).collect();
+                events.extend(
+                    new.into_values()
+                        .filter(|lease| self.leases.get(&lease.subnet).is_none_or(|old| !same(old, lease)))
+                        .map(LeaseEvent::Added),
+                );
+                events
+            }
+        };
+        for event in events {
+            match &event {
+                LeaseEvent::Added(lease) => {
+                    self.leases.insert(lease.subnet, lease.clone());
+                }
+                LeaseEvent::Removed(subnet) => {
+                    if self.leases.remove(subnet).is_none() {
+                        continue;
+                    }
+                }
+            }
+            self.last += 1;
+            self.events.push_back(event);
+            self.snapshot = None;
+        }
+        let surplus = self.events.len().saturating_sub(MAX_EVENTS_KEPT);
+        self.events.drain(..surplus);
+    }
+
+    /// Answers a poll for all leases by somebody who has seen everything up to `next`; `None` if there is nothing to
+    /// say until the next change.
+    pub(super) fn answer(&mut self, next: Option<&str>) -> Option<Answer> {
+        if self.known == Knowledge::Nothing {
+            return None;
+        }
+        match next.and_then(|cursor| self.unseen(cursor)) {
+            None => Some(Answer::Body(self.snapshot_body())),
+            Some(0) => None,
+            Some(unseen) => {
+                let count = unseen.min(MAX_EVENTS_PER_ANSWER);
+                let first = self.events.len() - unseen;
+                let cursor = self.cursor(self.last - count_u64(unseen - count));
+                let body = events_json(self.events.range(first..first + count), &cursor);
+                Some(Answer::Body(body.into()))
+            }
+        }
+    }
+
+    /// Answers a poll for the lease whose IPv4 half is `subnet`: its next change, and only that, because flannel's
+    /// clients look at the first entry of this answer only.
+    pub(super) fn answer_one(&self, subnet: Ipv4Prefix, next: Option<&str>) -> Option<Answer> {
+        if self.known == Knowledge::Nothing {
+            return None;
+        }
+        let cursor = self.cursor(self.last);
+        if let Some(unseen) = next.and_then(|cursor| self.unseen(cursor)) {
+            let first = self.events.len() - unseen;
+            let about_it = |event: &&LeaseEvent| match event {
+                LeaseEvent::Added(lease) => lease.subnet.v4 == subnet,
+                LeaseEvent::Removed(gone) => gone.v4 == subnet,
+            };
+            // The newest change is what counts: a lease that went and came back is there.
+            let event = self.events.range(first..).rev().find(about_it)?;
+            return Some(Answer::Body(events_json([event].into_iter(), &cursor).into()));
+        }
+        Some(match (self.lease(subnet), next) {
+            (Some(lease), _) => Answer::Body(snapshot_json([lease].into_iter(), &cursor).into()),
+            (None, None) => Answer::NoSuchLease,
+            // Its holder knew it once: tell that it went, so that a new one is acquired.
+            (None, Some(_)) => {
+                let gone = LeaseEvent::Removed(Subnet { v4: subnet, v6: None });
+                Answer::Body(events_json([&gone].into_iter(), &cursor).into())
+            }
+        })
+    }
+
+    /// The lease whose IPv4 half is `subnet`.
+    pub(super) fn lease(&self, subnet: Ipv4Prefix) -> Option<&Lease> {
+        self.leases.values().find(|lease| lease.subnet.v4 == subnet)
+    }
+
+    /// All leases.
+    pub(super) fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.leases.values()
+    }
+
+    /// The cursor of somebody who has seen everything.
+    pub(super) fn newest_cursor(&self) -> String {
+        self.cursor(self.last)
+    }
+
+    /// How many of the kept changes came after `cursor`; `None` if that cannot be told.
+    fn unseen(&self, cursor: &str) -> Option<usize> {
+        let number: u64 = cursor
+            .strip_prefix(&self.epoch)?
+            .strip_prefix('.')?
+            .parse()
+            .ok()?;
+        let unseen = usize::try_from(self.last.checked_sub(number)?).ok()?;
+        (unseen <= self.events.len()).then_some(unseen)
+    }
+
+    fn snapshot_body(&mut self) -> Bytes {
+        let cursor = self.cursor(self.last);
+        let leases = &self.leases;
+        self.snapshot
+            .get_or_insert_with(|| snapshot_json(leases.values(), &cursor).into())
+            .clone()
+    }
+
+    fn cursor(&self, number: u64) -> String {
+        format!("{}.{number}", self.epoch)
+    }
+}
+
+/// The shared history and the bell that rings when it grows.
+#[derive(Debug)]
+pub(super) struct Feed {
+    history: Mutex<History>,
+    changed: watch::Sender<()>,
+}
+
+impl Feed {
+    pub(super) fn new() -> Arc<Self> {
+        let epoch = format!("{:08x}", rand::random::<u32>());
+        Arc::new(Self {
+            history: Mutex::new(History::new(epoch)),
+            changed: watch::Sender::new(()),
+        })
+    }
+
+    /// Follows the store for ever.
+    pub(super) async fn follow(&self, store: &dyn Store) {
+        let mut backoff = Backoff::new(LONGEST_PAUSE);
+        let complaints = RateLimit::default();
+        loop {
+            let mut updates = store.watch(None);
+            while let Some(item) = updates.next().await {
+                match item {
+                    Ok(item) => {
+                        backoff.reset();
+                        self.history().apply(item.update);
+                        self.changed.send_replace(());
+                    }
+                    Err(error) => {
+                        if complaints.allows() {
+                            tracing::warn!(%error, "the store does not answer; polls get what was last known");
+                        }
+                        break;
+                    }
+                }
+            }
+            tokio::time::sleep(backoff.next_pause()).await;
+        }
+    }
+
+    /// Asks `question` of the history now and after each change, until there is an answer.
+    pub(super) async fn ask<T>(&self, mut question: impl FnMut(&mut History) -> Option<T>) -> T {
+        let mut changed = self.changed.subscribe();
+        loop {
+            if let Some(answer) = question(&mut self.history()) {
+                return answer;
+            }
+            // The sender lives as long as self: this cannot fail.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Waits a little while until the history shows what a write did, so that its author reads its own write.
+    pub(super) async fn wait_for(&self, mut shows: impl FnMut(&History) -> bool) {
+        /// Longer than a store's watch takes; shorter than a client's patience.
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let seen = self.ask(|history| shows(history).then_some(()));
+        // If it takes longer, the author asks again.
+        let _ = tokio::time::timeout(PATIENCE, seen).await;
+    }
+
+    /// The history; it is never held across an await, and no code that holds it panics half way.
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether two leases say the same, apart from rounding of their end.
+fn same(old: &Lease, new: &Lease) -> bool {
+    let same_end = match (old.expiration, new.expiration) {
+        (Expiration::Never, Expiration::Never) => true,
+        (Expiration::At(a), Expiration::At(b)) => {
+            let apart = a.duration_since(b).unwrap_or_else(|error| error.duration());
+            apart < SAME_MOMENT
+        }
+        (Expiration::Never, Expiration::At(_)) | (Expiration::At(_), Expiration::Never) => false,
+    };
+    same_end && old.attrs == new.attrs
+}
+
+fn count_u64(count: usize) -> u64 {
+    // usize is at most 64 bits wide on every platform there is.
+    count as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::LeaseAttrs;
+
+    #[test]
+    fn nothing_is_answered_before_the_store_is_heard() {
+        let mut history = History::new("e".into());
+        assert_eq!(history.answer(None), None);
+        assert_eq!(history.answer_one(v4("10.1.0.0/24"), None), None);
+        history.apply(LeaseUpdate::Snapshot(vec![]));
+        assert!(body(history.answer(None)).contains("\"snapshot\":[]"));
+    }
+
+    #[test]
+    fn a_poll_gets_what_it_has_not_seen() {
+        let mut history = heard(&[1]);
+        let seen = history.newest_cursor();
+        assert_eq!(history.answer(Some(&seen)), None);
+        history.apply(LeaseUpdate::Events(vec![
+            LeaseEvent::Added(lease(2)),
+            LeaseEvent::Removed(lease(1).subnet),
+        ]));
+        let text = body(history.answer(Some(&seen)));
+        assert_eq!(text.matches("\"type\"").count(), 2, "{text}");
+        assert!(
+            text.contains(&format!("\"cursor\":\"{}\"", history.newest_cursor())),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_cursor_of_another_life_or_too_old_gets_a_snapshot() {
+        let mut history = heard(&[1]);
+        let old = history.newest_cursor();
+        for cursor in ["", "6", "other.1", "e.99", "e.x", "e.-1"] {
+            assert!(
+                body(history.answer(Some(cursor))).contains("\"events\":null"),
+                "{cursor}"
+            );
+        }
+        for _ in 0..=MAX_EVENTS_KEPT / 2 {
+            history.apply(LeaseUpdate::Events(vec![
+                LeaseEvent::Added(lease(2)),
+                LeaseEvent::Removed(lease(2).subnet),
+            ]));
+        }
+        assert!(body(history.answer(Some(&old))).contains("\"events\":null"));
+    }
+
+    #[test]
+    fn long_news_comes_in_parts() {
+        let mut history = heard(&[]);
+        let mut cursor = history.newest_cursor();
+        history.apply(LeaseUpdate::Events(
+            (1..=200)
+                .chain(1..=200)
+                .map(|n| LeaseEvent::Added(lease(n)))
+                .collect(),
+        ));
+        let mut events = 0;
+        while let Some(answer) = history.answer(Some(&cursor)) {
+            let text = body(Some(answer));
+            events += text.matches("\"type\"").count();
+            cursor = text.rsplit('"').nth(1).unwrap().to_owned();
+        }
+        assert_eq!(events, 400);
+    }
+
+    #[test]
+    fn a_second_snapshot_becomes_the_changes_it_means() {
+        let mut history = heard(&[1, 2]);
+        let seen = history.newest_cursor();
+        let mut moved = lease(2);
+        moved.attrs.public_ip = "10.9.9.9".parse().unwrap();
+        history.apply(LeaseUpdate::Snapshot(vec![moved, lease(3)]));
+        let text = body(history.answer(Some(&seen)));
+        assert_eq!(text.matches("added").count(), 2, "{text}");
+        assert_eq!(text.matches("removed").count(), 1, "{text}");
+        let seen = history.newest_cursor();
+        let mut again = lease(3);
+        again.expiration = Expiration::Never;
+        history.apply(LeaseUpdate::Snapshot(vec![
+            history.lease(v4("10.2.0.0/24")).unwrap().clone(),
+            again,
+        ]));
+        assert_eq!(history.answer(Some(&seen)), None);
+    }
+
+    #[test]
+    fn one_lease_is_watched_by_itself() {
+        let mut history = heard(&[1]);
+        let mine = v4("10.1.0.0/24");
+        assert!(body(history.answer_one(mine, None)).contains("\"snapshot\":[{\"Subnet\":\"10.1.0.0/24\""));
+        assert_eq!(
+            history.answer_one(v4("10.7.0.0/24"), None),
+            Some(Answer::NoSuchLease)
+        );
+        let seen = history.newest_cursor();
+        history.apply(LeaseUpdate::Events(vec![LeaseEvent::Added(lease(2))]));
+        assert_eq!(history.answer_one(mine, Some(&seen)), None);
+        history.apply(LeaseUpdate::Events(vec![LeaseEvent::Removed(lease(1).subnet)]));
+        assert!(body(history.answer_one(mine, Some(&seen))).contains("removed"));
+        // After a restart of the server the holder learns the same.
+        assert!(body(history.answer_one(mine, Some("other.3"))).contains("removed"));
+    }
+
+    #[test]
+    fn snapshots_share_their_text() {
+        let mut history = heard(&[1]);
+        let (Some(Answer::Body(a)), Some(Answer::Body(b))) = (history.answer(None), history.answer(None))
+        else {
+            panic!("two bodies expected");
+        };
+        assert_eq!(a.as_ptr(), b.as_ptr());
+    }
+
+    fn heard(numbers: &[u8]) -> History {
+        let mut history = History::new("e".into());
+        history.apply(LeaseUpdate::Snapshot(numbers.iter().map(|&n| lease(n)).collect()));
+        history
+    }
+
+    fn lease(n: u8) -> Lease {
+        Lease {
+            subnet: format!("10.{n}.0.0-24").parse().unwrap(),
+            attrs: LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{n}\"}}").as_bytes()).unwrap(),
+            expiration: Expiration::Never,
+        }
+    }
+
+    fn v4(text: &str) -> Ipv4Prefix {
+        text.parse().unwrap()
+    }
+
+    fn body(answer: Option<Answer>) -> String {
+        match answer {
+            Some(Answer::Body(body)) => String::from_utf8(body.to_vec()).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The unix socket that hands out the daemon's status document.
+//!
+//! Whoever connects gets the document as one line of JSON, then the connection is closed. Nothing is read. The socket
+//! is for root and its group (0660), because the document names peers and counts their traffic.
+//!
+//! Start: if something answers on the socket, another daemon lives and this one must not start; a socket that nobody
+//! answers on is left over from a daemon that was killed, and is replaced. The new socket is made under a name of its
+//! own and renamed into place, so that the path is at no moment without its permissions. Anything that is no socket is
+//! left alone.
+
+use std::convert::Infallible;
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+
+use crate::status::Status;
+
+/// Readers at a time; a document may be some hundred kilobytes.
+const MAX_READERS: usize = 16;
+/// How long a reader may take.
+const READER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the status socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusSocketError {
+    /// Another daemon serves it.
+    #[error("another daemon is running: it answers on {}", .0.display())]
+    AlreadyServed(PathBuf),
+    /// Something that is no socket stands there.
+    #[error("{} is in the way: it is not a socket", .0.display())]
+    InTheWay(PathBuf),
+    /// The system refused.
+    #[error("cannot create the status socket {}: {source}", .path.display())]
+    Create {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// Serves `status` at `path`; returns only if it cannot start.
+///
+/// # Errors
+/// Another daemon serves it, something is in the way, or the system refuses.
+pub async fn serve_status(path: &Path, status: impl Fn() -> Status) -> Result<Infallible, StatusSocketError> {
+    let socket = StatusSocket::bind(path)?;
+    Ok(socket.serve(status).await)
+}
+
+/// A bound status socket; its file is removed when it is dropped.
+#[derive(Debug)]
+pub struct StatusSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of our file, so that a successor's is not removed.
+    identity: (u64, u64),
+}
+
+impl StatusSocket {
+    /// Binds the socket, replacing one that nobody answers on. Call it before anything else is touched: it is how a
+    /// second daemon on the same machine finds out.
+    ///
+    /// # Errors
+    /// See [`StatusSocketError`].
+    pub fn bind(path: &Path) -> Result<Self, StatusSocketError> {
+        let create_error = |source| StatusSocketError::Create {
+            path: path.to_owned(),
+            source,
+        };
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(parent)
+                .map_err(create_error)?;
+        }
+        match fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(StatusSocketError::InTheWay(path.to_owned()));
+            }
+            Ok(_) if UnixStream::connect(path).is_ok() => {
+                return Err(StatusSocketError::AlreadyServed(path.to_owned()));
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(create_error(error)),
+        }
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".{}", std::process::id()));
+        let temporary = PathBuf::from(temporary);
+        // A name with our process id is ours, or left over from a process that had it before.
+        let _ = fs::remove_file(&temporary);
+        let listener = UnixListener::bind(&temporary).map_err(create_error)?;
+        let placed = fs::set_permissions(&temporary, Permissions::from_mode(0o660))
+            .and_then(|()| fs::rename(&temporary, path))
+            .and_then(|()| fs::symlink_metadata(path));
+        match placed {
+            Ok(meta) => Ok(Self {
+                listener,
+                path: path.to_owned(),
+                identity: (meta.dev(), meta.ino()),
+            }),
+            Err(error) => {
+                let _ = fs::remove_file(&temporary);
+                Err(create_error(error))
+            }
+        }
+    }
+
+    /// Hands `status` to everyone who connects, for ever.
+    pub async fn serve(self, status: impl Fn() -> Status) -> Infallible {
+        let slots = Arc::new(Semaphore::new(MAX_READERS));
+        loop {
+            let Ok(slot) = slots.clone().acquire_owned().await else {
+                // The semaphore is never closed.
+                std::future::pending().await
+            };
+            let mut stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot accept a connection on the status socket");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let mut document = match serde_json::to_vec(&status()) {
+                Ok(document) => document,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot write the status document");
+                    continue;
+                }
+            };
+            document.push(b'\n');
+            tokio::spawn(async move {
+                // A reader who goes away, or takes too long, gets no more.
+                let _ = tokio::time::timeout(READER_TIMEOUT, stream.write_all(&document)).await;
+                drop(slot);
+            });
+        }
+    }
+}
+
+impl Drop for StatusSocket {
+    fn drop(&mut self) {
+        let ours = |meta: fs::Metadata| (meta.dev(), meta.ino()) == self.identity;
+        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_connects_gets_the_document() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/kersey/status.sock");
+        let socket = StatusSocket::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        let serving = tokio::spawn(socket.serve(|| Status {
+            version: "x".into(),
+            ..Status::default()
+        }));
+        let text = tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || {
+                let mut text = String::new();
+                UnixStream::connect(path)
+                    .unwrap()
+                    .read_to_string(&mut text)
+                    .unwrap();
+                text
+            }
+        })
+        .await
+        .unwrap();
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap().version, "x");
+        serving.abort();
+        let _ = serving.await;
+        assert!(!path.exists(), "the file goes with the socket");
+    }
+
+    #[tokio::test]
+    async fn a_second_daemon_is_refused_and_a_dead_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("status.sock");
+        let first = StatusSocket::bind(&path).unwrap();
+        assert!(matches!(
+            StatusSocket::bind(&path),
+            Err(StatusSocketError::AlreadyServed(_))
+        ));
+        drop(first);
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "a std listener leaves its file behind");
+        StatusSocket::bind(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("status.sock");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(
+            StatusSocket::bind(&path),
+            Err(StatusSocketError::InTheWay(_))
+        ));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+}
