@@ -149,7 +149,10 @@ impl Prefix {
     }
 
     /// Prefix length in bits.
-    #[expect(clippy::len_without_is_empty, reason = "a prefix length is not a count of elements")]
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a prefix length is not a count of elements"
+    )]
     pub fn len(self) -> u8 {
         match self {
             Self::V4(prefix) => prefix.len(),

@@ -2,5 +2,6 @@
 
 pub mod addr;
 pub mod control;
+pub mod host;
 pub mod lease;
 pub mod status;

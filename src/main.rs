@@ -1,1 +1,3 @@
-fn main(){}
+//! kersey's command line.
+
+fn main() {}

@@ -1,0 +1,5 @@
+//! What we ask of the kernel: links, routes, addresses, and the facts about them.
+
+pub mod interface;
+pub mod netlink;
+pub mod sysctl;
