@@ -3,5 +3,6 @@
 pub mod addr;
 pub mod control;
 pub mod host;
+pub mod lab;
 pub mod lease;
 pub mod status;
