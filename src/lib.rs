@@ -1,6 +1,7 @@
 //! Flannel without the kernel's tunnel drivers.
 
 pub mod addr;
+pub mod cli;
 pub mod control;
 pub mod host;
 pub mod lab;

@@ -73,6 +73,11 @@ impl Child {
         self.owned = false;
     }
 
+    /// Whether it ends with this value.
+    pub fn is_owned(&self) -> bool {
+        self.owned
+    }
+
     /// Waits until `ready` gives a value, asking every 20 ms.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Networks in namespaces on one machine, and traffic over them.
 //!
 //! Everything made here is owned by a guard that unmakes it on drop: [`netns::Namespace`], [`topology::Topology`],
-//! [`daemon::Child`]. Nothing is changed outside the namespaces, so a lab can run beside whatever the
+//! [`daemon::Child`], [`cluster::Cluster`]. Nothing is changed outside the namespaces, so a lab can run beside whatever the
 //! machine does, needing only root.
 //!
 //! Sockets and netlink connections belong to the namespace they were opened in, whichever thread uses them later; so
@@ -9,6 +9,7 @@
 
 #![expect(clippy::disallowed_methods, reason = "a shell: it measures")]
 
+pub mod cluster;
 pub mod daemon;
 pub mod interrupt;
 pub mod netns;

@@ -1,0 +1,5 @@
+//! kersey's subcommands.
+
+pub mod bench;
+pub mod lab;
+mod progress;
