@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use kersey::addr::Mtu;
 use kersey::host::ethtool::Switch;
+use kersey::lab::interrupt::wait_until;
 use kersey::lab::netns::Namespace;
 use kersey::lab::topology::{HUB_V4, Plan, Wiring};
 use kersey::lab::traffic::End;
@@ -138,10 +139,7 @@ fn a_probe_sees_an_outage() {
     hub.netlink(async |netlink| Ok(netlink.set_up(netlink.link("p2").await?.index).await?))
         .unwrap();
     let before = probe.received();
-    let deadline = std::time::Instant::now() + Duration::from_secs(5);
-    while probe.received().0 < before.0 + 100 && std::time::Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    assert!(wait_until(Duration::from_secs(5), || probe.received().0 >= before.0 + 100));
     let report = probe.stop().unwrap();
 
     assert!(report.longest_gap() >= Duration::from_millis(290), "{report:?}");

@@ -1,5 +1,10 @@
 //! Requests to the kernel, in a namespace of their own.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "in the helpers of tests it says where a test failed"
+)]
+
 mod support;
 
 use std::net::IpAddr;

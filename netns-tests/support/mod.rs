@@ -8,6 +8,7 @@ use nix::unistd::Uid;
 ///
 /// # Panics
 /// Under `CI=true`, if we are not root.
+#[expect(clippy::print_stderr, reason = "a test that is skipped has to say so")]
 pub(crate) fn require_root(test: &str) -> bool {
     if Uid::effective().is_root() {
         return true;

@@ -183,7 +183,8 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
             .collect();
         Ok((cluster, subnets.join("  ")))
     })?;
-    let report = measure(options, &progress, &topology, &cluster)?;
+    let report =
+        measure(options, &progress, &topology, &cluster).map_err(|error| with_logs(&error, &cluster))?;
     progress.step("everything taken down", || {
         cluster.stop()?;
         let names = topology.names();
@@ -207,6 +208,19 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// What the daemons wrote last is the best hint there is; not so if the user ended it all.
+fn with_logs(error: &anyhow::Error, cluster: &Cluster) -> anyhow::Error {
+    if interrupt::raised() {
+        return anyhow::anyhow!("interrupted");
+    }
+    let logs: Vec<_> = cluster
+        .daemons
+        .iter()
+        .map(|daemon| daemon.child.log_end())
+        .collect();
+    anyhow::anyhow!("{error:#}\n{}", logs.join("\n"))
 }
 
 fn measure(

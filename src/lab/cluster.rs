@@ -172,7 +172,7 @@ impl ClusterPlan {
         // Alone it talks to no peers, but insists on a place to listen for them.
         command.args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
         let mut child = Child::start("etcd", hub, command, &self.folder.join("etcd.log"))
-            .context("etcd is not to be had here\n  hint: apt-get install etcd-server")?;
+            .map_err(|error| anyhow::anyhow!("{error:#}\n  hint: apt-get install etcd-server"))?;
         child.wait(READY, || put_config(hub, &place, &self.network).ok())?;
         Ok(child)
     }

@@ -83,3 +83,15 @@ pub fn sleep(duration: Duration) -> Result<(), Interrupted> {
         thread::sleep(left.min(STEP));
     }
 }
+
+/// Waits until `condition` holds, asking every 10 ms; `false` if it does not within `limit`, or after a signal.
+pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    while !condition() {
+        if Instant::now() >= end || raised() {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    true
+}

@@ -10,6 +10,7 @@
 #![expect(clippy::disallowed_methods, reason = "a shell: it measures")]
 
 pub mod cluster;
+pub mod contestant;
 pub mod daemon;
 pub mod interrupt;
 pub mod netns;

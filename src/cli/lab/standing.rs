@@ -111,7 +111,7 @@ pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     } else {
         format!("{PREFIX}-{node}")
     };
-    let namespace = Namespace::existing(&name).context("hint: kersey lab up starts a lab")?;
+    let namespace = Namespace::existing(&name).map_err(|error| hint(&error, "kersey lab up starts a lab"))?;
     let (program, arguments) = command.split_first().context("no command given")?;
     namespace.run(|| {
         // The thread that steps inside becomes the new program.
@@ -202,6 +202,10 @@ fn leftovers() -> Result<Vec<String>> {
         _ => false,
     });
     Ok(names)
+}
+
+fn hint(error: &anyhow::Error, advice: &str) -> anyhow::Error {
+    anyhow::anyhow!("{error:#}\n  hint: {advice}")
 }
 
 fn load() -> Result<Option<State>> {
