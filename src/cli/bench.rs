@@ -167,6 +167,8 @@ enum Unit {
     Us,
     #[serde(rename = "CPU-s/GB")]
     CpuSPerGb,
+    #[serde(rename = "CPU-us/packet")]
+    CpuUsPerPacket,
     #[serde(rename = "segments")]
     Segments,
 }
@@ -178,6 +180,7 @@ impl Unit {
             Self::PacketsPerS => format!("{} packets/s", grouped(value as u64)),
             Self::Us => format!("{value:.1} µs"),
             Self::CpuSPerGb => format!("{value:.3} CPU-s/GB"),
+            Self::CpuUsPerPacket => format!("{value:.1} CPU-µs/packet"),
             Self::Segments => format!("{value:.0} resent"),
         }
     }
@@ -353,7 +356,8 @@ impl VsKernel {
         let mut samples = Vec::new();
         for congestion in &self.cc {
             for &streams in &self.streams {
-                let test = format!("TCP {streams}, {congestion}");
+                let plural = if streams == 1 { "" } else { "s" };
+                let test = format!("TCP {streams} stream{plural}, {congestion}");
                 let bulk = Bulk {
                     streams,
                     warmup,
@@ -381,14 +385,16 @@ impl VsKernel {
             let report = flood.run(one, two).with_context(|| test.clone())?;
             raw(&test, serde_json::to_value(&report)?);
             samples.push((test.clone(), Unit::PacketsPerS, report.received_per_s));
-            if payload_bytes > 1000 {
-                samples.push((test, Unit::CpuSPerGb, report.cpu_s_per_gb.unwrap_or(f64::NAN)));
-            }
+            samples.push((
+                test,
+                Unit::CpuUsPerPacket,
+                report.cpu_us_per_packet.unwrap_or(f64::NAN),
+            ));
         }
         let report = latency::measure(one, two, duration).context("round trip")?;
         raw("round trip", serde_json::to_value(&report)?);
-        samples.push(("round trip p50".to_owned(), Unit::Us, report.p50_us));
-        samples.push(("round trip p99".to_owned(), Unit::Us, report.p99_us));
+        samples.push(("UDP 64 B and back, p50".to_owned(), Unit::Us, report.p50_us));
+        samples.push(("UDP 64 B and back, p99".to_owned(), Unit::Us, report.p99_us));
         Ok(samples)
     }
 
@@ -408,16 +414,23 @@ impl VsKernel {
                 .and_then(|samples| Spread::of(samples.to_vec()));
             spread.map_or_else(|| "–".to_owned(), |spread| metric.unit.show(spread.median))
         };
+        let mut last = "";
         let rows = scenario.metrics.iter().map(|metric| {
+            let name = if metric.name == last {
+                String::new()
+            } else {
+                metric.name.clone()
+            };
+            last = &metric.name;
             let ratio = metric.ratio.map_or(["–".to_owned(), "–".to_owned()], |ratio| {
                 [
                     format!("{:.2}", ratio.median),
-                    format!("{:.2} – {:.2}", ratio.min, ratio.max),
+                    format!("{:.2} to {:.2}", ratio.min, ratio.max),
                 ]
             });
             let [ratio, spread] = ratio;
             [
-                metric.name.clone(),
+                name,
                 median(metric, Contestant::KernelVxlan),
                 median(metric, self.contender),
                 ratio,
@@ -426,7 +439,7 @@ impl VsKernel {
             ]
         });
         let rows: Vec<_> = rows.collect();
-        let head = ["", "kernel vxlan", contender, "ratio", "min – max", "plain veth"];
+        let head = ["", "kernel vxlan", contender, "ratio", "min to max", "plain veth"];
         if contestants.contains(&Contestant::Veth) && self.contender != Contestant::Veth {
             text += &table(head, &rows);
         } else {

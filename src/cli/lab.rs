@@ -2,7 +2,6 @@
 
 mod standing;
 
-use std::io::{IsTerminal, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -80,6 +79,9 @@ pub(crate) struct Shape {
     /// A further argument for every daemon; may be repeated
     #[arg(long = "daemon-arg", value_name = "ARG", allow_hyphen_values = true)]
     daemon_args: Vec<String>,
+    /// Another kersey to run on the nodes
+    #[arg(long, value_name = "FILE", hide = true)]
+    program: Option<PathBuf>,
 }
 
 impl Shape {
@@ -92,7 +94,10 @@ impl Shape {
 
     fn cluster(&self, folder: PathBuf) -> Result<ClusterPlan> {
         Ok(ClusterPlan {
-            program: std::env::current_exe().context("cannot find our own program")?,
+            program: match &self.program {
+                Some(program) => program.clone(),
+                None => std::env::current_exe().context("cannot find our own program")?,
+            },
             folder,
             store: self.store,
             network: ClusterPlan::network(&self.backend, self.dual_stack),
@@ -158,8 +163,11 @@ struct PairPing {
 fn once(options: &LabOptions) -> Result<ExitCode> {
     let shape = &options.shape;
     eprintln!(
-        "kersey lab · {} nodes · {} backend · store {:?} · underlay MTU {}\n",
-        shape.nodes, shape.backend, shape.store, shape.mtu
+        "kersey lab · {} nodes · {} backend · {} store · underlay MTU {}\n",
+        shape.nodes,
+        shape.backend,
+        shape.store.name(),
+        shape.mtu
     );
     let mut folder = tempfile::Builder::new()
         .prefix("kersey-lab-")
@@ -195,9 +203,7 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        if stdout().is_terminal() {
-            println!();
-        }
+        eprintln!();
         print!("{}", report.text());
     }
     if options.keep {
@@ -250,7 +256,7 @@ fn measure(
         };
         Ok((pings, outcome))
     })?;
-    let transfer = progress.check("transfer of 64 MiB, every byte checked", || {
+    let transfer = progress.check("64 MiB, every byte checked", || {
         let transfer = Verified {
             bytes: TRANSFER,
             seed: rand::random(),
@@ -369,20 +375,19 @@ fn udp_name(payload_bytes: usize) -> String {
     format!("UDP, {payload_bytes} B")
 }
 
-fn cpu(per_gb: Option<f64>) -> String {
-    per_gb.map_or_else(|| "–".to_owned(), |seconds| format!("{seconds:.2}"))
-}
-
 impl Report {
     fn text(&self) -> String {
+        let none = || "–".to_owned();
         let mut rows = Vec::new();
         for (streams, report) in [1, 4].iter().zip(&self.tcp) {
             rows.push([
                 tcp_name(*streams),
                 format!("{:.2} Gbit/s", report.gbit_per_s),
-                "–".to_owned(),
+                none(),
                 format!("{} resent", report.retransmits),
-                cpu(report.cpu_s_per_gb),
+                report
+                    .cpu_s_per_gb
+                    .map_or_else(none, |seconds| format!("{seconds:.2} s/GB")),
             ]);
         }
         for (payload_bytes, report) in &self.udp {
@@ -391,11 +396,13 @@ impl Report {
                 format!("{:.2} Gbit/s", report.gbit_per_s),
                 grouped(report.received_per_s as u64),
                 format!("{:.1} % lost", report.lost_percent),
-                cpu(report.cpu_s_per_gb),
+                report
+                    .cpu_us_per_packet
+                    .map_or_else(none, |us| format!("{us:.1} µs/packet")),
             ]);
         }
         let mut text = table(
-            ["node 1 → node 2", "throughput", "packets/s", "loss", "CPU-s/GB"],
+            ["node 1 → node 2", "throughput", "packets/s", "loss", "CPU"],
             &rows,
         );
         let rtt = &self.latency;

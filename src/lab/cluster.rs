@@ -42,6 +42,16 @@ pub enum StoreKind {
     Etcd,
 }
 
+impl StoreKind {
+    /// What it is called in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Etcd => "etcd",
+        }
+    }
+}
+
 /// What to run on the nodes.
 #[derive(Clone, Debug)]
 pub struct ClusterPlan {

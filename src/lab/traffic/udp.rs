@@ -46,6 +46,8 @@ pub struct FloodReport {
     pub cpu: MachineCpu,
     /// Seconds of processor time for 10⁹ bytes of payload received.
     pub cpu_s_per_gb: Option<f64>,
+    /// Microseconds of processor time for one datagram received.
+    pub cpu_us_per_packet: Option<f64>,
 }
 
 impl Flood {
@@ -84,6 +86,7 @@ impl Flood {
                 gbit_per_s: gbit_per_s(bytes, elapsed),
                 lost_percent: counts.lost as f64 / sent.max(1) as f64 * 100.0,
                 cpu_s_per_gb: cpu.per_gb(bytes),
+                cpu_us_per_packet: (counts.received > 0).then(|| cpu.busy_s * 1e6 / counts.received as f64),
                 cpu,
                 counts,
             })
