@@ -7,11 +7,13 @@
 mod support;
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use kersey::addr::Mtu;
 use kersey::host::ethtool::Switch;
+use kersey::lab::contestant::{self, Contestant};
 use kersey::lab::interrupt::wait_until;
 use kersey::lab::netns::Namespace;
 use kersey::lab::topology::{HUB_V4, Plan, Wiring};
@@ -83,6 +85,34 @@ fn a_transfer_arrives_unchanged_with_offloads_on_and_off() {
         assert!(report.intact, "offloads {offloads:?}: {report:?}");
         assert_eq!(report.bytes, transfer.bytes);
     }
+}
+
+#[test]
+fn the_kernels_vxlan_carries_what_flannel_would_send_over_it() {
+    if !require_root("the_kernels_vxlan_carries_what_flannel_would_send_over_it") {
+        return;
+    }
+    let mut plan = Plan::private("vxlan", 2);
+    plan.wiring = Wiring::Pair;
+    let lab = plan.build().unwrap();
+    contestant::add_kernel_vxlan(&lab).unwrap();
+    let running = contestant::start(Contestant::KernelVxlan, &lab, Path::new("/nonexistent"), &[]).unwrap();
+    let (one, two) = running.ends(&lab).unwrap();
+    let sizes = [56, 1450 - 28, 4000];
+    for data_bytes in sizes {
+        let ping = Ping {
+            data_bytes,
+            ..Ping::default()
+        };
+        let report = ping.run(one, two.addr).unwrap();
+        assert!(report.all(), "{data_bytes} bytes: {report:?}");
+    }
+    let transfer = Verified {
+        bytes: 4 << 20,
+        seed: 3,
+        patience: Duration::from_secs(5),
+    };
+    assert!(transfer.run(two, one).unwrap().intact);
 }
 
 #[test]

@@ -267,7 +267,8 @@ impl Drop for Cluster {
     }
 }
 
-/// Gives a node the third address of each subnet, on its loopback.
+/// Gives a node the third address of each subnet, on its loopback, in place of those of an earlier daemon: its subnet
+/// may be another node's by now.
 ///
 /// # Errors
 /// A subnet is none, or the kernel refuses.
@@ -278,6 +279,13 @@ pub fn give_pod_addresses(namespace: &Namespace, subnets: &[String]) -> Result<V
         .collect::<Result<_>>()?;
     namespace.netlink(async |netlink| {
         let loopback = netlink.link("lo").await?.index;
+        for held in netlink.addresses().await? {
+            if held.index == loopback && !held.addr.is_loopback() {
+                netlink
+                    .delete_address(loopback, held.addr, held.prefix_len)
+                    .await?;
+            }
+        }
         for &addr in &pods {
             netlink
                 .add_address(loopback, addr, if addr.is_ipv4() { 32 } else { 128 })
