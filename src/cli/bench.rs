@@ -24,6 +24,11 @@ use crate::lab::traffic::tcp::Bulk;
 use crate::lab::traffic::udp::Flood;
 use crate::lab::traffic::{End, latency};
 
+/// Largest distance between rounds at which a median says something, relative to it.
+const TRUSTED_SPREAD: f64 = 0.05;
+/// Share of time a host may take away from its guest before its measurements say more about the host.
+const TRUSTED_STEAL_PERCENT: f64 = 2.0;
+
 /// Measure kersey against other ways of carrying packets.
 #[derive(Debug, Args)]
 pub struct BenchOptions {
@@ -194,6 +199,11 @@ struct Spread {
 }
 
 impl Spread {
+    /// Whether rounds differ more than a result may.
+    fn is_wide(self) -> bool {
+        self.max - self.min > TRUSTED_SPREAD * self.median
+    }
+
     fn of(mut values: Vec<f64>) -> Option<Self> {
         values.retain(|value| value.is_finite());
         values.sort_by(f64::total_cmp);
@@ -422,13 +432,16 @@ impl VsKernel {
                 metric.name.clone()
             };
             last = &metric.name;
-            let ratio = metric.ratio.map_or(["–".to_owned(), "–".to_owned()], |ratio| {
-                [
-                    format!("{:.2}", ratio.median),
-                    format!("{:.2} to {:.2}", ratio.min, ratio.max),
-                ]
-            });
-            let [ratio, spread] = ratio;
+            let (ratio, spread) = match metric.ratio {
+                Some(ratio) => {
+                    let mark = if ratio.is_wide() { "~ " } else { "" };
+                    (
+                        format!("{mark}{:.2}", ratio.median),
+                        format!("{:.2} to {:.2}", ratio.min, ratio.max),
+                    )
+                }
+                None => ("–".to_owned(), "–".to_owned()),
+            };
             [
                 name,
                 median(metric, Contestant::KernelVxlan),
@@ -450,9 +463,15 @@ impl VsKernel {
                 .collect();
             text += &table([a, b, c, d, e], &rows);
         }
-        text + "\n  ratio: "
-            + contender
-            + " over kernel vxlan, round by round; for time and CPU less is better\n"
+        text += &format!(
+            "\n  ratio: {contender} over kernel vxlan within a round; for time and CPU less is better\n  \
+             ~ rounds differ by more than {} %\n",
+            TRUSTED_SPREAD * 100.0
+        );
+        if scenario.steal_percent > TRUSTED_STEAL_PERCENT {
+            text += "  the host took processor time away: measure again\n";
+        }
+        text
     }
 }
 
