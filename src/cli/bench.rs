@@ -20,7 +20,7 @@ use crate::lab::contestant::{self, Contestant};
 use crate::lab::interrupt;
 use crate::lab::topology::{Plan, Wiring};
 use crate::lab::traffic::cpu::MachineCpu;
-use crate::lab::traffic::tcp::Bulk;
+use crate::lab::traffic::tcp::{self, Bulk};
 use crate::lab::traffic::udp::Flood;
 use crate::lab::traffic::{End, latency};
 
@@ -227,6 +227,9 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     if options.quick {
         (options.pairs, options.seconds, options.warmup) = (2, 1.0, 0.3);
         options.cc.truncate(1);
+    }
+    for name in &options.cc {
+        tcp::has_congestion_control(name)?;
     }
     let mut contestants = vec![Contestant::KernelVxlan, options.contender];
     if options.with_veth {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use socket2::{Domain, Socket, Type};
 
 use crate::lab::interrupt;
 use crate::lab::traffic::cpu::MachineCpu;
@@ -194,6 +195,17 @@ pub fn retransmits(end: End<'_>) -> Result<u64> {
             .context("no RetransSegs counter")?;
         Ok(value.parse()?)
     })
+}
+
+/// Asks the kernel for a congestion control, which may load it.
+///
+/// # Errors
+/// It has none of that name.
+pub fn has_congestion_control(name: &str) -> Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket
+        .set_tcp_congestion(name.as_bytes())
+        .with_context(|| format!("this kernel has no congestion control {name:?}"))
 }
 
 struct StopOnDrop<'a>(&'a AtomicBool);
