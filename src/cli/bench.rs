@@ -26,6 +26,8 @@ use crate::lab::traffic::{End, latency};
 
 /// Largest distance between rounds at which a median says something, relative to it.
 const TRUSTED_SPREAD: f64 = 0.05;
+/// Share of the machine others may use while it is measured.
+const TRUSTED_BUSY_PERCENT: f64 = 5.0;
 /// Share of time a host may take away from its guest before its measurements say more about the host.
 const TRUSTED_STEAL_PERCENT: f64 = 2.0;
 
@@ -130,6 +132,8 @@ struct Report {
     pairs: usize,
     seconds: f64,
     warmup_s: f64,
+    /// What the machine did before any traffic.
+    busy_before_percent: f64,
     scenarios: Vec<Scenario>,
 }
 
@@ -251,6 +255,7 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
         pairs: options.pairs,
         seconds: options.seconds,
         warmup_s: options.warmup,
+        busy_before_percent: 0.0,
         scenarios: Vec::new(),
     };
     eprintln!(
@@ -262,6 +267,22 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
         options.minutes(contestants.len()).ceil()
     );
     let progress = Progress::new();
+    progress.check("this machine, left alone", || {
+        let before = MachineCpu::now()?;
+        interrupt::sleep(Duration::from_secs(1))?;
+        let cpu = MachineCpu::now()? - before;
+        let outcome = format!("{:.0} % busy", cpu.busy_percent());
+        report.busy_before_percent = cpu.busy_percent();
+        let quiet = cpu.busy_percent() <= TRUSTED_BUSY_PERCENT;
+        Ok((
+            (),
+            if quiet {
+                Ok(outcome)
+            } else {
+                Err(format!("{outcome}: results will say little"))
+            },
+        ))
+    })?;
     for &underlay_offloads in &options.underlay_offloads {
         for &kersey_offloads in &options.offloads {
             let scenario = options.scenario(

@@ -14,6 +14,7 @@ use crate::addr::Mtu;
 use crate::cli::progress::{Progress, grouped, table};
 use crate::lab::cluster::{Cluster, ClusterPlan, StoreKind};
 use crate::lab::interrupt;
+use crate::lab::netns::Namespace;
 use crate::lab::topology::{Plan, Topology};
 use crate::lab::traffic::latency::{self, LatencyReport};
 use crate::lab::traffic::ping::Ping;
@@ -195,9 +196,10 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
         measure(options, &progress, &topology, &cluster).map_err(|error| with_logs(&error, &cluster))?;
     progress.step("everything taken down", || {
         cluster.stop()?;
-        let names = topology.names();
         drop(topology);
-        Ok(((), format!("{} namespaces", names.len())))
+        let left = Namespace::names(&format!("{}-", plan.prefix))?;
+        ensure!(left.is_empty(), "left behind: {}", left.join(" "));
+        Ok(((), "nothing left behind".to_owned()))
     })?;
 
     if options.json {

@@ -31,7 +31,7 @@ impl Namespace {
     /// The name is taken, or we are not root.
     pub fn create(name: &str) -> Result<Self> {
         let path = path(name);
-        fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
+        prepare_folder().with_context(|| format!("cannot prepare {FOLDER}"))?;
         File::create_new(&path).with_context(|| format!("cannot create namespace {name:?}"))?;
         // From here on the guard removes what has been made so far.
         let namespace = Self {
@@ -185,6 +185,28 @@ impl Drop for Namespace {
             tracing::warn!(namespace = %self.name, error = %format!("{error:#}"), "namespace stays behind");
         }
     }
+}
+
+/// Makes the folder a mount point of its own, as `ip netns add` does, and under the same lock.
+///
+/// Without that, the first `ip netns add` on this machine would mount the folder over itself, namespaces included;
+/// each then has a second mount below, out of reach, and cannot be removed any more. The mount stays, as iproute2's
+/// does.
+fn prepare_folder() -> Result<()> {
+    fs::create_dir_all(FOLDER)?;
+    let lock = File::open(FOLDER)?;
+    lock.lock()?;
+    let mount = |source, flags| nix::mount::mount(source, FOLDER, None::<&str>, flags, None::<&str>);
+    let share = MsFlags::MS_SHARED | MsFlags::MS_REC;
+    match mount(Some("none"), share) {
+        // EINVAL: the folder is no mount point yet.
+        Err(nix::errno::Errno::EINVAL) => {
+            mount(Some(FOLDER), MsFlags::MS_BIND | MsFlags::MS_REC)?;
+            mount(Some("none"), share)?;
+        }
+        other => other?,
+    }
+    Ok(())
 }
 
 fn path(name: &str) -> PathBuf {

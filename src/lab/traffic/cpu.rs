@@ -57,6 +57,14 @@ impl MachineCpu {
         self.steal_s / self.total_s * 100.0
     }
 
+    /// The share of time spent working, in percent.
+    pub fn busy_percent(&self) -> f64 {
+        if self.total_s == 0.0 {
+            return 0.0;
+        }
+        self.busy_s / self.total_s * 100.0
+    }
+
     /// Seconds of work for 10⁹ bytes.
     pub fn per_gb(&self, bytes: u64) -> Option<f64> {
         (bytes > 0).then(|| self.busy_s / (bytes as f64 / 1e9))
