@@ -1,0 +1,2 @@
+//! Encapsulations: one file each.
+pub mod udp;

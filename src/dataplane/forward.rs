@@ -1,0 +1,427 @@
+//! The decisions about each packet: where it goes, whether it may, and what is said if it may not.
+//!
+//! Pure: packets, a route snapshot and the time come in; a send plan, frames and refusals come out.
+//!
+//! Inbound checks run from cheapest to dearest, and the addresses of the last accepted packet are remembered within a datagram, so
+//! that a run of one flow is checked once:
+//!
+//! 1. outer source is a peer's (`unknown_peer`),
+//! 2. encapsulation and inner header are sound,
+//! 3. inner source is routable, not ours, and in the lease of that very peer (`martian_source`, `spoofed_source`, `foreign_source`),
+//! 4. inner destination is ours (`not_for_us`, `not_unicast`): we are no relay.
+//!
+//! Limits: an attacker who can send with a peer's address on the underlay is that peer to us; only a filtered or encrypted underlay prevents it.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
+use crate::dataplane::offload::{SuperPacket, finish_checksum};
+use crate::dataplane::packet::{Datagram, DatagramBatch, PacketBatch, RunKey, RunLimits, SendPlan};
+use crate::dataplane::route::{Hop, RouteTable};
+use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::{Encap, TtlPolicy};
+use crate::wire::Malformed;
+use crate::wire::icmp::IcmpError;
+use crate::wire::ip::{Addrs, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header};
+
+/// How strictly inbound packets are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IngressCheck {
+    /// Outer source is a known peer, inner source lies in that peer's lease, inner destination is ours.
+    Strict,
+    /// Inner source lies in some peer's lease, inner destination is ours: for peers behind NAT or with several addresses.
+    Loose,
+    /// Only what the format demands; what the kernel's own drivers do.
+    Off,
+}
+
+impl IngressCheck {
+    /// Its name in flags and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Strict => "strict",
+            Self::Loose => "loose",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// Why a packet goes no further, and what its sender is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Counted under this.
+    pub reason: DropReason,
+    /// The peer it was meant for, by route index.
+    pub peer: Option<u32>,
+    /// The answer, and the header of the packet it is about.
+    pub answer: Option<(IcmpError, IpHeader)>,
+}
+
+impl From<DropReason> for Refusal {
+    fn from(reason: DropReason) -> Self {
+        Self { reason, peer: None, answer: None }
+    }
+}
+
+impl From<Malformed> for DropReason {
+    fn from(malformed: Malformed) -> Self {
+        match malformed {
+            Malformed::Truncated => Self::Truncated,
+            Malformed::Version => Self::BadVersion,
+            Malformed::HeaderLength => Self::BadHeaderLength,
+            Malformed::TotalLength => Self::BadLength,
+            Malformed::HeaderChecksum => Self::BadHeaderChecksum,
+            Malformed::ExtensionChain => Self::BadExtensionHeaders,
+        }
+    }
+}
+
+/// What the underlay allows, as outbound needs it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sending {
+    /// Longest run over IPv4.
+    pub v4: RunLimits,
+    /// Longest run over IPv6.
+    pub v6: RunLimits,
+    /// Size of the pool of source ports, at least 1.
+    pub ports: usize,
+}
+
+/// Decides about packet `index` of the batch and puts its segments into the plan.
+///
+/// # Errors
+/// The packet goes no further; see [`Refusal`].
+#[inline]
+pub fn outbound<E: Encap>(
+    encap: &E,
+    sending: Sending,
+    routes: &RouteTable<E::Hop>,
+    index: usize,
+    batch: &mut PacketBatch,
+    plan: &mut SendPlan,
+    (queue, stats): (usize, &WorkerStats),
+) -> Result<(), Refusal> {
+    let meta = batch.meta(index);
+    let packet = batch.packet_mut(meta);
+    let ip = IpHeader::parse(packet).map_err(DropReason::from)?;
+    match (scope(ip.addrs.src()), scope(ip.addrs.dst())) {
+        (Scope::Routable, Scope::Routable) => {}
+        (_, Scope::Multicast | Scope::LinkLocal | Scope::Martian) | (Scope::LinkLocal | Scope::Multicast, Scope::Routable) => {
+            return Err(DropReason::NotUnicast.into());
+        }
+        (Scope::Martian, Scope::Routable) => return Err(DropReason::MartianSource.into()),
+    }
+    let Some((peer_index, peer)) = routes.lookup(ip.addrs.dst()).and_then(|index| Some((index, routes.peer(index)?))) else {
+        return Err(Refusal { reason: DropReason::NoRoute, peer: None, answer: Some((IcmpError::NoRoute, ip)) });
+    };
+    let refuse = |reason, answer: Option<IcmpError>| Refusal {
+        reason,
+        peer: Some(peer_index),
+        answer: answer.map(|error| (error, ip)),
+    };
+    let super_packet = match meta.header.gso {
+        None => None,
+        Some(gso) => Some(SuperPacket::new(packet, ip, gso)?),
+    };
+    let longest = super_packet.map_or(ip.total_len, |super_packet| super_packet.segment_len());
+    if longest > usize::from(peer.inner_mtu.bytes()) && (ip.dont_fragment || super_packet.is_some()) {
+        return Err(refuse(DropReason::TooBig, Some(IcmpError::TooBig(peer.inner_mtu.bytes()))));
+    }
+    match E::TTL {
+        TtlPolicy::Keep => {}
+        TtlPolicy::Decrement => {
+            if decrement_ttl(packet).is_none() {
+                return Err(refuse(DropReason::TtlExpired, Some(IcmpError::TimeExceeded)));
+            }
+        }
+    }
+    let to = peer.hop.endpoint();
+    let limits = if to.is_ipv4() { sending.v4 } else { sending.v6 };
+    let flow = flow_hash(&ip, packet);
+    let key = RunKey { to, port: flow as usize % sending.ports, flow, peer: peer_index };
+    let (segments, bytes) = match super_packet {
+        None => {
+            if let Some(partial) = meta.header.checksum {
+                let packet = packet.get_mut(..ip.total_len).ok_or(DropReason::BadLength)?;
+                finish_checksum(packet, partial)?;
+            }
+            let start = plan.headers().len();
+            encap.push(&peer.hop, ip.total_len, plan.headers());
+            let header = start..plan.headers().len();
+            plan.push(key, limits, header, (meta.offset(0), ip.total_len), index);
+            (1, ip.total_len)
+        }
+        Some(super_packet) => {
+            let packet = batch.packet(meta);
+            let mut segments = 0;
+            let mut bytes = 0;
+            plan.split(
+                super_packet,
+                packet,
+                |headers, inner_len| {
+                    bytes += inner_len;
+                    segments += 1;
+                    encap.push(&peer.hop, inner_len, headers);
+                },
+                (key, limits, meta, index),
+            );
+            stats.count(Count::OutboundSuperPackets, 1);
+            (segments, bytes)
+        }
+    };
+    stats.count(Count::OutboundPackets, segments as u64);
+    stats.count(Count::OutboundBytes, bytes as u64);
+    if let Some(cell) = peer.stats.outbound(queue) {
+        cell.packets.add(segments as u64);
+        cell.bytes.add(bytes as u64);
+    }
+    Ok(())
+}
+
+/// What inbound keeps at hand for a batch.
+pub struct Ingress<'a, E: Encap> {
+    /// The encapsulation.
+    pub encap: &'a E,
+    /// How strict to be.
+    pub check: IngressCheck,
+    /// Sum inner checksums even where the outer one vouches for them.
+    pub verify_inner: bool,
+    /// The snapshot for this batch.
+    pub routes: &'a RouteTable<E::Hop>,
+    /// Which queue this is, for peers' counters.
+    pub queue: usize,
+    /// Where to count.
+    pub stats: &'a WorkerStats,
+}
+
+impl<E: Encap> Ingress<'_, E> {
+    /// Decides about every packet of a datagram (or coalesced run) and offers the accepted ones to `coalescer`.
+    ///
+    /// `answer` is called for packets whose sender is to be told.
+    #[inline]
+    pub fn inbound(
+        &self,
+        datagram: Datagram,
+        batch: &mut DatagramBatch,
+        coalescer: &mut Coalescer,
+        mut answer: impl FnMut(IcmpError, &IpHeader, &[u8]),
+    ) {
+        let start = DatagramBatch::start(datagram);
+        let end = start + datagram.len;
+        let step = datagram.segment_size.unwrap_or(datagram.len).max(1);
+        let source = datagram.from.ip().to_canonical();
+        let peer = self.routes.source(source);
+        if peer.is_none() && self.check == IngressCheck::Strict {
+            self.stats.discard(DropReason::UnknownPeer, datagram.len.div_ceil(step) as u64);
+            return;
+        }
+        let cell = peer.and_then(|index| self.routes.peer(index)).and_then(|peer| peer.stats.inbound(self.queue));
+        // The kernel checks the outer checksum, and it coalesces only datagrams that have one (net/ipv4/udp_offload.c).
+        let trust = match datagram.segment_size {
+            Some(_) if !self.verify_inner => Trust::Verified,
+            Some(_) | None => Trust::Unverified,
+        };
+        let mut accepted = None;
+        let (mut packets, mut bytes) = (0u64, 0u64);
+        for at in (start..end).step_by(step) {
+            let segment_end = (at + step).min(end);
+            match self.accept(batch.bytes_mut(), at, segment_end, source, &mut accepted) {
+                Ok((at, ip)) => {
+                    let buffer = batch.bytes();
+                    let flow = flow_hash(&ip, buffer.get(at..at + ip.total_len).unwrap_or(&[]));
+                    coalescer.offer(buffer, Offer { at, ip, trust, flow });
+                    packets += 1;
+                    bytes += ip.total_len as u64;
+                }
+                Err((refusal, at)) => {
+                    self.stats.discard(refusal.reason, 1);
+                    if let Some(cell) = cell {
+                        cell.discard(refusal.reason, 1);
+                    }
+                    if let Some((error, ip)) = refusal.answer {
+                        answer(error, &ip, batch.bytes().get(at..at + ip.total_len).unwrap_or(&[]));
+                    }
+                }
+            }
+        }
+        self.stats.count(Count::InboundPackets, packets);
+        self.stats.count(Count::InboundBytes, bytes);
+        if let Some(cell) = cell {
+            cell.packets.add(packets);
+            cell.bytes.add(bytes);
+        }
+    }
+
+    /// Checks one encapsulated packet; gives where the inner packet starts, and its header.
+    #[inline]
+    fn accept(
+        &self,
+        buffer: &mut [u8],
+        at: usize,
+        end: usize,
+        source: IpAddr,
+        accepted: &mut Option<Addrs>,
+    ) -> Result<(usize, IpHeader), (Refusal, usize)> {
+        let plain = |reason: DropReason| (Refusal::from(reason), at);
+        let datagram = buffer.get(at..end).ok_or_else(|| plain(DropReason::Truncated))?;
+        let inner_at = at + self.encap.pull(datagram).map_err(plain)?;
+        let packet = buffer.get_mut(inner_at..end).ok_or_else(|| plain(DropReason::Truncated))?;
+        let ip = IpHeader::parse(packet).map_err(|malformed| plain(malformed.into()))?;
+        match ip.addrs {
+            Addrs::V4 { .. } if !packet.get(..ip.l4).is_some_and(verify_v4_header) => {
+                return Err(plain(DropReason::BadHeaderChecksum));
+            }
+            Addrs::V4 { .. } | Addrs::V6 { .. } => {}
+        }
+        if *accepted != Some(ip.addrs) {
+            self.check_addresses(&ip, source).map_err(plain)?;
+            *accepted = Some(ip.addrs);
+        }
+        match E::TTL {
+            TtlPolicy::Keep => {}
+            TtlPolicy::Decrement => {
+                if decrement_ttl(packet).is_none() {
+                    let answer = (ip.ttl > 0).then_some((IcmpError::TimeExceeded, ip));
+                    return Err((Refusal { reason: DropReason::TtlExpired, peer: None, answer }, inner_at));
+                }
+            }
+        }
+        Ok((inner_at, ip))
+    }
+
+    fn check_addresses(&self, ip: &IpHeader, outer: IpAddr) -> Result<(), DropReason> {
+        if self.check == IngressCheck::Off {
+            return Ok(());
+        }
+        let (src, dst) = (ip.addrs.src(), ip.addrs.dst());
+        let overlay = self.routes.overlay();
+        if scope(src) != Scope::Routable || overlay.is_own(src) {
+            return Err(DropReason::MartianSource);
+        }
+        let owner = self.routes.lookup(src).and_then(|index| self.routes.peer(index));
+        match (self.check, owner) {
+            (IngressCheck::Loose, Some(_)) | (IngressCheck::Off, _) => {}
+            (IngressCheck::Strict, Some(peer)) if peer.hop.endpoint().ip() == outer => {}
+            (IngressCheck::Strict, Some(_)) => return Err(DropReason::SpoofedSource),
+            (IngressCheck::Strict | IngressCheck::Loose, None) if overlay.contains(src) => return Err(DropReason::SpoofedSource),
+            // The peer's own node may speak to our pods with its underlay address.
+            (IngressCheck::Strict | IngressCheck::Loose, None) if src == outer => {}
+            (IngressCheck::Strict | IngressCheck::Loose, None) => return Err(DropReason::ForeignSource),
+        }
+        match scope(dst) {
+            Scope::Routable if overlay.is_own(dst) => Ok(()),
+            Scope::Routable => Err(DropReason::NotForUs),
+            Scope::Multicast | Scope::LinkLocal | Scope::Martian => Err(DropReason::NotUnicast),
+        }
+    }
+}
+
+/// Hash of a packet's flow: addresses, protocol, and ports where every packet of the flow has them.
+#[inline]
+pub fn flow_hash(ip: &IpHeader, packet: &[u8]) -> u32 {
+    const K: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 / golden ratio
+    let addrs = match ip.addrs {
+        Addrs::V4 { src, dst } => (u64::from(src.to_bits()) << 32) | u64::from(dst.to_bits()),
+        Addrs::V6 { src, dst } => {
+            let (src, dst) = (src.to_bits(), dst.to_bits());
+            let fold = |bits: u128| ((bits >> 64) as u64).wrapping_mul(K) ^ bits as u64;
+            fold(src).wrapping_mul(K).rotate_left(32) ^ fold(dst)
+        }
+    };
+    let ports = match (ip.protocol, ip.fragment) {
+        (protocol::TCP | protocol::UDP, Fragment::Whole) => match packet.get(ip.l4..ip.l4 + 4) {
+            Some(&[a, b, c, d]) => u64::from(u32::from_be_bytes([a, b, c, d])),
+            _ => 0,
+        },
+        _ => 0,
+    };
+    let mixed = (addrs.wrapping_mul(K) ^ (ports << 8) ^ u64::from(ip.protocol)).wrapping_mul(K);
+    (mixed >> 32) as u32
+}
+
+/// Errors a source may be sent each second.
+const PER_SOURCE: u32 = 10;
+/// Errors sent each second in all.
+const GLOBAL: u32 = 1000;
+/// Buckets sources hash to; two sources in one bucket share its allowance.
+const BUCKETS: usize = 256;
+
+/// Limits the rate of ICMP errors, per source and in all (RFC 1812 §4.3.2.8, RFC 4443 §2.4 f), with token buckets.
+#[derive(Debug)]
+pub struct ErrorLimiter {
+    global: Bucket,
+    sources: Box<[Bucket]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    tokens: u32,
+    rate: u32,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(rate: u32, now: Instant) -> Self {
+        Self { tokens: rate, rate, filled: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.filled).min(Duration::from_secs(1));
+        let earned = (passed.as_nanos() * u128::from(self.rate) / 1_000_000_000) as u32;
+        if earned > 0 {
+            self.tokens = (self.tokens + earned).min(self.rate);
+            self.filled = now;
+        }
+        match self.tokens.checked_sub(1) {
+            Some(left) => {
+                self.tokens = left;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl ErrorLimiter {
+    /// Full buckets.
+    pub fn new(now: Instant) -> Self {
+        Self { global: Bucket::new(GLOBAL, now), sources: vec![Bucket::new(PER_SOURCE, now); BUCKETS].into_boxed_slice() }
+    }
+
+    /// Whether an error to `source` may be sent now.
+    pub fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
+        let hash = match source {
+            IpAddr::V4(addr) => u64::from(addr.to_bits()),
+            IpAddr::V6(addr) => (addr.to_bits() >> 64) as u64 ^ addr.to_bits() as u64,
+        };
+        let bucket = (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as usize;
+        self.sources[bucket].take(now) && self.global.take(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_limited_per_source_and_refill() {
+        let start = Instant::now();
+        let mut limiter = ErrorLimiter::new(start);
+        let source = "10.244.1.2".parse().unwrap();
+        let allowed = (0..100).filter(|_| limiter.allows(source, start)).count();
+        assert_eq!(allowed, PER_SOURCE as usize);
+        let later = start + Duration::from_millis(500);
+        assert_eq!((0..100).filter(|_| limiter.allows(source, later)).count(), 5);
+        let much_later = start + Duration::from_secs(3600);
+        assert_eq!((0..100).filter(|_| limiter.allows(source, much_later)).count(), PER_SOURCE as usize);
+    }
+
+    #[test]
+    fn errors_are_limited_in_all() {
+        let start = Instant::now();
+        let mut limiter = ErrorLimiter::new(start);
+        let sources = (0..20_000u32).map(|n| IpAddr::from(std::net::Ipv4Addr::from(0x0a00_0000 + n)));
+        assert_eq!(sources.filter(|&source| limiter.allows(source, start)).count(), GLOBAL as usize);
+    }
+}

@@ -1,0 +1,165 @@
+//! From the overlay to the underlay and back.
+//!
+//! # Theory of operation
+//!
+//! Each *queue* of the device has two directions, and each direction is a value that owns all it needs: descriptors,
+//! buffers, counters. A thread calls its `turn` again and again; a turn never blocks.
+//!
+//! ```text
+//! Outbound::turn                                      Inbound::turn
+//!   Device::recv      packets, super-packets            Underlay::recv     datagrams, coalesced runs
+//!   RouteReader::load one snapshot for the batch        RouteReader::load  one snapshot for the batch
+//!   forward::outbound parse, look up, TTL, MTU          forward::inbound   Encap::pull, checks, TTL
+//!     SuperPacket::split + Encap::push → SendPlan         Coalescer::offer → frames
+//!   Underlay::send    a message a run                   Device::send       a write a frame
+//! ```
+//!
+//! Nothing here knows a lease, a store, a socket or a file descriptor; [`memory`] has in-memory twins of both edges. Nothing
+//! locks, awaits, or allocates once the buffers have grown to their working size.
+//!
+//! A refused packet is a [`stats::DropReason`], counted per worker and, where a peer is concerned, per peer. It never stops the rest of its batch.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+
+use crate::dataplane::coalesce::Merge;
+use crate::dataplane::packet::{DatagramBatch, PacketBatch, RunLimits, SendPlan};
+use crate::dataplane::route::Hop;
+use crate::dataplane::stats::{DropReason, WorkerStats};
+
+pub mod coalesce;
+pub mod forward;
+pub mod memory;
+pub mod offload;
+pub mod packet;
+pub mod route;
+pub mod stats;
+pub mod worker;
+
+/// The edge to the overlay: a TUN queue, or its twin in memory.
+pub trait Device {
+    /// Appends the packets waiting to `batch` until there are none or it is full; never blocks.
+    ///
+    /// # Errors
+    /// Only when the device is gone for good and must be made anew.
+    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<()>;
+
+    /// Sends one frame: a virtio header, then an IP packet, in pieces.
+    ///
+    /// # Errors
+    /// Says why the frame was not taken; nothing of it was.
+    fn send(&mut self, frame: &[IoSlice<'_>]) -> Result<(), DeviceError>;
+
+    /// Sends a whole IP packet of our own (an ICMP error) to where its destination lives.
+    ///
+    /// # Errors
+    /// The packet was not sent; the caller counts it and goes on.
+    fn answer(&mut self, packet: &[u8], to: std::net::IpAddr) -> io::Result<()>;
+
+    /// What frames it takes beyond plain packets.
+    fn merge(&self) -> Merge;
+}
+
+/// Why a device did not take a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceError {
+    /// It does not like the frame (EINVAL).
+    Refused,
+    /// It has no room at the moment (EAGAIN, ENOBUFS).
+    Busy,
+    /// It is down (EIO).
+    Down,
+    /// It no longer exists (EBADFD).
+    Gone,
+}
+
+/// The edge to the underlay: UDP or raw sockets, or their twin in memory.
+pub trait Underlay {
+    /// Receives the datagrams waiting into `batch` until there are none or it is full; never blocks.
+    ///
+    /// # Errors
+    /// Only when the socket is beyond use.
+    fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()>;
+
+    /// Sends all runs of `plan`, in order. Runs that could not be sent, or not wholly, are reported in `failures`; the others are not held up.
+    ///
+    /// # Errors
+    /// Only when the socket is beyond use.
+    fn send(
+        &mut self,
+        plan: &SendPlan,
+        batch: &PacketBatch,
+        stats: &WorkerStats,
+        failures: &mut Vec<SendFailure>,
+    ) -> io::Result<()>;
+
+    /// How long a run to `to` may get.
+    fn limits(&self, to: SocketAddr) -> RunLimits;
+
+    /// Size of the pool of source ports, at least 1.
+    fn source_ports(&self) -> usize;
+}
+
+/// A run, or the rest of one, that was not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendFailure {
+    /// Which run of the plan.
+    pub run: usize,
+    /// How many segments of it were not sent.
+    pub segments: usize,
+    /// Why.
+    pub error: SendError,
+}
+
+/// Why the underlay did not take a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendError {
+    /// No room, even after a wait.
+    Busy,
+    /// No route to the peer.
+    Unreachable,
+    /// A local firewall says no.
+    Denied,
+    /// Larger than the path carries.
+    TooBig,
+    /// Anything else.
+    Refused,
+}
+
+impl From<SendError> for DropReason {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Busy => Self::UnderlayBusy,
+            SendError::Unreachable => Self::UnderlayUnreachable,
+            SendError::Denied => Self::UnderlayDenied,
+            SendError::TooBig => Self::TooBig,
+            SendError::Refused => Self::UnderlayRefused,
+        }
+    }
+}
+
+/// What a tunnel does to the TTL of what it carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TtlPolicy {
+    /// Takes one at either end: a tunnel that is a hop, like flannel's udp proxy.
+    Decrement,
+    /// Leaves it to the hosts' forwarding: a tunnel that is a link, like vxlan.
+    Keep,
+}
+
+/// One encapsulation: what goes between the outer transport header, which the socket makes, and the inner packet.
+pub trait Encap: Clone + Send + 'static {
+    /// What it needs to know of a peer.
+    type Hop: Hop;
+    /// What it does to the TTL.
+    const TTL: TtlPolicy;
+
+    /// Appends the header for an inner packet of `inner_len` bytes to `headers`.
+    fn push(&self, hop: &Self::Hop, inner_len: usize, headers: &mut Vec<u8>);
+
+    /// Where the inner packet starts in a datagram.
+    ///
+    /// # Errors
+    /// The datagram is not of this encapsulation.
+    fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason>;
+}

@@ -1,0 +1,282 @@
+//! Counters of the packet path: one writer each, readable by all.
+//!
+//! A counter belongs to one worker thread; it is bumped with a plain load and store, so no bus lock and no shared cache
+//! line. Readers (status, metrics) sum over workers and may see a value a moment old.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter with a single writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the owning worker may call this; a second writer would lose counts, nothing worse.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The value some moment ago.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! named {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+
+        impl $name {
+            /// All of them, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The name in status, metrics and logs.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+        }
+    };
+}
+
+named! {
+    /// Why a packet went no further. Indexes a counter per worker and per peer.
+    DropReason {
+        /// The inner packet is shorter than its headers.
+        Truncated = "truncated",
+        /// The inner packet is neither IPv4 nor IPv6.
+        BadVersion = "bad_version",
+        /// An inner header length is impossible.
+        BadHeaderLength = "bad_header_length",
+        /// The inner length field does not fit the bytes.
+        BadLength = "bad_length",
+        /// The inner IPv4 header checksum is wrong.
+        BadHeaderChecksum = "bad_header_checksum",
+        /// The chain of IPv6 extension headers is too long.
+        BadExtensionHeaders = "bad_extension_headers",
+        /// The device handed over a super-packet whose headers do not fit its description.
+        BadSuperPacket = "bad_super_packet",
+        /// No peer has the inner destination; answered with net unreachable.
+        NoRoute = "no_route",
+        /// The inner TTL or hop limit ran out; answered with time exceeded.
+        TtlExpired = "ttl_expired",
+        /// Larger than the path to the peer carries; answered with too big.
+        TooBig = "too_big",
+        /// Multicast, broadcast or link-local: never crosses a tunnel.
+        NotUnicast = "not_unicast",
+        /// The outer source is no peer's address.
+        UnknownPeer = "unknown_peer",
+        /// The inner source lies in the overlay, but not in that peer's lease.
+        SpoofedSource = "spoofed_source",
+        /// The inner source lies outside the overlay and is not the peer's own address.
+        ForeignSource = "foreign_source",
+        /// The inner source is loopback, unspecified, reserved, or ours.
+        MartianSource = "martian_source",
+        /// The inner destination is not in our lease: we are no relay.
+        NotForUs = "not_for_us",
+        /// The encapsulation header is not what the backend expects.
+        BadEncapsulation = "bad_encapsulation",
+        /// The datagram was longer than the receive buffer.
+        DatagramCut = "datagram_cut",
+        /// The TUN device refused the packet (EINVAL).
+        DeviceRefused = "device_refused",
+        /// The TUN device is down (EIO).
+        DeviceDown = "device_down",
+        /// The TUN device had no room.
+        DeviceBusy = "device_busy",
+        /// The underlay socket had no room, after a bounded wait.
+        UnderlayBusy = "underlay_busy",
+        /// No route to the peer in the underlay (ENETUNREACH, EHOSTUNREACH, ENETDOWN).
+        UnderlayUnreachable = "underlay_unreachable",
+        /// A local firewall refused the datagram (EPERM, EACCES).
+        UnderlayDenied = "underlay_denied",
+        /// The underlay refused the datagram for another reason.
+        UnderlayRefused = "underlay_refused",
+    }
+}
+
+named! {
+    /// What a worker counts besides drops.
+    Count {
+        /// Inner packets sent to peers; a super-packet counts as its segments.
+        OutboundPackets = "outbound_packets",
+        /// Their bytes, inner headers included.
+        OutboundBytes = "outbound_bytes",
+        /// Super-packets received from the device.
+        OutboundSuperPackets = "outbound_super_packets",
+        /// Runs handed to the underlay: messages with one destination and one segment size.
+        OutboundRuns = "outbound_runs",
+        /// Turns that had something to send.
+        OutboundBatches = "outbound_batches",
+        /// Inner packets received from peers and accepted.
+        InboundPackets = "inbound_packets",
+        /// Their bytes, inner headers included.
+        InboundBytes = "inbound_bytes",
+        /// Frames written to the device.
+        InboundFrames = "inbound_frames",
+        /// Frames among them coalesced from two or more packets.
+        InboundSuperPackets = "inbound_super_packets",
+        /// Turns that had received something.
+        InboundBatches = "inbound_batches",
+        /// Datagrams or runs received.
+        InboundDatagrams = "inbound_datagrams",
+        /// ICMP errors sent to inner senders.
+        IcmpSent = "icmp_sent",
+        /// ICMP errors held back by the rate limit.
+        IcmpLimited = "icmp_limited",
+        /// Super-packets the device refused (EINVAL) and that were then written segment by segment.
+        DeviceFallbacks = "device_fallbacks",
+        /// Runs the kernel refused to segment (EIO, EINVAL, EMSGSIZE) and that were resent one by one.
+        GsoFallbacks = "gso_fallbacks",
+        /// Datagrams the kernel dropped because our receive buffer was full (SO_RXQ_OVFL).
+        ReceiveOverflows = "receive_overflows",
+        /// Sends that had to wait for room.
+        SendWaits = "send_waits",
+        /// Times a thread went to sleep.
+        Sleeps = "sleeps",
+    }
+}
+
+/// The counters of one worker.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct WorkerStats {
+    counts: [Counter; Count::COUNT],
+    drops: [Counter; DropReason::COUNT],
+}
+
+impl Default for WorkerStats {
+    fn default() -> Self {
+        Self {
+            counts: std::array::from_fn(|_| Counter::default()),
+            drops: std::array::from_fn(|_| Counter::default()),
+        }
+    }
+}
+
+impl WorkerStats {
+    /// Adds to a count.
+    #[inline]
+    pub fn count(&self, what: Count, n: u64) {
+        self.counts[what as usize].add(n);
+    }
+
+    /// Counts `n` packets dropped.
+    #[inline]
+    pub fn discard(&self, reason: DropReason, n: u64) {
+        self.drops[reason as usize].add(n);
+    }
+
+    /// Reads a count.
+    pub fn counted(&self, what: Count) -> u64 {
+        self.counts[what as usize].get()
+    }
+
+    /// Reads a drop counter.
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize].get()
+    }
+}
+
+/// Traffic with one peer as one worker direction sees it.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct PeerCell {
+    /// Inner packets.
+    pub packets: Counter,
+    /// Their bytes.
+    pub bytes: Counter,
+    drops: [Counter; DropReason::COUNT],
+}
+
+impl Default for PeerCell {
+    fn default() -> Self {
+        Self {
+            packets: Counter::default(),
+            bytes: Counter::default(),
+            drops: std::array::from_fn(|_| Counter::default()),
+        }
+    }
+}
+
+impl PeerCell {
+    /// Counts `n` packets dropped.
+    #[inline]
+    pub fn discard(&self, reason: DropReason, n: u64) {
+        self.drops[reason as usize].add(n);
+    }
+
+    /// Reads a drop counter.
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize].get()
+    }
+}
+
+/// Traffic with one peer: a cell for each queue and direction, so that every cell has one writer.
+#[derive(Clone, Debug)]
+pub struct PeerStats {
+    outbound: Arc<[PeerCell]>,
+    inbound: Arc<[PeerCell]>,
+}
+
+impl PeerStats {
+    /// Counters for a data plane of `queues` queues.
+    pub fn new(queues: usize) -> Self {
+        let cells = || (0..queues.max(1)).map(|_| PeerCell::default()).collect();
+        Self { outbound: cells(), inbound: cells() }
+    }
+
+    /// The outbound cell of `queue`.
+    #[inline]
+    pub fn outbound(&self, queue: usize) -> Option<&PeerCell> {
+        self.outbound.get(queue)
+    }
+
+    /// The inbound cell of `queue`.
+    #[inline]
+    pub fn inbound(&self, queue: usize) -> Option<&PeerCell> {
+        self.inbound.get(queue)
+    }
+
+    /// Sums over queues: (outbound packets, outbound bytes, inbound packets, inbound bytes).
+    pub fn totals(&self) -> (u64, u64, u64, u64) {
+        let sum = |cells: &[PeerCell]| {
+            cells.iter().fold((0, 0), |(packets, bytes), cell| (packets + cell.packets.get(), bytes + cell.bytes.get()))
+        };
+        let ((out_packets, out_bytes), (in_packets, in_bytes)) = (sum(&self.outbound), sum(&self.inbound));
+        (out_packets, out_bytes, in_packets, in_bytes)
+    }
+
+    /// Packets dropped for `reason`, over queues and directions.
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.outbound.iter().chain(self.inbound.iter()).map(|cell| cell.dropped(reason)).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_name_of_its_own() {
+        let mut names: Vec<_> = DropReason::ALL.iter().map(|reason| reason.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), DropReason::COUNT);
+        assert_eq!(DropReason::ALL[DropReason::NoRoute as usize], DropReason::NoRoute);
+    }
+
+    #[test]
+    fn totals_sum_over_queues() {
+        let stats = PeerStats::new(2);
+        stats.outbound(0).unwrap().packets.add(1);
+        stats.outbound(1).unwrap().packets.add(2);
+        stats.inbound(1).unwrap().bytes.add(7);
+        assert_eq!(stats.totals(), (3, 0, 0, 7));
+        assert!(stats.inbound(2).is_none());
+    }
+}

@@ -1,0 +1,358 @@
+//! The two directions of one queue, generic over their edges.
+//!
+//! A direction owns its descriptors, buffers and counters and is driven by calling `turn`: at most one batch, never blocking. What
+//! waits for readiness, and on which threads the directions run, is the shell's business.
+
+use std::io::{self, IoSlice};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge};
+use crate::dataplane::forward::{self, ErrorLimiter, Ingress, IngressCheck, Sending};
+use crate::dataplane::offload::SuperPacket;
+use crate::dataplane::packet::{DatagramBatch, MAX_PACKET, PacketBatch, SendPlan};
+use crate::dataplane::route::{RouteReader, RouteTable};
+use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::{Device, DeviceError, Encap, SendError, SendFailure, Underlay};
+use crate::wire::icmp::{self, IcmpError};
+use crate::wire::ip::IpHeader;
+use crate::wire::virtio::{GsoKind, VirtioHeader};
+
+/// Whether a turn found something to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It did; there may be more.
+    Busy,
+    /// Nothing was waiting.
+    Idle,
+}
+
+/// From the device to the underlay.
+pub struct Outbound<E: Encap, D, U> {
+    encap: E,
+    device: D,
+    underlay: U,
+    routes: RouteReader<E::Hop>,
+    queue: usize,
+    stats: Arc<WorkerStats>,
+    errors: Errors,
+    sending: Sending,
+    batch: PacketBatch,
+    plan: SendPlan,
+    failures: Vec<SendFailure>,
+}
+
+impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
+    /// Puts a direction together.
+    pub fn new(
+        encap: E,
+        (device, underlay): (D, U),
+        routes: RouteReader<E::Hop>,
+        (queue, stats): (usize, Arc<WorkerStats>),
+        now: Instant,
+    ) -> Self {
+        let any_v4 = ([0, 0, 0, 0], 0).into();
+        let any_v6 = ([0u16; 8], 0).into();
+        let sending = Sending {
+            v4: underlay.limits(any_v4),
+            v6: underlay.limits(any_v6),
+            ports: underlay.source_ports().max(1),
+        };
+        Self {
+            encap,
+            device,
+            underlay,
+            routes,
+            queue,
+            stats,
+            errors: Errors::new(now),
+            sending,
+            batch: PacketBatch::new(),
+            plan: SendPlan::new(),
+            failures: Vec::with_capacity(64),
+        }
+    }
+
+    /// Moves one batch.
+    ///
+    /// # Errors
+    /// An edge is beyond use and must be made anew.
+    pub fn turn(&mut self, now: Instant) -> io::Result<Turn> {
+        self.batch.clear();
+        self.device.recv(&mut self.batch)?;
+        let routes = self.routes.load();
+        if self.batch.is_empty() {
+            return Ok(Turn::Idle);
+        }
+        self.plan.clear();
+        self.stats.count(Count::OutboundBatches, 1);
+        for index in 0..self.batch.len() {
+            let counting = (self.queue, &*self.stats);
+            let Err(refusal) =
+                forward::outbound(&self.encap, self.sending, routes, index, &mut self.batch, &mut self.plan, counting)
+            else {
+                continue;
+            };
+            self.stats.discard(refusal.reason, 1);
+            let peer = refusal.peer.and_then(|index| routes.peer(index));
+            if let Some(cell) = peer.and_then(|peer| peer.stats.outbound(self.queue)) {
+                cell.discard(refusal.reason, 1);
+            }
+            if let Some((error, ip)) = refusal.answer {
+                let packet = self.batch.packet(self.batch.meta(index));
+                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+            }
+        }
+        if self.plan.is_empty() {
+            return Ok(Turn::Busy);
+        }
+        self.stats.count(Count::OutboundRuns, self.plan.runs().len() as u64);
+        self.failures.clear();
+        self.underlay.send(&self.plan, &self.batch, &self.stats, &mut self.failures)?;
+        for failure in &self.failures {
+            let Some(run) = self.plan.runs().get(failure.run) else { continue };
+            let reason = DropReason::from(failure.error);
+            self.stats.discard(reason, failure.segments as u64);
+            let peer = routes.peer(run.peer);
+            if let Some(cell) = peer.and_then(|peer| peer.stats.outbound(self.queue)) {
+                cell.discard(reason, failure.segments as u64);
+            }
+            let packet = self.batch.packet(self.batch.meta(run.packet));
+            let answer = match failure.error {
+                SendError::TooBig => peer.map(|peer| IcmpError::TooBig(peer.inner_mtu.bytes())),
+                SendError::Busy | SendError::Unreachable | SendError::Denied | SendError::Refused => None,
+            };
+            if let (Some(error), Ok(ip)) = (answer, IpHeader::parse(packet)) {
+                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+            }
+        }
+        Ok(Turn::Busy)
+    }
+
+    /// The device edge.
+    pub fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// The underlay edge.
+    pub fn underlay(&mut self) -> &mut U {
+        &mut self.underlay
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &WorkerStats {
+        &self.stats
+    }
+}
+
+/// From the underlay to the device.
+pub struct Inbound<E: Encap, D, U> {
+    encap: E,
+    device: D,
+    underlay: U,
+    routes: RouteReader<E::Hop>,
+    queue: usize,
+    stats: Arc<WorkerStats>,
+    errors: Errors,
+    options: InboundOptions,
+    batch: DatagramBatch,
+    coalescer: Coalescer,
+    /// Where a refused frame is put together to be split again.
+    whole: Vec<u8>,
+    headers: Vec<u8>,
+}
+
+/// How inbound packets are treated.
+#[derive(Clone, Copy, Debug)]
+pub struct InboundOptions {
+    /// How strictly they are checked.
+    pub check: IngressCheck,
+    /// Sum inner checksums even where the outer one vouches for them.
+    pub verify_inner: bool,
+}
+
+impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
+    /// Puts a direction together.
+    pub fn new(
+        encap: E,
+        (device, underlay): (D, U),
+        routes: RouteReader<E::Hop>,
+        (queue, stats): (usize, Arc<WorkerStats>),
+        options: InboundOptions,
+        now: Instant,
+    ) -> Self {
+        let merge = device.merge();
+        Self {
+            encap,
+            device,
+            underlay,
+            routes,
+            queue,
+            stats,
+            errors: Errors::new(now),
+            options,
+            batch: DatagramBatch::new(),
+            coalescer: Coalescer::new(merge),
+            whole: Vec::with_capacity(MAX_PACKET),
+            headers: Vec::with_capacity(64 * 1024),
+        }
+    }
+
+    /// Moves one batch.
+    ///
+    /// # Errors
+    /// An edge is beyond use and must be made anew.
+    pub fn turn(&mut self, now: Instant) -> io::Result<Turn> {
+        self.batch.clear();
+        self.underlay.recv(&mut self.batch)?;
+        let routes = self.routes.load();
+        self.stats.discard(DropReason::DatagramCut, self.batch.cut());
+        self.stats.count(Count::ReceiveOverflows, self.batch.overflows());
+        if self.batch.is_empty() {
+            return Ok(Turn::Idle);
+        }
+        self.coalescer.clear();
+        self.stats.count(Count::InboundBatches, 1);
+        self.stats.count(Count::InboundDatagrams, self.batch.datagrams().len() as u64);
+        let ingress = Ingress {
+            encap: &self.encap,
+            check: self.options.check,
+            verify_inner: self.options.verify_inner,
+            routes,
+            queue: self.queue,
+            stats: &self.stats,
+        };
+        for index in 0..self.batch.datagrams().len() {
+            let datagram = self.batch.datagrams()[index];
+            let (errors, device, stats) = (&mut self.errors, &mut self.device, &*self.stats);
+            ingress.inbound(datagram, &mut self.batch, &mut self.coalescer, |error, ip, packet| {
+                errors.answer(device, routes, stats, (error, ip, packet), now);
+            });
+        }
+        self.coalescer.finish(self.batch.bytes());
+        for index in 0..self.coalescer.len() {
+            self.write(index)?;
+        }
+        Ok(Turn::Busy)
+    }
+
+    /// Writes one frame; a super-packet the device refuses goes out segment by segment, and its kind is not merged again.
+    fn write(&mut self, index: usize) -> io::Result<()> {
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        let filled = self.coalescer.slices(index, self.batch.bytes(), &mut slices);
+        let frame = slices.get(..filled).unwrap_or(&[]);
+        let segments = self.coalescer.segments(index) as u64;
+        match self.device.send(frame) {
+            Ok(()) => {
+                self.stats.count(Count::InboundFrames, 1);
+                self.stats.count(Count::InboundSuperPackets, u64::from(segments > 1));
+            }
+            Err(DeviceError::Refused) if segments > 1 => {
+                self.whole.clear();
+                for slice in frame {
+                    self.whole.extend_from_slice(slice);
+                }
+                return self.write_singly(segments);
+            }
+            Err(error) => self.refused(error, segments)?,
+        }
+        Ok(())
+    }
+
+    /// Splits the frame in `whole` again and writes its segments.
+    fn write_singly(&mut self, segments: u64) -> io::Result<()> {
+        self.stats.count(Count::DeviceFallbacks, 1);
+        let whole = std::mem::take(&mut self.whole);
+        let mut headers = std::mem::take(&mut self.headers);
+        headers.clear();
+        let parsed = VirtioHeader::parse(&whole).ok().and_then(|(header, packet)| Some((header.gso?, packet)));
+        let split = parsed.and_then(|(gso, packet)| {
+            let ip = IpHeader::parse(packet).ok()?;
+            Some((gso, packet, SuperPacket::new(packet, ip, gso).ok()?))
+        });
+        let Some((gso, packet, super_packet)) = split else {
+            self.stats.discard(DropReason::DeviceRefused, segments);
+            return Ok(());
+        };
+        let merge = self.coalescer.merge();
+        self.coalescer.set_merge(match gso.kind {
+            GsoKind::TcpV4 | GsoKind::TcpV6 => Merge { tcp: false, ..merge },
+            GsoKind::Udp => Merge { udp: false, ..merge },
+        });
+        let mut ranges = Vec::with_capacity(super_packet.segments());
+        super_packet.split(packet, &mut headers, |_, _| (), |_, header, payload| ranges.push((header, payload)));
+        let plain = VirtioHeader::default().emit();
+        for (header, payload) in ranges {
+            let pieces = [IoSlice::new(&plain), IoSlice::new(&headers[header]), IoSlice::new(&packet[payload])];
+            match self.device.send(&pieces) {
+                Ok(()) => self.stats.count(Count::InboundFrames, 1),
+                Err(error) => self.refused(error, 1)?,
+            }
+        }
+        self.whole = whole;
+        self.headers = headers;
+        Ok(())
+    }
+
+    fn refused(&self, error: DeviceError, packets: u64) -> io::Result<()> {
+        let reason = match error {
+            DeviceError::Refused => DropReason::DeviceRefused,
+            DeviceError::Busy => DropReason::DeviceBusy,
+            DeviceError::Down => DropReason::DeviceDown,
+            DeviceError::Gone => return Err(io::Error::from_raw_os_error(libc::EBADFD)),
+        };
+        self.stats.discard(reason, packets);
+        Ok(())
+    }
+
+    /// The device edge.
+    pub fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// The underlay edge.
+    pub fn underlay(&mut self) -> &mut U {
+        &mut self.underlay
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &WorkerStats {
+        &self.stats
+    }
+}
+
+/// Builds and sends ICMP errors, at a limited rate.
+struct Errors {
+    limiter: ErrorLimiter,
+    buffer: Box<[u8; icmp::MAX_LEN]>,
+}
+
+impl Errors {
+    fn new(now: Instant) -> Self {
+        Self { limiter: ErrorLimiter::new(now), buffer: Box::new([0; icmp::MAX_LEN]) }
+    }
+
+    fn answer<H: crate::dataplane::route::Hop>(
+        &mut self,
+        device: &mut impl Device,
+        routes: &RouteTable<H>,
+        stats: &WorkerStats,
+        (error, ip, packet): (IcmpError, &IpHeader, &[u8]),
+        now: Instant,
+    ) {
+        let to: IpAddr = ip.addrs.src();
+        let Some(own) = routes.overlay().own_address(to) else { return };
+        if !icmp::may_answer(ip, packet) {
+            return;
+        }
+        if !self.limiter.allows(to, now) {
+            stats.count(Count::IcmpLimited, 1);
+            return;
+        }
+        let Some(len) = icmp::build(error, own, ip, packet, &mut self.buffer[..]) else { return };
+        if device.answer(&self.buffer[..len], to).is_ok() {
+            stats.count(Count::IcmpSent, 1);
+        }
+    }
+}

@@ -1,0 +1,581 @@
+//! The UDP underlay: receive sockets on the well-known port, send sockets, segmentation and coalescing by the kernel.
+//!
+//! # Theory of operation
+//!
+//! For each family in use there is one receive socket, and a pool of send sockets; a pool of one is the receive socket
+//! itself, so that datagrams leave from the well-known port.
+//!
+//! Sending: a run of two or more equal segments is one message with a UDP_SEGMENT control message; a run the kernel refuses to cut
+//! (EIO, EINVAL, EMSGSIZE) is sent again datagram by datagram, and its destination goes without for a minute. One bad destination holds
+//! up nothing else: its messages fail by themselves. A full socket is waited for, up to a bound, so that order is kept.
+//!
+//! Receiving: `recvmmsg` into 64 KiB slots with UDP_GRO. While messages are large, eight slots are used, so that a batch stays in the L2
+//! cache; while they are small, all 64.
+//!
+//! Fallbacks, each with a switch: without UDP_SEGMENT, one message a datagram; without UDP_GRO, one datagram a slot.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch, PacketBatch, Run, RunLimits, SendPlan};
+use crate::dataplane::stats::{Count, WorkerStats};
+use crate::dataplane::{SendError, SendFailure, Underlay};
+use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
+
+/// Receive buffer asked for, bytes: 16 MiB holds 13 ms at 10 Gbit/s, longer than a worker is ever descheduled.
+const RECV_BUFFER: i32 = 16 << 20;
+/// Send buffer asked for, bytes: 30 runs of 64 KiB in flight.
+const SEND_BUFFER: i32 = 2 << 20;
+/// Slots used while messages are large.
+const LARGE_SLOTS: usize = 8;
+/// A message is large from here on, bytes.
+const LARGE_BYTES: usize = 4096;
+/// Segments of one message: the kernel's limit before 6.9.
+const MAX_SEGMENTS: usize = 64;
+/// How long a destination goes without segmentation offload after the kernel refused a run.
+const GSO_HOLIDAY: Duration = Duration::from_secs(60);
+/// How long a full socket is waited for before the message is dropped, in tries of 2 ms.
+const WAIT_TRIES: u32 = 10;
+const WAIT_MS: i32 = 2;
+/// `IP_PMTUDISC_WANT`: fragment above the known path MTU, like flannel's proxy.
+const PMTUDISC_WANT: i32 = 1;
+
+/// How a probed feature is to be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// If the kernel has it.
+    Auto,
+    /// Not at all.
+    Off,
+}
+
+/// What came of asking for a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probed {
+    /// In use.
+    On,
+    /// Switched off.
+    Forced,
+    /// The kernel does not have it.
+    Missing,
+}
+
+impl Probed {
+    /// Asks unless switched off.
+    pub fn ask(switch: Switch, ask: impl FnOnce() -> io::Result<()>) -> Self {
+        match switch {
+            Switch::Off => Self::Forced,
+            Switch::Auto => match ask() {
+                Ok(()) => Self::On,
+                Err(_) => Self::Missing,
+            },
+        }
+    }
+
+    /// Whether it is in use.
+    pub fn is_on(self) -> bool {
+        self == Self::On
+    }
+
+    /// In words, for status and the start-up line.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Forced => "off (forced)",
+            Self::Missing => "off (kernel)",
+        }
+    }
+}
+
+/// What is wanted of the underlay.
+#[derive(Clone, Copy, Debug)]
+pub struct UnderlayOptions {
+    /// IPv4 address to bind, if the underlay has IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6 address to bind, if the underlay has IPv6.
+    pub v6: Option<Ipv6Addr>,
+    /// The well-known port.
+    pub port: u16,
+    /// Size of the pool of source ports; 1 is the well-known port itself.
+    pub source_ports: usize,
+    /// Number of queues: more than one share the port with SO_REUSEPORT.
+    pub queues: usize,
+    /// UDP_SEGMENT.
+    pub gso: Switch,
+    /// UDP_GRO.
+    pub gro: Switch,
+}
+
+/// Which offloads the sockets have.
+#[derive(Clone, Copy, Debug)]
+pub struct SocketOffloads {
+    /// UDP_SEGMENT
+    pub gso: Probed,
+    /// UDP_GRO
+    pub gro: Probed,
+}
+
+/// Why the underlay cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum UnderlayError {
+    /// Somebody has the port.
+    #[error("cannot bind UDP {addr}: the port is taken")]
+    PortTaken {
+        /// Address and port.
+        addr: SocketAddr,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("cannot {doing} the UDP socket for {addr}")]
+    Socket {
+        /// What we were doing.
+        doing: &'static str,
+        /// Address and port.
+        addr: SocketAddr,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Sockets of one family.
+struct Family {
+    recv: Socket,
+    /// Empty for a pool of one: then `recv` sends.
+    pool: Vec<Socket>,
+    offloads: SocketOffloads,
+}
+
+impl Family {
+    fn open(ip: IpAddr, options: &UnderlayOptions) -> Result<Self, UnderlayError> {
+        let addr = SocketAddr::new(ip, options.port);
+        let recv = bound(addr, options)?;
+        let gso = Probed::ask(options.gso, || {
+            sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1200)?;
+            sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 0)
+        });
+        let gro = Probed::ask(options.gro, || sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1));
+        let pool_size = if options.source_ports > 1 { options.source_ports } else { 0 };
+        let pool = (0..pool_size).map(|_| bound(SocketAddr::new(ip, 0), options)).collect::<Result<_, _>>()?;
+        Ok(Self { recv, pool, offloads: SocketOffloads { gso, gro } })
+    }
+
+    /// The socket that stands for a place in the pool.
+    fn sender(&self, port: usize) -> &Socket {
+        self.pool.get(port % self.pool.len().max(1)).unwrap_or(&self.recv)
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        let pool = self.pool.iter().map(Socket::try_clone).collect::<io::Result<_>>()?;
+        Ok(Self { recv: self.recv.try_clone()?, pool, offloads: self.offloads })
+    }
+}
+
+/// Opens and binds one socket.
+fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, UnderlayError> {
+    let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))
+        .map_err(failed("open"))?;
+    let fd = socket.as_fd();
+    if addr.is_ipv6() {
+        socket.set_only_v6(true).map_err(failed("restrict to IPv6"))?;
+        sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, PMTUDISC_WANT).map_err(failed("set MTU discovery of"))?;
+    } else {
+        sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, PMTUDISC_WANT).map_err(failed("set MTU discovery of"))?;
+    }
+    if options.queues > 1 && addr.port() != 0 {
+        socket.set_reuse_port(true).map_err(failed("share the port of"))?;
+    }
+    // The forced forms pass the sysctl limits and need CAP_NET_ADMIN; the plain ones are capped silently.
+    if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECV_BUFFER).is_err() {
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, RECV_BUFFER).map_err(failed("size the receive buffer of"))?;
+    }
+    if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER).is_err() {
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER).map_err(failed("size the send buffer of"))?;
+    }
+    // Counting overflows is for show; a kernel without it loses nothing.
+    let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
+    match socket.bind(&addr.into()) {
+        Ok(()) => Ok(socket),
+        Err(source) if source.kind() == io::ErrorKind::AddrInUse => Err(UnderlayError::PortTaken { addr, source }),
+        Err(source) => Err(failed("bind")(source)),
+    }
+}
+
+/// One queue's sockets.
+pub struct UdpUnderlay {
+    v4: Option<Family>,
+    v6: Option<Family>,
+    source_ports: usize,
+    recv_scratch: [RecvScratch; 2],
+    send_scratch: SendScratch,
+    /// Messages of the last batch were large.
+    large: bool,
+    /// Destinations that go without segmentation offload, and until when.
+    holidays: Vec<(SocketAddr, Instant)>,
+}
+
+impl UdpUnderlay {
+    /// Opens and binds the sockets of one queue.
+    ///
+    /// # Errors
+    /// See [`UnderlayError`].
+    pub fn open(options: &UnderlayOptions) -> Result<Self, UnderlayError> {
+        let v4 = options.v4.map(|ip| Family::open(ip.into(), options)).transpose()?;
+        let v6 = options.v6.map(|ip| Family::open(ip.into(), options)).transpose()?;
+        Ok(Self::of(v4, v6, options.source_ports.max(1)))
+    }
+
+    fn of(v4: Option<Family>, v6: Option<Family>, source_ports: usize) -> Self {
+        Self {
+            v4,
+            v6,
+            source_ports,
+            recv_scratch: Default::default(),
+            send_scratch: SendScratch::default(),
+            large: true,
+            holidays: Vec::new(),
+        }
+    }
+
+    /// The same sockets for the other direction.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let clone = |family: &Option<Family>| family.as_ref().map(Family::try_clone).transpose();
+        Ok(Self::of(clone(&self.v4)?, clone(&self.v6)?, self.source_ports))
+    }
+
+    /// Which offloads are in use; of the first family there is.
+    pub fn offloads(&self) -> SocketOffloads {
+        let missing = SocketOffloads { gso: Probed::Missing, gro: Probed::Missing };
+        self.v4.as_ref().or(self.v6.as_ref()).map_or(missing, |family| family.offloads)
+    }
+
+    /// What to wait for before receiving.
+    pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.v4.iter().chain(&self.v6).map(|family| family.recv.as_fd())
+    }
+
+    fn family(&self, to: SocketAddr) -> Option<&Family> {
+        if to.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
+    }
+
+    /// Ends holidays that are over.
+    fn end_holidays(&mut self) {
+        if !self.holidays.is_empty() {
+            let now = now();
+            self.holidays.retain(|&(_, until)| until > now);
+        }
+    }
+
+    /// Sends messages from `at` on that leave from one socket; gives how many were sent.
+    fn send_from(&mut self, at: Place, plan: &SendPlan, batch: &PacketBatch) -> io::Result<usize> {
+        let Self { v4, v6, holidays, send_scratch, .. } = self;
+        let family_of = |run: &Run| if run.to.is_ipv4() { v4.as_ref() } else { v6.as_ref() };
+        let Some(run) = plan.runs().get(at.run) else { return Ok(0) };
+        let Some(family) = family_of(run) else { return Err(io::Error::from_raw_os_error(libc::ENETUNREACH)) };
+        let socket = family.sender(run.port);
+        let mut next = at;
+        let messages = std::iter::from_fn(|| {
+            let run = plan.runs().get(next.run)?;
+            if !family_of(run).is_some_and(|family| std::ptr::eq(family.sender(run.port), socket)) {
+                return None;
+            }
+            let whole = goes_whole(run, family.offloads, holidays);
+            let taken = if whole { run.segments } else { 1 };
+            let pieces = plan.segments(run, batch).skip(next.segment).take(taken);
+            let pieces = pieces.flat_map(|(header, payload)| [header, payload]);
+            let size = (whole && run.segments > 1).then_some(u16::try_from(run.segment_size).unwrap_or(u16::MAX));
+            next = next.after(run, taken);
+            Some((MessageTo { to: run.to, segment_size: size }, pieces))
+        });
+        sys::send_messages(socket.as_fd(), messages, send_scratch)
+    }
+}
+
+/// A message of the plan: a run, and the segment it starts with.
+#[derive(Clone, Copy)]
+struct Place {
+    run: usize,
+    segment: usize,
+}
+
+impl Place {
+    fn after(self, run: &Run, segments: usize) -> Self {
+        match self.segment + segments {
+            next if next >= run.segments => Self { run: self.run + 1, segment: 0 },
+            next => Self { run: self.run, segment: next },
+        }
+    }
+}
+
+/// Whether a run goes as one message that the kernel cuts.
+fn goes_whole(run: &Run, offloads: SocketOffloads, holidays: &[(SocketAddr, Instant)]) -> bool {
+    run.segments == 1 || (offloads.gso.is_on() && !holidays.iter().any(|&(to, _)| to == run.to))
+}
+
+impl Underlay for UdpUnderlay {
+    fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
+        let slots = if self.large { LARGE_SLOTS } else { DATAGRAM_SLOTS };
+        let [scratch_v4, scratch_v6] = &mut self.recv_scratch;
+        for (family, scratch) in [(&self.v4, scratch_v4), (&self.v6, scratch_v6)] {
+            let Some(family) = family else { continue };
+            match sys::recv_datagrams(family.recv.as_fd(), batch, scratch, slots) {
+                Ok(_) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => return Err(error),
+                // What the network says of earlier datagrams (ENETDOWN, ECONNREFUSED, …) is reported once and passes.
+                Err(_) => {}
+            }
+        }
+        if !batch.is_empty() {
+            let bytes: usize = batch.datagrams().iter().map(|datagram| datagram.len).sum();
+            self.large = bytes >= LARGE_BYTES * batch.datagrams().len();
+        }
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        plan: &SendPlan,
+        batch: &PacketBatch,
+        stats: &WorkerStats,
+        failures: &mut Vec<SendFailure>,
+    ) -> io::Result<()> {
+        self.end_holidays();
+        let mut at = Place { run: 0, segment: 0 };
+        let mut waits = 0;
+        while let Some(run) = plan.runs().get(at.run) {
+            let whole = self.family(run.to).is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
+            let segments = if whole { run.segments } else { 1 };
+            let error = match self.send_from(at, plan, batch) {
+                Ok(sent) => {
+                    for _ in 0..sent.max(1) {
+                        let Some(run) = plan.runs().get(at.run) else { break };
+                        let whole = self.family(run.to).is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
+                        at = at.after(run, if whole { run.segments } else { 1 });
+                    }
+                    waits = 0;
+                    continue;
+                }
+                Err(error) => error,
+            };
+            if error.raw_os_error() == Some(libc::EBADF) {
+                return Err(error);
+            }
+            match classify(&error) {
+                SendError::Busy if waits < WAIT_TRIES => {
+                    waits += 1;
+                    stats.count(Count::SendWaits, 1);
+                    if let Some(family) = self.family(run.to) {
+                        sys::wait_writable(family.sender(run.port).as_fd(), WAIT_MS)?;
+                    }
+                    continue;
+                }
+                _ if segments > 1 && refuses_segmentation(&error) => {
+                    stats.count(Count::GsoFallbacks, 1);
+                    self.holidays.push((run.to, now() + GSO_HOLIDAY));
+                    continue;
+                }
+                error => failures.push(SendFailure { run: at.run, segments, error }),
+            }
+            waits = 0;
+            at = at.after(run, segments);
+        }
+        Ok(())
+    }
+
+    fn limits(&self, to: SocketAddr) -> RunLimits {
+        // IPv4: 65,535 less IP and UDP headers. IPv6: the payload length covers the UDP header only.
+        let bytes = if to.is_ipv4() { 65_507 } else { 65_527 };
+        RunLimits { segments: MAX_SEGMENTS, bytes }
+    }
+
+    fn source_ports(&self) -> usize {
+        self.source_ports
+    }
+}
+
+/// Whether the kernel's refusal of a run may concern segmentation and not the datagrams.
+///
+/// EIO: the device has no checksum offload (net/ipv4/udp.c, before 6.11). EINVAL: too many segments, or checksums off. EMSGSIZE: a segment
+/// above the route's MTU, which single datagrams survive by fragmentation.
+fn refuses_segmentation(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
+}
+
+/// What a failed send means for the packets in it.
+fn classify(error: &io::Error) -> SendError {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => SendError::Busy,
+        Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL) => SendError::Unreachable,
+        Some(libc::EPERM | libc::EACCES) => SendError::Denied,
+        Some(libc::EMSGSIZE) => SendError::TooBig,
+        _ => SendError::Refused,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "a shell: holidays end by the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::packet::RunKey;
+    use crate::wire::virtio::VirtioHeader;
+
+    const OPTIONS: UnderlayOptions = UnderlayOptions {
+        v4: Some(Ipv4Addr::LOCALHOST),
+        v6: None,
+        port: 0,
+        source_ports: 1,
+        queues: 1,
+        gso: Switch::Auto,
+        gro: Switch::Auto,
+    };
+
+    fn addr(underlay: &UdpUnderlay) -> SocketAddr {
+        let family = underlay.v4.as_ref().or(underlay.v6.as_ref()).unwrap();
+        family.recv.local_addr().unwrap().as_socket().unwrap()
+    }
+
+    /// Sends segments of the given sizes as one flow and gives what arrives: (length, segment size) of each message, and all bytes.
+    fn exchange(options: &UnderlayOptions, sizes: &[usize]) -> (Vec<(usize, Option<usize>)>, Vec<u8>, Vec<u8>) {
+        let mut sender = UdpUnderlay::open(options).unwrap();
+        let mut receiver = UdpUnderlay::open(options).unwrap();
+        let to = addr(&receiver);
+        let mut batch = PacketBatch::new();
+        let mut plan = SendPlan::new();
+        let mut sent = Vec::new();
+        for (index, &size) in sizes.iter().enumerate() {
+            let payload: Vec<u8> = (0..size).map(|at| (at + index) as u8).collect();
+            assert!(batch.push(VirtioHeader::default(), &payload));
+            let key = RunKey { to, port: 0, flow: 1, peer: 0 };
+            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), size), index);
+            sent.extend(payload);
+        }
+        let stats = WorkerStats::default();
+        let mut failures = Vec::new();
+        sender.send(&plan, &batch, &stats, &mut failures).unwrap();
+        assert_eq!(failures, []);
+        let mut received = Vec::new();
+        let mut messages = Vec::new();
+        while received.len() < sent.len() {
+            let mut incoming = DatagramBatch::new();
+            let fds: Vec<_> = receiver.readable().collect();
+            assert!(sys::wait_readable(&fds, 2000).unwrap(), "only {} of {} bytes", received.len(), sent.len());
+            receiver.recv(&mut incoming).unwrap();
+            for datagram in incoming.datagrams() {
+                let start = DatagramBatch::start(*datagram);
+                received.extend_from_slice(&incoming.bytes()[start..start + datagram.len]);
+                messages.push((datagram.len, datagram.segment_size));
+            }
+        }
+        (messages, sent, received)
+    }
+
+    #[test]
+    fn a_run_arrives_whole_with_its_segment_size() {
+        let (messages, sent, received) = exchange(&OPTIONS, &[1000, 1000, 1000, 400]);
+        assert_eq!(received, sent);
+        assert_eq!(messages, [(3400, Some(1000))]);
+    }
+
+    #[test]
+    fn without_gro_datagrams_arrive_one_by_one() {
+        let options = UnderlayOptions { gro: Switch::Off, ..OPTIONS };
+        let (messages, sent, received) = exchange(&options, &[1000, 1000, 400]);
+        assert_eq!(received, sent);
+        assert_eq!(messages, [(1000, None), (1000, None), (400, None)]);
+    }
+
+    #[test]
+    fn without_gso_every_segment_is_a_message() {
+        let options = UnderlayOptions { gso: Switch::Off, gro: Switch::Off, ..OPTIONS };
+        let (messages, sent, received) = exchange(&options, &[1000, 1000, 1000, 400]);
+        assert_eq!(received, sent);
+        assert_eq!(messages.len(), 4);
+    }
+
+    #[test]
+    fn ipv6_and_a_pool_of_ports_work_alike() {
+        let options = UnderlayOptions { v4: None, v6: Some(Ipv6Addr::LOCALHOST), source_ports: 4, ..OPTIONS };
+        let (messages, sent, received) = exchange(&options, &[1200, 1200, 7]);
+        assert_eq!(received, sent);
+        assert_eq!(messages, [(2407, Some(1200))]);
+    }
+
+    #[test]
+    fn a_run_the_kernel_will_not_cut_goes_datagram_by_datagram() {
+        // Loopback's MTU is 65,536: a segment above it makes UDP_SEGMENT fail with EMSGSIZE; so does one above the limit of the
+        // message. Force the fallback with a destination on holiday and see the same bytes arrive.
+        let mut sender = UdpUnderlay::open(&OPTIONS).unwrap();
+        let mut receiver = UdpUnderlay::open(&UnderlayOptions { gro: Switch::Off, ..OPTIONS }).unwrap();
+        let to = addr(&receiver);
+        sender.holidays.push((to, now() + GSO_HOLIDAY));
+        let mut batch = PacketBatch::new();
+        let mut plan = SendPlan::new();
+        for index in 0..5 {
+            assert!(batch.push(VirtioHeader::default(), &[index as u8; 900]));
+            let key = RunKey { to, port: 0, flow: 1, peer: 0 };
+            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), 900), index);
+        }
+        assert_eq!(plan.runs().len(), 1);
+        sender.send(&plan, &batch, &WorkerStats::default(), &mut Vec::new()).unwrap();
+        let mut got = Vec::new();
+        while got.len() < 5 {
+            let fds: Vec<_> = receiver.readable().collect();
+            assert!(sys::wait_readable(&fds, 2000).unwrap());
+            let mut incoming = DatagramBatch::new();
+            receiver.recv(&mut incoming).unwrap();
+            got.extend(incoming.datagrams().iter().map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]));
+        }
+        assert_eq!(got, [0, 1, 2, 3, 4], "in order");
+    }
+
+    #[test]
+    fn one_bad_destination_holds_up_nothing_else() {
+        let mut sender = UdpUnderlay::open(&OPTIONS).unwrap();
+        let mut receiver = UdpUnderlay::open(&OPTIONS).unwrap();
+        let good = addr(&receiver);
+        // Bound to loopback, nothing else can be reached.
+        let bad = SocketAddr::from(([203, 0, 113, 1], 9));
+        let v6 = SocketAddr::from(([0xfd00, 0, 0, 0, 0, 0, 0, 1], 9));
+        let mut batch = PacketBatch::new();
+        let mut plan = SendPlan::new();
+        for (index, to) in [bad, good, v6, good].into_iter().enumerate() {
+            assert!(batch.push(VirtioHeader::default(), &[index as u8; 100]));
+            let key = RunKey { to, port: 0, flow: index as u32, peer: index as u32 };
+            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), 100), index);
+        }
+        let mut failures = Vec::new();
+        sender.send(&plan, &batch, &WorkerStats::default(), &mut failures).unwrap();
+        assert_eq!(failures.iter().map(|failure| failure.run).collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(failures[1].error, SendError::Unreachable);
+        let mut got = Vec::new();
+        while got.len() < 2 {
+            let fds: Vec<_> = receiver.readable().collect();
+            assert!(sys::wait_readable(&fds, 2000).unwrap());
+            let mut incoming = DatagramBatch::new();
+            receiver.recv(&mut incoming).unwrap();
+            got.extend(incoming.datagrams().iter().map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]));
+        }
+        assert_eq!(got, [1, 3]);
+    }
+
+    #[test]
+    fn a_taken_port_is_named() {
+        let first = UdpUnderlay::open(&OPTIONS).unwrap();
+        let error = UdpUnderlay::open(&UnderlayOptions { port: addr(&first).port(), ..OPTIONS }).err().unwrap();
+        assert!(error.to_string().contains("the port is taken"), "{error}");
+    }
+}

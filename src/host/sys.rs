@@ -1,0 +1,519 @@
+//! System calls that no safe wrapper offers: one function a call, safe types in and out.
+//!
+//! `sendmmsg` and `recvmmsg` with a control message per message of its own, TUN ioctls, and a few socket options.
+
+#![expect(unsafe_code, reason = "the one place for it; every block says why it holds")]
+
+use std::io::{self, IoSliceMut};
+use std::mem;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch};
+
+/// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class, each with its header.
+const CONTROL_BYTES: usize = 96;
+
+/// Control data, aligned as `cmsghdr` wants.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_BYTES]);
+
+/// Turns -1 into the error of the call.
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Sets an integer socket option.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the pointer and length describe `value`, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            ptr::from_ref(&value).cast(),
+            mem::size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Reads an integer socket option.
+///
+/// # Errors
+/// The kernel's.
+pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let mut value = 0i32;
+    let mut len = mem::size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the pointers describe `value` and `len`, which live through the call; the kernel writes at most `len` bytes.
+    let result = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), level, name, ptr::from_mut(&mut value).cast(), &mut len)
+    };
+    check(result).map(|_| value)
+}
+
+/// A socket address as the kernel wants it.
+#[derive(Clone, Copy)]
+pub struct RawAddr {
+    storage: libc::sockaddr_storage,
+    len: libc::socklen_t,
+}
+
+impl RawAddr {
+    fn zeroed() -> Self {
+        // SAFETY: all-zero bytes are a valid `sockaddr_storage` (plain integers, family AF_UNSPEC).
+        let storage = unsafe { mem::zeroed() };
+        Self { storage, len: mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t }
+    }
+
+    /// The address, if it is an IP one.
+    fn parse(&self) -> Option<SocketAddr> {
+        match i32::from(self.storage.ss_family) {
+            libc::AF_INET => {
+                // SAFETY: the family says it is a `sockaddr_in`, which is smaller than the storage and no stricter in alignment.
+                let addr = unsafe { &*ptr::from_ref(&self.storage).cast::<libc::sockaddr_in>() };
+                let ip = Ipv4Addr::from(u32::from_be(addr.sin_addr.s_addr));
+                Some(SocketAddrV4::new(ip, u16::from_be(addr.sin_port)).into())
+            }
+            libc::AF_INET6 => {
+                // SAFETY: as above, for `sockaddr_in6`.
+                let addr = unsafe { &*ptr::from_ref(&self.storage).cast::<libc::sockaddr_in6>() };
+                let ip = Ipv6Addr::from(addr.sin6_addr.s6_addr);
+                Some(SocketAddrV6::new(ip, u16::from_be(addr.sin6_port), 0, addr.sin6_scope_id).into())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl From<SocketAddr> for RawAddr {
+    fn from(addr: SocketAddr) -> Self {
+        let mut raw = Self::zeroed();
+        match addr {
+            SocketAddr::V4(addr) => {
+                let value = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as libc::sa_family_t,
+                    sin_port: addr.port().to_be(),
+                    sin_addr: libc::in_addr { s_addr: addr.ip().to_bits().to_be() },
+                    sin_zero: [0; 8],
+                };
+                // SAFETY: `sockaddr_storage` is larger than `sockaddr_in` and at least as aligned.
+                unsafe { ptr::from_mut(&mut raw.storage).cast::<libc::sockaddr_in>().write(value) };
+                raw.len = mem::size_of::<libc::sockaddr_in>() as libc::socklen_t;
+            }
+            SocketAddr::V6(addr) => {
+                let value = libc::sockaddr_in6 {
+                    sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                    sin6_port: addr.port().to_be(),
+                    sin6_flowinfo: addr.flowinfo(),
+                    sin6_addr: libc::in6_addr { s6_addr: addr.ip().octets() },
+                    sin6_scope_id: addr.scope_id(),
+                };
+                // SAFETY: as above, for `sockaddr_in6`.
+                unsafe { ptr::from_mut(&mut raw.storage).cast::<libc::sockaddr_in6>().write(value) };
+                raw.len = mem::size_of::<libc::sockaddr_in6>() as libc::socklen_t;
+            }
+        }
+        raw
+    }
+}
+
+/// Scratch memory for [`recv_datagrams`], kept between calls.
+pub struct RecvScratch {
+    headers: Vec<libc::mmsghdr>,
+    iovecs: Vec<libc::iovec>,
+    addrs: Vec<RawAddr>,
+    controls: Vec<Control>,
+    overflows: u32,
+}
+
+// SAFETY: the raw pointers inside are written anew by every call before the kernel sees them and never followed otherwise.
+unsafe impl Send for RecvScratch {}
+
+impl Default for RecvScratch {
+    fn default() -> Self {
+        // SAFETY: all-zero bytes are a valid `mmsghdr` (null pointers, zero lengths).
+        let header: libc::mmsghdr = unsafe { mem::zeroed() };
+        Self {
+            headers: vec![header; DATAGRAM_SLOTS],
+            iovecs: vec![libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; DATAGRAM_SLOTS],
+            addrs: vec![RawAddr::zeroed(); DATAGRAM_SLOTS],
+            controls: vec![Control([0; CONTROL_BYTES]); DATAGRAM_SLOTS],
+            overflows: 0,
+        }
+    }
+}
+
+/// What one message's control data says.
+#[derive(Default)]
+struct RecvControl {
+    segment_size: Option<usize>,
+    overflows: Option<u32>,
+}
+
+impl RecvControl {
+    /// Walks the control messages the kernel wrote.
+    fn parse(header: &libc::msghdr) -> Self {
+        let mut found = Self::default();
+        // SAFETY: `header` was filled by the kernel in a recvmmsg that has returned; its control pointer and length describe
+        // the buffer it wrote, which the caller still holds.
+        let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a pointer to a whole header inside that buffer.
+        while let Some(control) = unsafe { next.as_ref() } {
+            // SAFETY: the data follows the header; both options carry four bytes, which the length check guards.
+            let data = unsafe { libc::CMSG_DATA(control) };
+            // SAFETY: CMSG_LEN is arithmetic on its argument only.
+            let carries_int = control.cmsg_len as usize >= unsafe { libc::CMSG_LEN(4) } as usize;
+            if carries_int {
+                // SAFETY: four bytes are there; they need not be aligned.
+                let value = unsafe { data.cast::<u32>().read_unaligned() };
+                match (control.cmsg_level, control.cmsg_type) {
+                    (libc::SOL_UDP, libc::UDP_GRO) => found.segment_size = Some(value as usize),
+                    (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => found.overflows = Some(value),
+                    _ => {}
+                }
+            }
+            // SAFETY: `control` is a header inside the buffer described by `header`.
+            next = unsafe { libc::CMSG_NXTHDR(header, control) };
+        }
+        found
+    }
+}
+
+/// Receives waiting datagrams into free slots of `batch`, at most `limit`; 0 if there are none. Never blocks.
+///
+/// # Errors
+/// The kernel's, but for "nothing there".
+pub fn recv_datagrams(
+    fd: BorrowedFd<'_>,
+    batch: &mut DatagramBatch,
+    scratch: &mut RecvScratch,
+    limit: usize,
+) -> io::Result<usize> {
+    let mut wanted = 0;
+    for (index, slot) in batch.slots().take(limit.min(DATAGRAM_SLOTS)).enumerate() {
+        scratch.iovecs[index] = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
+        let header = &mut scratch.headers[index];
+        header.msg_len = 0;
+        header.msg_hdr.msg_name = ptr::from_mut(&mut scratch.addrs[index].storage).cast();
+        header.msg_hdr.msg_namelen = mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+        header.msg_hdr.msg_iov = &mut scratch.iovecs[index];
+        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
+        header.msg_hdr.msg_controllen = CONTROL_BYTES as _;
+        header.msg_hdr.msg_flags = 0;
+        wanted = index + 1;
+    }
+    if wanted == 0 {
+        return Ok(0);
+    }
+    let received = loop {
+        // SAFETY: the first `wanted` headers point at live buffers: slots of `batch` (borrowed mutably through this call) and
+        // elements of `scratch`, none of which moves before the call returns.
+        let result = unsafe {
+            libc::recvmmsg(
+                fd.as_raw_fd(),
+                scratch.headers.as_mut_ptr(),
+                wanted as libc::c_uint,
+                libc::MSG_DONTWAIT,
+                ptr::null_mut(),
+            )
+        };
+        match check(result) {
+            Ok(received) => break received as usize,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+            Err(error) => return Err(error),
+        }
+    };
+    for index in 0..received {
+        let header = &scratch.headers[index];
+        let control = RecvControl::parse(&header.msg_hdr);
+        if let Some(overflows) = control.overflows {
+            batch.note_overflows(u64::from(overflows.wrapping_sub(scratch.overflows)));
+            scratch.overflows = overflows;
+        }
+        match scratch.addrs[index].parse() {
+            Some(from) if header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 => {
+                batch.commit(from, header.msg_len as usize, control.segment_size);
+            }
+            Some(_) | None => batch.note_cut(),
+        }
+    }
+    Ok(received)
+}
+
+/// Scratch memory for [`send_messages`], kept between calls.
+#[derive(Default)]
+pub struct SendScratch {
+    headers: Vec<libc::mmsghdr>,
+    iovecs: Vec<libc::iovec>,
+    addrs: Vec<RawAddr>,
+    controls: Vec<Control>,
+}
+
+// SAFETY: as for `RecvScratch`.
+unsafe impl Send for SendScratch {}
+
+/// Messages of one `sendmmsg`: UIO_MAXIOV.
+const MAX_MESSAGES: usize = 1024;
+/// Pieces of one message: UIO_MAXIOV.
+const MAX_PIECES: usize = 1024;
+
+/// One message: where to, and the segment size if the kernel is to cut it.
+#[derive(Clone, Copy, Debug)]
+pub struct MessageTo {
+    /// Destination.
+    pub to: SocketAddr,
+    /// UDP_SEGMENT size.
+    pub segment_size: Option<u16>,
+}
+
+/// Sends messages, each given as its destination and its pieces; gives how many were sent. Never blocks.
+///
+/// # Errors
+/// The kernel's, about the first message: if it fails, nothing was sent.
+pub fn send_messages<'a, M, P>(fd: BorrowedFd<'_>, messages: M, scratch: &mut SendScratch) -> io::Result<usize>
+where
+    M: Iterator<Item = (MessageTo, P)>,
+    P: Iterator<Item = &'a [u8]>,
+{
+    scratch.headers.clear();
+    scratch.iovecs.clear();
+    scratch.addrs.clear();
+    scratch.controls.clear();
+    for (message, pieces) in messages.take(MAX_MESSAGES) {
+        let first = scratch.iovecs.len();
+        for piece in pieces.filter(|piece| !piece.is_empty()).take(MAX_PIECES) {
+            scratch.iovecs.push(libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() });
+        }
+        // SAFETY: all-zero bytes are a valid `mmsghdr`.
+        let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
+        header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
+        header.msg_hdr.msg_controllen = match message.segment_size {
+            // SAFETY: CMSG_SPACE is arithmetic on its argument only.
+            Some(_) => (unsafe { libc::CMSG_SPACE(2) }) as _,
+            None => 0,
+        };
+        scratch.headers.push(header);
+        scratch.addrs.push(message.to.into());
+        scratch.controls.push(segment_control(message.segment_size));
+    }
+    // Pointers are set once nothing grows any more.
+    let mut piece = 0;
+    for (index, header) in scratch.headers.iter_mut().enumerate() {
+        let header = &mut header.msg_hdr;
+        let addr = &mut scratch.addrs[index];
+        header.msg_name = ptr::from_mut(&mut addr.storage).cast();
+        header.msg_namelen = addr.len;
+        header.msg_iov = scratch.iovecs[piece..].as_mut_ptr();
+        piece += header.msg_iovlen as usize;
+        if header.msg_controllen > 0 {
+            header.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
+        }
+    }
+    if scratch.headers.is_empty() {
+        return Ok(0);
+    }
+    loop {
+        // SAFETY: every header points at elements of `scratch`, which do not move before the call returns, and its iovecs at
+        // pieces that live for `'a`, longer than this call; the kernel only reads them.
+        let result = unsafe {
+            libc::sendmmsg(
+                fd.as_raw_fd(),
+                scratch.headers.as_mut_ptr(),
+                scratch.headers.len() as libc::c_uint,
+                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+            )
+        };
+        match check(result) {
+            Ok(sent) => return Ok(sent as usize),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The control message that asks for segmentation, or nothing.
+fn segment_control(segment_size: Option<u16>) -> Control {
+    let mut control = Control([0; CONTROL_BYTES]);
+    if let Some(size) = segment_size {
+        // SAFETY: the buffer is aligned for `cmsghdr` and larger than CMSG_SPACE(2); CMSG_DATA of a header at its start lies inside it.
+        unsafe {
+            let header = control.0.as_mut_ptr().cast::<libc::cmsghdr>();
+            (*header).cmsg_level = libc::SOL_UDP;
+            (*header).cmsg_type = libc::UDP_SEGMENT;
+            (*header).cmsg_len = libc::CMSG_LEN(2) as _;
+            libc::CMSG_DATA(header).cast::<u16>().write_unaligned(size);
+        }
+    }
+    control
+}
+
+/// Reads one packet into pieces. Never blocks if the descriptor does not; 0 at end of file.
+///
+/// # Errors
+/// The kernel's, `WouldBlock` included.
+pub fn read_pieces(fd: BorrowedFd<'_>, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    loop {
+        // SAFETY: `IoSliceMut` has the layout of `iovec` by its documentation; the pieces are borrowed mutably through the call.
+        let result = unsafe {
+            libc::readv(fd.as_raw_fd(), pieces.as_mut_ptr().cast::<libc::iovec>(), pieces.len() as libc::c_int)
+        };
+        match usize::try_from(result) {
+            Ok(read) => return Ok(read),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// Writes one packet given in pieces.
+///
+/// # Errors
+/// The kernel's, `WouldBlock` included.
+pub fn write_pieces(fd: BorrowedFd<'_>, pieces: &[io::IoSlice<'_>]) -> io::Result<usize> {
+    loop {
+        // SAFETY: `IoSlice` has the layout of `iovec` by its documentation; the pieces are borrowed through the call.
+        let result = unsafe {
+            libc::writev(fd.as_raw_fd(), pieces.as_ptr().cast::<libc::iovec>(), pieces.len() as libc::c_int)
+        };
+        match usize::try_from(result) {
+            Ok(written) => return Ok(written),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// linux/if_tun.h
+mod tun_ioctl {
+    nix::ioctl_write_int!(set_iff, b'T', 202);
+    nix::ioctl_write_int!(set_offload, b'T', 208);
+    nix::ioctl_write_ptr!(set_vnet_hdr_size, b'T', 216, i32);
+    nix::ioctl_read!(features, b'T', 207, u32);
+}
+
+/// Sets what super-packets and partial checksums the kernel may hand over: TUNSETOFFLOAD.
+///
+/// # Errors
+/// EINVAL for a combination this kernel does not know.
+pub fn tun_set_offload(fd: BorrowedFd<'_>, mask: u32) -> io::Result<()> {
+    // SAFETY: the argument is an integer; the kernel checks that the descriptor is a TUN queue.
+    unsafe { tun_ioctl::set_offload(fd.as_raw_fd(), libc::c_ulong::from(mask)) }.map(drop).map_err(io::Error::from)
+}
+
+/// Sets the length of the virtio header on the queue: TUNSETVNETHDRSZ.
+///
+/// # Errors
+/// EINVAL below 10 bytes.
+pub fn tun_set_header_size(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    // SAFETY: the pointer describes `bytes`, which lives through the call.
+    unsafe { tun_ioctl::set_vnet_hdr_size(fd.as_raw_fd(), &bytes) }.map(drop).map_err(io::Error::from)
+}
+
+/// `struct ifreq` as TUNSETIFF reads it: a name and flags.
+#[repr(C)]
+struct TunRequest {
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    rest: [u8; 22],
+}
+
+const _: () = assert!(mem::size_of::<TunRequest>() == mem::size_of::<libc::ifreq>());
+
+/// Opens a queue of TUN device `name`, making the device if there is none: TUNSETIFF.
+///
+/// # Errors
+/// ENOENT or ENODEV without /dev/net/tun, EPERM without CAP_NET_ADMIN, EBUSY if somebody has the device, EINVAL for a bad name.
+pub fn tun_open(name: &str, flags: i32) -> io::Result<OwnedFd> {
+    let mut request = TunRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    // SAFETY: the path is a C string literal.
+    let fd = check(unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    // SAFETY: `fd` was just opened and belongs to nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // TUNSETIFF is declared with an int argument, yet takes a pointer to `ifreq`.
+    // SAFETY: the pointer describes `request`, as large as `ifreq`, which lives through the call.
+    unsafe { tun_ioctl::set_iff(fd.as_raw_fd(), ptr::from_mut(&mut request) as libc::c_ulong) }
+        .map_err(io::Error::from)?;
+    Ok(fd)
+}
+
+/// Takes over a descriptor that a library made.
+///
+/// # Errors
+/// The descriptor is not open.
+pub fn duplicate(fd: libc::c_int) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC on any number is harmless: EBADF if it is not open.
+    let new = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Waits until one of `fds` is ready to read, or `timeout_ms` has passed; gives whether one is.
+///
+/// # Errors
+/// The kernel's; an interrupted wait is `Ok(false)`.
+pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout_ms: i32) -> io::Result<bool> {
+    wait(fds, libc::POLLIN, timeout_ms)
+}
+
+/// Waits until `fd` takes more to send, or `timeout_ms` has passed.
+///
+/// # Errors
+/// The kernel's; an interrupted wait is `Ok(false)`.
+pub fn wait_writable(fd: BorrowedFd<'_>, timeout_ms: i32) -> io::Result<bool> {
+    wait(&[fd], libc::POLLOUT, timeout_ms)
+}
+
+/// Descriptors one wait may watch: a device, two sockets and a stop signal, with room to spare.
+const MAX_WAITED: usize = 8;
+
+fn wait(fds: &[BorrowedFd<'_>], events: libc::c_short, timeout_ms: i32) -> io::Result<bool> {
+    let mut polled = [libc::pollfd { fd: -1, events, revents: 0 }; MAX_WAITED];
+    for (slot, fd) in polled.iter_mut().zip(fds) {
+        slot.fd = fd.as_raw_fd();
+    }
+    let count = fds.len().min(MAX_WAITED);
+    // SAFETY: the pointer and count describe `polled`, which lives through the call.
+    let result = unsafe { libc::poll(polled.as_mut_ptr(), count as libc::nfds_t, timeout_ms) };
+    match check(result) {
+        Ok(ready) => Ok(ready > 0),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_addresses_survive_the_kernels_form() {
+        for text in ["192.0.2.1:8285", "[2001:db8::1]:8472", "[fe80::1%3]:1"] {
+            let addr: SocketAddr = text.parse().unwrap();
+            assert_eq!(RawAddr::from(addr).parse(), Some(addr), "{text}");
+        }
+        assert_eq!(RawAddr::zeroed().parse(), None);
+    }
+
+    #[test]
+    fn a_bad_device_name_is_refused_before_the_kernel_sees_it() {
+        for name in ["", "a-name-of-more-than-fifteen-bytes"] {
+            assert_eq!(tun_open(name, 0).unwrap_err().raw_os_error(), Some(libc::EINVAL), "{name:?}");
+        }
+    }
+}
