@@ -43,7 +43,12 @@ impl Encap for Udp {
     const TTL: TtlPolicy = TtlPolicy::Decrement;
 
     #[inline]
-    fn push(&self, _hop: &UdpHop, _inner_len: usize, _headers: &mut Vec<u8>) {}
+    fn header_len(&self, _hop: &UdpHop) -> usize {
+        0
+    }
+
+    #[inline]
+    fn push(&self, _hop: &UdpHop, _inner_len: usize, _out: &mut [u8]) {}
 
     #[inline]
     fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason> {

@@ -56,11 +56,15 @@ pub enum Trust {
     Unverified,
 }
 
-/// A packet in the receive buffer.
+/// A packet in the receive buffer: its front, and the rest of it somewhere else if the front is not all.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer {
     /// Where it starts in the buffer.
-    pub at: usize,
+    pub head: usize,
+    /// How much of it is there, bytes: all of it, or exactly its headers.
+    pub front: usize,
+    /// Where the rest is.
+    pub body: usize,
     /// Its header, checked.
     pub ip: IpHeader,
     /// Whether its checksum is known to be right.
@@ -85,10 +89,8 @@ struct Frame {
     flow: u32,
     kind: Kind,
     open: bool,
-    /// First packet: place in the buffer and length.
-    at: usize,
-    len: usize,
-    l4: usize,
+    /// The first packet.
+    offer: Offer,
     header_len: usize,
     /// Payload bytes of the first packet: the segment size.
     size: usize,
@@ -156,52 +158,43 @@ impl Coalescer {
     /// Takes a packet of `buffer` into the newest frame of its flow, or as a new frame.
     #[inline]
     pub fn offer(&mut self, buffer: &[u8], offer: Offer) {
-        let Some(packet) = buffer.get(offer.at..offer.at + offer.ip.total_len) else {
-            return;
-        };
-        let candidate = Candidate::of(packet, &offer.ip, self.merge);
+        let Some(front) = buffer.get(offer.head..offer.head + offer.front) else { return };
+        let candidate = Candidate::of(front, &offer.ip, self.merge);
+        let candidate = candidate.filter(|candidate| {
+            let headers = candidate.header_len(&offer.ip);
+            offer.front == headers || offer.front == offer.ip.total_len
+        });
         if let Some(candidate) = candidate
             && let Some(index) = self.newest(offer.flow)
-            && self.join(index, buffer, packet, offer, candidate)
+            && self.join(index, buffer, front, offer, candidate)
         {
             return;
         }
         let (kind, header_len, flags) = match candidate {
-            Some(Candidate::Tcp {
-                header_len,
-                seq,
-                flags,
-            }) => {
-                let payload = packet.len() - header_len;
-                (
-                    Kind::Tcp {
-                        next_seq: seq.wrapping_add(len32(payload)),
-                    },
-                    header_len,
-                    flags,
-                )
+            Some(Candidate::Tcp { header_len, seq, flags }) => {
+                let payload = offer.ip.total_len - header_len;
+                (Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }, header_len, flags)
             }
             Some(Candidate::Udp) => (Kind::Udp, offer.ip.l4 + udp::LEN, 0),
-            None => (Kind::Alone, offer.ip.l4, 0),
+            None => (Kind::Alone, offer.front, 0),
         };
-        let size = packet.len().saturating_sub(header_len);
-        let piece = self.piece(offer.at + header_len, size);
+        let size = offer.ip.total_len.saturating_sub(header_len);
+        let first = len32(self.pieces.len());
+        self.pieces.push(Piece { at: len32(offer.payload_at(header_len)), len: len32(size), next: END });
         self.frames.push(Frame {
             flow: offer.flow,
             kind,
             open: kind != Kind::Alone && flags & tcp::PSH == 0,
-            at: offer.at,
-            len: packet.len(),
-            l4: offer.ip.l4,
+            offer,
             header_len,
             size,
             payload: size,
             segments: 1,
-            next_id: be16(packet, 4).wrapping_add(1),
+            next_id: be16(front, 4).wrapping_add(1),
             push: flags & tcp::PSH,
             verified: offer.trust == Trust::Verified,
-            first: piece,
-            last: piece,
+            first,
+            last: first,
             header_at: 0,
         });
     }
@@ -212,7 +205,7 @@ impl Coalescer {
             if frame.segments == 1 {
                 continue;
             }
-            let Some(template) = buffer.get(frame.at..frame.at + frame.header_len) else {
+            let Some(template) = buffer.get(frame.offer.head..frame.offer.head + frame.header_len) else {
                 continue;
             };
             frame.header_at = self.headers.len();
@@ -256,9 +249,11 @@ impl Coalescer {
             return 0;
         };
         if frame.segments == 1 {
+            let offer = frame.offer;
             out[0] = IoSlice::new(&PLAIN);
-            out[1] = IoSlice::new(&buffer[frame.at..frame.at + frame.len]);
-            return 2;
+            out[1] = IoSlice::new(&buffer[offer.head..offer.head + offer.front]);
+            out[2] = IoSlice::new(&buffer[offer.body..offer.body + offer.ip.total_len - offer.front]);
+            return if offer.front < offer.ip.total_len { 3 } else { 2 };
         }
         let header = frame.header_at..frame.header_at + VirtioHeader::LEN + frame.header_len;
         out[0] = IoSlice::new(&self.headers[header]);
@@ -281,74 +276,58 @@ impl Coalescer {
             .map(|(index, _)| index)
     }
 
-    fn piece(&mut self, at: usize, len: usize) -> u32 {
-        self.pieces.push(Piece {
-            at: len32(at),
-            len: len32(len),
-            next: END,
-        });
-        len32(self.pieces.len() - 1)
-    }
-
-    /// Whether the packet could join frame `index`, and did.
+    /// Whether the packet, which begins with `front`, could join frame `index`, and did.
     #[inline]
-    fn join(
-        &mut self,
-        index: usize,
-        buffer: &[u8],
-        packet: &[u8],
-        offer: Offer,
-        candidate: Candidate,
-    ) -> bool {
+    fn join(&mut self, index: usize, buffer: &[u8], front: &[u8], offer: Offer, candidate: Candidate) -> bool {
         let frame = &self.frames[index];
         let header_len = candidate.header_len(&offer.ip);
-        let payload = packet.len() - header_len;
+        let payload = offer.ip.total_len - header_len;
         let fits = frame.open
             && frame.segments < MAX_SEGMENTS
-            && frame.l4 == offer.ip.l4
+            && frame.offer.ip.l4 == offer.ip.l4
             && frame.header_len == header_len
             && payload <= frame.size
             && frame.header_len + frame.payload + payload <= MAX_PACKET;
         if !fits {
             return false;
         }
-        let Some(first) = buffer.get(frame.at..frame.at + frame.len) else {
-            return false;
-        };
-        if !same_ip(first, packet, &offer.ip, frame.next_id) {
+        let Some(first) = buffer.get(frame.offer.head..frame.offer.head + header_len) else { return false };
+        if !same_ip(first, front, &offer.ip, frame.next_id) {
             return false;
         }
+        let l4 = offer.ip.l4;
         let kind = match (frame.kind, candidate) {
             (Kind::Tcp { next_seq }, Candidate::Tcp { seq, .. })
-                if seq == next_seq && same_tcp(first, packet, offer.ip.l4, header_len) =>
+                if seq == next_seq && same_tcp(first, front, l4, header_len) =>
             {
-                Kind::Tcp {
-                    next_seq: seq.wrapping_add(len32(payload)),
-                }
+                Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }
             }
-            (Kind::Udp, Candidate::Udp)
-                if first.get(frame.l4..frame.l4 + 4) == packet.get(frame.l4..frame.l4 + 4) =>
-            {
-                Kind::Udp
-            }
-            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => {
-                return false;
-            }
+            (Kind::Udp, Candidate::Udp) if first.get(l4..l4 + 4) == front.get(l4..l4 + 4) => Kind::Udp,
+            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => return false,
         };
-        let verified = frame.verified || checksum_holds(first, &offer.ip);
-        let joins = verified && (offer.trust == Trust::Verified || checksum_holds(packet, &offer.ip));
+        let verified = frame.verified || frame.offer.checksum_holds(buffer);
+        let joins = verified && (offer.trust == Trust::Verified || offer.checksum_holds(buffer));
         self.frames[index].verified = verified;
         if !joins {
             return false;
         }
-        let piece = self.piece(offer.at + header_len, payload);
+        let next = len32(self.pieces.len());
         let frame = &mut self.frames[index];
-        self.pieces[frame.last as usize].next = piece;
-        frame.last = piece;
+        let piece = Piece { at: len32(offer.payload_at(header_len)), len: len32(payload), next: END };
+        match self.pieces.get_mut(frame.last as usize) {
+            // The receive scattered the run so that payloads lie one behind the other.
+            Some(last) if last.at + last.len == piece.at => last.len += piece.len,
+            Some(last) => {
+                last.next = next;
+                frame.last = next;
+                self.pieces.push(piece);
+            }
+            None => return false,
+        }
         frame.kind = kind;
         frame.segments += 1;
         frame.payload += payload;
-        frame.next_id = be16(packet, 4).wrapping_add(1);
+        frame.next_id = be16(front, 4).wrapping_add(1);
         if let Candidate::Tcp { flags, .. } = candidate {
             frame.push |= flags & tcp::PSH;
         }
@@ -357,11 +336,28 @@ impl Coalescer {
     }
 }
 
+impl Offer {
+    /// Where the payload behind `header_len` bytes of headers starts.
+    #[inline]
+    fn payload_at(&self, header_len: usize) -> usize {
+        if self.front < self.ip.total_len { self.body } else { self.head + header_len }
+    }
+
+    /// Whether the L4 checksum is right.
+    #[inline]
+    fn checksum_holds(&self, buffer: &[u8]) -> bool {
+        let front = buffer.get(self.head + self.ip.l4..self.head + self.front);
+        let body = buffer.get(self.body..self.body + self.ip.total_len - self.front);
+        let (Some(front), Some(body)) = (front, body) else { return false };
+        (self.ip.pseudo(self.ip.l4_len()) + Sum::of(front) + Sum::of(body)).fold() == 0xffff
+    }
+}
+
 impl Frame {
     /// Turns a copy of the first packet's header into that of the merged packet; gives its description.
     fn patch(&self, header: &mut [u8]) -> VirtioHeader {
-        let l4_len = self.header_len - self.l4 + self.payload;
-        let total = self.l4 + l4_len;
+        let l4_len = self.header_len - self.offer.ip.l4 + self.payload;
+        let total = self.offer.ip.l4 + l4_len;
         let v4 = header.first().is_some_and(|first| first >> 4 == 4);
         if v4 {
             put16(header, 2, total);
@@ -380,8 +376,8 @@ impl Frame {
         let (kind, offset) = match self.kind {
             Kind::Tcp { .. } | Kind::Alone => {
                 let sum = pseudo(addresses, protocol::TCP, header);
-                put16(header, self.l4 + tcp::CHECKSUM.start, usize::from(sum));
-                if let Some(flags) = header.get_mut(self.l4 + tcp::FLAGS) {
+                put16(header, self.offer.ip.l4 + tcp::CHECKSUM.start, usize::from(sum));
+                if let Some(flags) = header.get_mut(self.offer.ip.l4 + tcp::FLAGS) {
                     *flags |= self.push;
                 }
                 (
@@ -390,15 +386,15 @@ impl Frame {
                 )
             }
             Kind::Udp => {
-                put16(header, self.l4 + udp::LENGTH.start, l4_len);
+                put16(header, self.offer.ip.l4 + udp::LENGTH.start, l4_len);
                 let sum = pseudo(addresses, protocol::UDP, header);
-                put16(header, self.l4 + udp::CHECKSUM.start, usize::from(sum));
+                put16(header, self.offer.ip.l4 + udp::CHECKSUM.start, usize::from(sum));
                 (GsoKind::Udp, udp::CHECKSUM.start)
             }
         };
         VirtioHeader {
             checksum: Some(PartialChecksum {
-                start: len16(self.l4),
+                start: len16(self.offer.ip.l4),
                 offset: len16(offset),
             }),
             gso: Some(Gso {
@@ -419,7 +415,7 @@ enum Candidate {
 
 impl Candidate {
     #[inline]
-    fn of(packet: &[u8], ip: &IpHeader, merge: Merge) -> Option<Self> {
+    fn of(front: &[u8], ip: &IpHeader, merge: Merge) -> Option<Self> {
         // No options and no extension headers: the L4 header follows the fixed one.
         let plain = match ip.addrs {
             Addrs::V4 { .. } => ip.l4 == V4_LEN,
@@ -428,21 +424,21 @@ impl Candidate {
         if !plain || ip.fragment != Fragment::Whole {
             return None;
         }
-        let l4 = packet.get(ip.l4..)?;
+        let l4 = front.get(ip.l4..)?;
         match ip.protocol {
             protocol::TCP if merge.tcp => {
                 let header_len = ip.l4 + tcp_header_len(l4).ok()?;
                 let flags = *l4.get(tcp::FLAGS)?;
                 let data_only = flags & !(tcp::PSH | tcp::ECE) == tcp::ACK_FLAG;
-                (data_only && packet.len() > header_len).then_some(Self::Tcp {
+                (data_only && ip.total_len > header_len).then_some(Self::Tcp {
                     header_len,
                     seq: u32::from_be_bytes([l4[4], l4[5], l4[6], l4[7]]),
                     flags,
                 })
             }
             protocol::UDP if merge.udp => {
-                let whole = l4.len() > udp::LEN && usize::from(be16(l4, udp::LENGTH.start)) == l4.len();
-                (whole && be16(l4, udp::CHECKSUM.start) != 0).then_some(Self::Udp)
+                let whole = ip.l4_len() > udp::LEN && usize::from(be16(l4, udp::LENGTH.start)) == ip.l4_len();
+                (whole && l4.len() >= udp::LEN && be16(l4, udp::CHECKSUM.start) != 0).then_some(Self::Udp)
             }
             _ => None,
         }
@@ -484,14 +480,6 @@ fn same_tcp(first: &[u8], packet: &[u8], l4: usize, header_len: usize) -> bool {
         && flags(first) == flags(packet)
         && same(l4 + tcp::WINDOW.start..l4 + tcp::WINDOW.end)
         && same(l4 + tcp::MIN_LEN - 2..header_len)
-}
-
-/// Whether the L4 checksum is right; addresses are those of `ip`, lengths the packet's own.
-#[inline]
-fn checksum_holds(packet: &[u8], ip: &IpHeader) -> bool {
-    packet
-        .get(ip.l4..)
-        .is_some_and(|l4| (ip.pseudo(l4.len()) + Sum::of(l4)).fold() == 0xffff)
 }
 
 #[inline]
@@ -545,7 +533,7 @@ mod tests {
             let flow = ports
                 .iter()
                 .fold(u32::from(ip.protocol), |hash, &byte| hash * 31 + u32::from(byte));
-            coalescer.offer(&buffer, Offer { at, ip, trust, flow });
+            coalescer.offer(&buffer, Offer { head: at, front: ip.total_len, body: at + ip.total_len, ip, trust, flow });
             at += packet.len();
         }
         coalescer.finish(&buffer);

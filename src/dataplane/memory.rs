@@ -46,17 +46,15 @@ impl MemoryDevice {
 }
 
 impl Device for MemoryDevice {
-    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<()> {
+    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<bool> {
         if self.broken == Some(DeviceError::Gone) {
             return Err(io::Error::from_raw_os_error(libc::EBADFD));
         }
-        while let Some((header, packet)) = self.from_host.front() {
-            if !batch.push(*header, packet) {
-                break;
-            }
+        let taken = self.from_host.front().is_some_and(|(header, packet)| batch.push(*header, packet));
+        if taken {
             self.from_host.pop_front();
         }
-        Ok(())
+        Ok(taken)
     }
 
     fn send(&mut self, frame: &[IoSlice<'_>]) -> Result<(), DeviceError> {
@@ -162,10 +160,7 @@ impl Underlay for MemoryUnderlay {
                 });
                 continue;
             }
-            let bytes = plan
-                .segments(run, batch)
-                .flat_map(|(header, payload)| [header, payload].concat())
-                .collect();
+            let bytes = plan.slices(run, batch, 0, run.segments).flatten().copied().collect();
             self.sent.push_back(Message {
                 addr: run.to,
                 bytes,

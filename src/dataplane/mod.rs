@@ -7,8 +7,8 @@
 //!
 //! ```text
 //! Outbound::turn                                      Inbound::turn
-//!   Device::recv      packets, super-packets            Underlay::recv     datagrams, coalesced runs
-//!   RouteReader::load one snapshot for the batch        RouteReader::load  one snapshot for the batch
+//!   RouteReader::load one snapshot for the batch        Underlay::recv     datagrams, coalesced runs
+//!   Device::recv      a packet or super-packet          RouteReader::load  one snapshot for the batch
 //!   forward::outbound parse, look up, TTL, MTU          forward::inbound   Encap::pull, checks, TTL
 //!     SuperPacket::split + Encap::push → SendPlan         Coalescer::offer → frames
 //!   Underlay::send    a message a run                   Device::send       a write a frame
@@ -38,11 +38,11 @@ pub mod worker;
 
 /// The edge to the overlay: a TUN queue, or its twin in memory.
 pub trait Device {
-    /// Appends the packets waiting to `batch` until there are none or it is full; never blocks.
+    /// Appends the next packet to `batch`, scattered as the batch wants it; `false` if none is waiting or the batch is full. Never blocks.
     ///
     /// # Errors
     /// Only when the device is gone for good and must be made anew.
-    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<()>;
+    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<bool>;
 
     /// Sends one frame: a virtio header, then an IP packet, in pieces.
     ///
@@ -154,8 +154,11 @@ pub trait Encap: Clone + Send + 'static {
     /// What it does to the TTL.
     const TTL: TtlPolicy;
 
-    /// Appends the header for an inner packet of `inner_len` bytes to `headers`.
-    fn push(&self, hop: &Self::Hop, inner_len: usize, headers: &mut Vec<u8>);
+    /// Length of its header towards a peer, bytes; at most [`packet::HEADROOM`].
+    fn header_len(&self, hop: &Self::Hop) -> usize;
+
+    /// Writes the header for an inner packet of `inner_len` bytes; `out` is as long as [`Self::header_len`] says.
+    fn push(&self, hop: &Self::Hop, inner_len: usize, out: &mut [u8]);
 
     /// Where the inner packet starts in a datagram.
     ///

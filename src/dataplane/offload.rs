@@ -1,8 +1,9 @@
 //! Splitting super-packets into segments and finishing checksums, by the kernel's own rules.
 //!
 //! A super-packet is one IP packet of up to 64 KiB whose payload is to leave in pieces of `gso.size` bytes, each behind its
-//! own copy of the headers (Documentation/networking/segmentation-offloads, net/ipv4/tcp_offload.c). [`split`] writes those
-//! header copies into a header arena and names the payload slices; it reads the payload once, for the checksum, and moves none of it.
+//! own copy of the headers (Documentation/networking/segmentation-offloads, net/ipv4/tcp_offload.c). The payload already lies in such
+//! pieces with room between them ([`Shape`]); [`SuperPacket::split`] writes the headers into that room. It reads the payload once, for the
+//! checksum, and moves none of it.
 //!
 //! Per segment *k* of payload offset *o*:
 //!
@@ -18,6 +19,7 @@
 
 use std::ops::Range;
 
+use crate::dataplane::packet::{MAX_HEADERS, Shape};
 use crate::dataplane::stats::DropReason;
 use crate::wire::checksum::Sum;
 use crate::wire::ip::{Addrs, Fragment, IpHeader, V6_LEN, protocol};
@@ -36,11 +38,11 @@ pub struct SuperPacket {
 }
 
 impl SuperPacket {
-    /// Checks that `packet`, whose IP header is `ip`, is what `gso` says it is.
+    /// Checks that a packet, whose IP header is `ip` and which begins with `front`, is what `gso` says it is.
     ///
     /// # Errors
     /// [`DropReason::BadSuperPacket`] for a family, protocol, fragment or header length that does not fit.
-    pub fn new(packet: &[u8], ip: IpHeader, gso: Gso) -> Result<Self, DropReason> {
+    pub fn new(front: &[u8], ip: IpHeader, gso: Gso) -> Result<Self, DropReason> {
         let fits = match (gso.kind, ip.addrs, ip.protocol) {
             (GsoKind::TcpV4, Addrs::V4 { .. }, protocol::TCP) => true,
             (GsoKind::TcpV6, Addrs::V6 { .. }, protocol::TCP) => true,
@@ -50,18 +52,20 @@ impl SuperPacket {
         if !fits || ip.fragment != Fragment::Whole || gso.size == 0 {
             return Err(DropReason::BadSuperPacket);
         }
-        let l4 = packet
-            .get(ip.l4..ip.total_len)
-            .ok_or(DropReason::BadSuperPacket)?;
+        let l4 = front.get(ip.l4..).ok_or(DropReason::BadSuperPacket)?;
         let l4_header = match gso.kind {
             GsoKind::TcpV4 | GsoKind::TcpV6 => tcp_header_len(l4).map_err(|_| DropReason::BadSuperPacket)?,
             GsoKind::Udp if l4.len() >= udp::LEN => udp::LEN,
             GsoKind::Udp => return Err(DropReason::BadSuperPacket),
         };
+        let header_len = ip.l4 + l4_header;
+        if header_len > MAX_HEADERS || header_len >= ip.total_len {
+            return Err(DropReason::BadSuperPacket);
+        }
         Ok(Self {
             ip,
             kind: gso.kind,
-            header_len: ip.l4 + l4_header,
+            header_len,
             size: usize::from(gso.size),
         })
     }
@@ -76,45 +80,39 @@ impl SuperPacket {
         (self.ip.total_len - self.header_len).div_ceil(self.size).max(1)
     }
 
-    /// Writes the header of each segment into `headers`, behind what `push` appends for it, and calls `each` with the header's
-    /// range there and the payload's range in `packet`.
-    ///
-    /// `push` gets the arena and the length of the inner packet that will follow.
+    /// The shape its segments are sent from, with `encap_len` bytes of encapsulation before each.
+    pub fn shape(&self, encap_len: usize) -> Shape {
+        Shape { headers: self.header_len, size: self.size, gap: encap_len + self.header_len }
+    }
+
+    /// Writes the headers of every segment into the gaps of `segments`: the packet in [its shape](Self::shape), from the first
+    /// segment's encapsulation header on. `push` writes the encapsulation header of a segment, given its inner length.
     #[inline]
-    pub(crate) fn split(
-        &self,
-        packet: &[u8],
-        headers: &mut Vec<u8>,
-        mut push: impl FnMut(&mut Vec<u8>, usize),
-        mut each: impl FnMut(&[u8], Range<usize>, Range<usize>),
-    ) {
-        let Some(packet) = packet.get(..self.ip.total_len) else {
-            return;
-        };
-        let Some((template, payload)) = packet.split_at_checked(self.header_len) else {
-            return;
-        };
+    pub fn split(&self, segments: &mut [u8], encap_len: usize, mut push: impl FnMut(&mut [u8], usize)) {
+        let mut template = [0; MAX_HEADERS];
+        let first = segments.get(encap_len..encap_len + self.header_len);
+        let (Some(first), Some(template)) = (first, template.get_mut(..self.header_len)) else { return };
+        template.copy_from_slice(first);
         let sums = TemplateSums::new(self, template);
-        let segments = self.segments();
-        let mut at = 0;
-        for index in 0..segments {
-            let end = (at + self.size).min(payload.len());
-            let slice = payload.get(at..end).unwrap_or(&[]);
-            let start = headers.len();
-            push(headers, self.header_len + slice.len());
-            let inner = headers.len();
-            headers.extend_from_slice(template);
-            if let Some(header) = headers.get_mut(inner..) {
-                let place = Place {
-                    index,
-                    offset: at,
-                    last: index + 1 == segments,
-                };
-                self.patch(header, slice, place, &sums);
-            }
-            let range = start..headers.len();
-            each(headers, range, self.header_len + at..self.header_len + end);
-            at = end;
+        let count = self.segments();
+        for (index, segment) in segments.chunks_mut(self.shape(encap_len).stride()).enumerate() {
+            let Some((encap, inner)) = segment.split_at_mut_checked(encap_len) else { return };
+            push(encap, inner.len());
+            let Some((header, payload)) = inner.split_at_mut_checked(self.header_len) else { return };
+            header.copy_from_slice(template);
+            let place = Place { index, offset: index * self.size, last: index + 1 == count };
+            self.patch(header, payload, place, &sums);
+        }
+    }
+
+    /// Copies the packet into `out` in [its shape](Self::shape), without encapsulation.
+    #[cold]
+    pub fn spread(&self, packet: &[u8], out: &mut Vec<u8>) {
+        out.clear();
+        let (headers, payload) = packet.split_at(self.header_len.min(packet.len()));
+        for piece in payload.chunks(self.size) {
+            out.extend_from_slice(headers);
+            out.extend_from_slice(piece);
         }
     }
 
@@ -331,14 +329,11 @@ pub(crate) mod tests {
             size,
             header_len: 0,
         };
-        let mut out = Vec::new();
-        SuperPacket::new(packet, ip, gso).unwrap().split(
-            packet,
-            &mut Vec::new(),
-            |_, _| (),
-            |headers, header, payload| out.push([&headers[header], &packet[payload]].concat()),
-        );
-        out
+        let super_packet = SuperPacket::new(packet, ip, gso).unwrap();
+        let mut spread = Vec::new();
+        super_packet.spread(packet, &mut spread);
+        super_packet.split(&mut spread, 0, |_, _| ());
+        spread.chunks(super_packet.shape(0).stride()).map(<[u8]>::to_vec).collect()
     }
 
     #[test]
@@ -490,9 +485,11 @@ pub(crate) mod tests {
             if let Ok(ip) = IpHeader::parse(&bytes)
                 && let Ok(packet) = SuperPacket::new(&bytes, ip, Gso { kind, size, header_len: 0 })
             {
+                let mut spread = Vec::new();
+                packet.spread(&bytes, &mut spread);
                 let mut total = 0;
-                packet.split(&bytes, &mut Vec::new(), |_, _| (), |_, _, payload| total += payload.len());
-                prop_assert!(total <= bytes.len());
+                packet.split(&mut spread, 0, |_, inner_len| total += inner_len);
+                prop_assert_eq!(total, spread.len());
             }
         }
     }

@@ -1,31 +1,88 @@
 //! Buffers of the packet path: what arrives, and how it is arranged to leave.
 //!
-//! Payload bytes stay where the kernel put them. A [`PacketBatch`] holds packets from the device one behind the other; a
-//! [`SendPlan`] is a list of *segments* over it, each a header slot (bytes of ours) and a payload slice (bytes of the batch),
-//! grouped into *runs* that leave with one message. Inbound, a [`DatagramBatch`] holds what the underlay received, and
-//! frames for the device are again header plus slices of it.
+//! Payload bytes stay where the kernel put them, and it puts them where they are wanted. A super-packet read from the device is
+//! *scattered*: its payload lands in pieces of one segment each, with gaps between them for the headers each segment needs.
+//!
+//! ```text
+//! read:   | headroom | headers | payload 0 |   gap   | payload 1 |   gap   | payload 2 |
+//! sent:       | encap| headers | payload 0 |enc| hdrs| payload 1 |enc| hdrs| payload 2 |     one run, one slice
+//! ```
+//!
+//! Where the pieces are to go must be known before the read, so the batch expects the next super-packet to look like the last one
+//! ([`Shape`]); when it does not, its bytes are moved once ([`PacketBatch::shape`]) and the expectation changes. A run is then one contiguous
+//! slice a super-packet, which the kernel copies twice as fast as a header and a payload slice a segment.
+//!
+//! Inbound is the mirror image: of a coalesced run, payloads land one behind the other and headers apart ([`DatagramBatch`]), so that
+//! the merged packet leaves as two slices.
 //!
 //! All memory is allocated once; clearing keeps it.
 
 use std::net::SocketAddr;
 
-use crate::dataplane::offload::SuperPacket;
 use crate::wire::virtio::VirtioHeader;
 
 /// The longest packet of either family we carry, bytes.
 pub const MAX_PACKET: usize = 65_535;
-/// Room for packets of one batch, bytes: 8 super-packets, half of a 1 MiB L2 cache.
-const BATCH_BYTES: usize = 8 * 65_536;
+/// Super-packets of one batch: enough to fill runs across them, few enough to stay in a 1 MiB L2 cache with their copies.
+const BATCH_SUPER_PACKETS: usize = 4;
+/// A batch is full from here on, bytes.
+const BATCH_BYTES: usize = BATCH_SUPER_PACKETS * 65_536;
 /// Packets a batch holds at most.
 pub const BATCH_PACKETS: usize = 64;
+/// Room before every packet for an encapsulation header: an IPv6 header and a routing header of five segments, with room to spare.
+pub const HEADROOM: usize = 192;
+/// Most bytes a super-packet takes when its segments are apart: 64 KiB of TCP segments of the kernel's least size, 48 bytes, each with
+/// the longest headers it can have and an encapsulation header.
+const MAX_SHAPED: usize = 512 * 1024;
+/// Pieces a read is scattered to at the most; with smaller segments reading in one piece and moving costs less.
+pub const MAX_PIECES: usize = 56;
+/// Longest inner headers of a super-packet, bytes: 60 of IPv4 and 60 of TCP, or as much of IPv6 with extension headers.
+pub const MAX_HEADERS: usize = 128;
+
+/// How the segments of a super-packet lie in the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Inner headers at the front of the packet, bytes.
+    pub headers: usize,
+    /// Payload of each segment but the last, bytes.
+    pub size: usize,
+    /// Room between two payloads, bytes: encapsulation and inner headers of the second.
+    pub gap: usize,
+}
+
+impl Shape {
+    /// From the start of one segment to the start of the next, bytes.
+    pub fn stride(self) -> usize {
+        self.gap + self.size
+    }
+
+    /// Where payload byte `at` of the super-packet stands, counted from the start of the packet.
+    fn place(self, at: usize) -> usize {
+        self.headers + at + at / self.size * self.gap
+    }
+}
 
 /// One packet in a [`PacketBatch`].
 #[derive(Clone, Copy, Debug)]
 pub struct PacketMeta {
     start: usize,
     len: usize,
+    shape: Option<Shape>,
     /// What the device says of it.
     pub header: VirtioHeader,
+}
+
+impl PacketMeta {
+    /// Length of the packet, bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a packet is never empty once parsed")]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Where the packet starts in the batch.
+    pub fn start(self) -> usize {
+        self.start
+    }
 }
 
 /// Packets received from the device in one go.
@@ -34,7 +91,16 @@ pub struct PacketBatch {
     bytes: Box<[u8]>,
     used: usize,
     metas: Vec<PacketMeta>,
+    /// What the next super-packet is expected to look like.
+    expected: Option<Shape>,
+    /// Packets since the last super-packet.
+    since: u32,
+    /// Super-packets whose bytes had to be moved.
+    moved: u64,
 }
+
+/// Packets that may come between two super-packets before reads are no longer scattered: scattering costs each read a little.
+const PATIENCE: u32 = 16;
 
 impl Default for PacketBatch {
     fn default() -> Self {
@@ -43,12 +109,15 @@ impl Default for PacketBatch {
 }
 
 impl PacketBatch {
-    /// An empty batch with all its memory.
+    /// An empty batch with all its memory; pages are touched only as they are used.
     pub fn new() -> Self {
         Self {
-            bytes: vec![0; BATCH_BYTES + MAX_PACKET].into_boxed_slice(),
+            bytes: vec![0; BATCH_BYTES + HEADROOM + 64 + MAX_SHAPED].into_boxed_slice(),
             used: 0,
             metas: Vec::with_capacity(BATCH_PACKETS),
+            expected: None,
+            since: 0,
+            moved: 0,
         }
     }
 
@@ -58,34 +127,54 @@ impl PacketBatch {
         self.metas.clear();
     }
 
-    /// Where the next packet goes: room for the longest one; `None` when the batch is full.
+    /// Where the next packet goes, and the shape it is to be scattered to; `None` when the batch is full.
     #[inline]
-    pub fn room(&mut self) -> Option<&mut [u8]> {
+    pub fn room(&mut self) -> Option<(&mut [u8], Option<Shape>)> {
         if self.metas.len() == BATCH_PACKETS || self.used >= BATCH_BYTES {
             return None;
         }
-        self.bytes.get_mut(self.used..self.used + MAX_PACKET)
+        let start = self.next_start();
+        let shape = self.expected;
+        let len = shape.map_or(MAX_PACKET, |shape| shape.place(MAX_PACKET));
+        self.bytes.get_mut(start..start + len).map(|room| (room, shape))
     }
 
-    /// Takes the first `len` bytes of [`Self::room`] as a packet.
+    /// Takes what was read into [`Self::room`] as a packet of `len` bytes.
     #[inline]
     pub fn commit(&mut self, header: VirtioHeader, len: usize) {
+        let start = self.next_start();
         let len = len.min(MAX_PACKET);
-        self.metas.push(PacketMeta {
-            start: self.used,
-            len,
-            header,
-        });
-        // Keep packets 64-byte aligned: a header then touches one cache line.
-        self.used = (self.used + len).next_multiple_of(64);
+        // The first segment and its headers are in one piece whatever the shape.
+        let shape = self.expected.filter(|shape| len > shape.headers + shape.size);
+        self.since = if header.gso.is_some() { 0 } else { self.since.saturating_add(1) };
+        if self.since > PATIENCE {
+            self.expected = None;
+        }
+        self.metas.push(PacketMeta { start, len, shape, header });
+        self.used = start + shape.map_or(len, |shape| shape.place(len - shape.headers));
     }
 
-    /// Copies a packet in; for tests and the in-memory device. `false` if there is no room.
+    /// The payload of the next super-packet is to start on a cache line.
+    fn next_start(&self) -> usize {
+        let headers = self.expected.map_or(0, |shape| shape.headers);
+        (self.used + HEADROOM + headers).next_multiple_of(64) - headers
+    }
+
+    /// Copies a packet in, as a device would read it; for tests and the in-memory device. `false` if there is no room.
     pub fn push(&mut self, header: VirtioHeader, packet: &[u8]) -> bool {
-        let Some(room) = self.room().and_then(|room| room.get_mut(..packet.len())) else {
+        if packet.len() > MAX_PACKET {
             return false;
-        };
-        room.copy_from_slice(packet);
+        }
+        let Some((room, shape)) = self.room() else { return false };
+        let mut rest = packet;
+        for (at, len) in shape_places(shape) {
+            let (piece, later) = rest.split_at(len.min(rest.len()));
+            room[at..at + piece.len()].copy_from_slice(piece);
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
         self.commit(header, packet.len());
         true
     }
@@ -106,27 +195,96 @@ impl PacketBatch {
         self.metas[index]
     }
 
-    /// The bytes of a packet.
-    #[inline]
-    pub fn packet(&self, meta: PacketMeta) -> &[u8] {
-        &self.bytes[meta.start..meta.start + meta.len]
+    /// Super-packets since the last call whose bytes had to be moved.
+    pub fn take_moved(&mut self) -> u64 {
+        std::mem::take(&mut self.moved)
     }
 
-    /// The bytes of a packet, to patch.
+    /// The front of a packet: all of it, or all up to the end of its first segment.
     #[inline]
-    pub fn packet_mut(&mut self, meta: PacketMeta) -> &mut [u8] {
-        &mut self.bytes[meta.start..meta.start + meta.len]
+    pub fn front(&self, meta: PacketMeta) -> &[u8] {
+        let len = meta.shape.map_or(meta.len, |shape| shape.headers + shape.size);
+        &self.bytes[meta.start..meta.start + len]
+    }
+
+    /// The front of a packet, to patch.
+    #[inline]
+    pub fn front_mut(&mut self, meta: PacketMeta) -> &mut [u8] {
+        let len = meta.shape.map_or(meta.len, |shape| shape.headers + shape.size);
+        &mut self.bytes[meta.start..meta.start + len]
+    }
+
+    /// Brings the newest packet into the shape wanted, if it is not in it already, and expects that shape from now on.
+    ///
+    /// `None` wants it in one piece. Gives the packet as it then is; `None` if the shape takes more room than there is.
+    #[inline]
+    pub fn shape(&mut self, wanted: Option<Shape>) -> Option<PacketMeta> {
+        let meta = *self.metas.last()?;
+        let fits_front = wanted.is_some_and(|shape| meta.len <= shape.headers + shape.size);
+        if let Some(shape) = wanted {
+            let pieces = MAX_PACKET / shape.size;
+            self.expected = (pieces < MAX_PIECES && shape.headers + shape.size >= 2 * MAX_HEADERS).then_some(shape);
+        }
+        if meta.shape == wanted || (meta.shape.is_none() && fits_front) {
+            return Some(meta);
+        }
+        self.reshape(meta, if fits_front { None } else { wanted })
+    }
+
+    #[cold]
+    fn reshape(&mut self, mut meta: PacketMeta, wanted: Option<Shape>) -> Option<PacketMeta> {
+        let payload = |shape: Shape| meta.len - shape.headers;
+        let end = |shape: Shape| shape.place(payload(shape) - 1) + 1;
+        let packet = self.bytes.get_mut(meta.start..)?;
+        if wanted.is_some_and(|shape| shape.headers >= meta.len || end(shape) > packet.len()) {
+            return None;
+        }
+        self.moved += 1;
+        if let Some(shape) = meta.shape {
+            for at in (shape.size..payload(shape)).step_by(shape.size) {
+                let from = shape.place(at);
+                let len = shape.size.min(payload(shape) - at);
+                packet.copy_within(from..from + len, shape.headers + at);
+            }
+        }
+        if let Some(shape) = wanted {
+            for at in (shape.size..payload(shape)).step_by(shape.size).rev() {
+                let from = shape.headers + at;
+                let len = shape.size.min(payload(shape) - at);
+                packet.copy_within(from..from + len, shape.place(at));
+            }
+        }
+        self.used = meta.start + wanted.map_or(meta.len, end);
+        meta.shape = wanted;
+        *self.metas.last_mut()? = meta;
+        Some(meta)
+    }
+
+    /// The bytes of a packet's segments from the first one's encapsulation header on, `encap_len` bytes before the packet.
+    #[inline]
+    pub fn segments_mut(&mut self, meta: PacketMeta, encap_len: usize) -> &mut [u8] {
+        let end = meta.shape.map_or(meta.len, |shape| shape.place(meta.len - shape.headers - 1) + 1);
+        &mut self.bytes[meta.start - encap_len.min(HEADROOM)..meta.start + end]
     }
 }
 
-/// A piece of a run: a header of ours, then payload of the batch.
+/// Where the pieces of a packet go in its room, as (offset, length).
+#[inline]
+pub fn shape_places(shape: Option<Shape>) -> impl Iterator<Item = (usize, usize)> {
+    let first = shape.map_or((0, MAX_PACKET), |shape| (0, shape.headers + shape.size));
+    let later = shape.into_iter().flat_map(|shape| {
+        let places = (shape.size..MAX_PACKET - shape.headers).step_by(shape.size);
+        places.map(move |at| (shape.place(at), shape.size))
+    });
+    std::iter::once(first).chain(later)
+}
+
+/// Bytes of one run that lie together: whole segments.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    header_at: u32,
-    header_len: u16,
-    payload_len: u16,
-    payload_at: u32,
-    /// Next segment of the same run; `u32::MAX` ends it.
+struct Piece {
+    at: u32,
+    len: u32,
+    /// Next piece of the same run; `u32::MAX` ends it.
     next: u32,
 }
 
@@ -169,12 +327,11 @@ pub struct RunLimits {
 
 /// What one batch sends: runs of segments over the batch's bytes.
 ///
-/// A segment may join any open run to its peer that is not older than the newest run its flow is in; so flows share runs, and
-/// no packet of a flow overtakes another.
+/// A segment may join any open run to its peer that is not older than the newest run its flow is in; so flows share runs,
+/// and no packet of a flow overtakes another.
 #[derive(Debug)]
 pub struct SendPlan {
-    headers: Vec<u8>,
-    segments: Vec<Segment>,
+    pieces: Vec<Piece>,
     runs: Vec<Run>,
     /// The newest run each flow of this batch is in.
     flows: Vec<(u32, usize)>,
@@ -193,6 +350,17 @@ pub struct RunKey {
     pub peer: u32,
 }
 
+/// Segments that lie one behind the other in the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segments {
+    /// Where the first starts in the batch.
+    pub at: usize,
+    /// Bytes in all.
+    pub bytes: usize,
+    /// Bytes of every segment but the last.
+    pub size: usize,
+}
+
 impl Default for SendPlan {
     fn default() -> Self {
         Self::new()
@@ -203,8 +371,7 @@ impl SendPlan {
     /// An empty plan with memory for a full batch.
     pub fn new() -> Self {
         Self {
-            headers: Vec::with_capacity(256 * 1024),
-            segments: Vec::with_capacity(4096),
+            pieces: Vec::with_capacity(BATCH_PACKETS * 4),
             runs: Vec::with_capacity(BATCH_PACKETS * 2),
             flows: Vec::with_capacity(BATCH_PACKETS),
         }
@@ -212,94 +379,68 @@ impl SendPlan {
 
     /// Forgets the runs, keeps the memory.
     pub fn clear(&mut self) {
-        self.headers.clear();
-        self.segments.clear();
+        self.pieces.clear();
         self.runs.clear();
         self.flows.clear();
     }
 
-    /// The arena of header slots; a caller appends a header, then names it in [`Self::push`].
+    /// Appends the segments of packet `packet` to open runs they fit, starting runs as needed.
     #[inline]
-    pub fn headers(&mut self) -> &mut Vec<u8> {
-        &mut self.headers
-    }
-
-    /// Appends a segment to an open run it fits, else starts a run.
-    ///
-    /// `header` is a range of [`Self::headers`], `payload` an (offset, length) of the batch as [`PacketMeta::offset`] gives it,
-    /// `packet` the index of the packet it comes from.
-    #[inline]
-    pub fn push(
-        &mut self,
-        key: RunKey,
-        limits: RunLimits,
-        header: std::ops::Range<usize>,
-        payload: (usize, usize),
-        packet: usize,
-    ) {
-        let size = header.len() + payload.1;
-        let index = len32(self.segments.len());
-        self.segments.push(Segment {
-            header_at: len32(header.start),
-            header_len: len16(header.len()),
-            payload_at: len32(payload.0),
-            payload_len: len16(payload.1),
-            next: END,
-        });
+    pub fn push(&mut self, key: RunKey, limits: RunLimits, segments: Segments, packet: usize) {
         let known = self.flows.iter().rposition(|&(flow, _)| flow == key.flow);
-        let floor = known.and_then(|at| self.flows.get(at)).map_or(0, |&(_, run)| run);
-        let run = self.open_run(key, limits, size, floor).unwrap_or_else(|| {
-            self.runs.push(Run {
-                to: key.to,
-                port: key.port,
-                segment_size: size,
-                bytes: 0,
-                segments: 0,
-                peer: key.peer,
-                packet,
-                flow: key.flow,
-                first: index,
-                last: index,
-                open: true,
+        let mut floor = known.and_then(|at| self.flows.get(at)).map_or(0, |&(_, run)| run);
+        let mut rest = segments;
+        while rest.bytes > 0 {
+            let size = rest.size.min(rest.bytes);
+            let run = self.open_run(key, limits, size, floor).unwrap_or_else(|| {
+                self.runs.push(Run {
+                    to: key.to,
+                    port: key.port,
+                    segment_size: size,
+                    bytes: 0,
+                    segments: 0,
+                    peer: key.peer,
+                    packet,
+                    flow: key.flow,
+                    first: END,
+                    last: END,
+                    open: true,
+                });
+                self.runs.len() - 1
             });
-            self.runs.len() - 1
-        });
+            let taken = self.append(run, key, limits, rest);
+            rest.at += taken;
+            rest.bytes -= taken;
+            floor = run;
+        }
         match known.and_then(|at| self.flows.get_mut(at)) {
-            Some(entry) => entry.1 = run,
-            None => self.flows.push((key.flow, run)),
+            Some(entry) => entry.1 = floor,
+            None => self.flows.push((key.flow, floor)),
         }
-        let run = &mut self.runs[run];
-        if run.segments > 0 {
-            self.segments[run.last as usize].next = index;
-        }
-        run.last = index;
-        run.flow = key.flow;
-        run.segments += 1;
-        run.bytes += size;
-        // A shorter segment is the last of its run: the receiver cuts at the size of the first.
-        run.open = size == run.segment_size;
     }
 
-    /// Splits a super-packet: `push` appends the encapsulation of each segment, whose inner length it is given.
+    /// Appends as many of the segments to run `index` as it takes, at least one; gives their bytes.
     #[inline]
-    pub fn split(
-        &mut self,
-        super_packet: SuperPacket,
-        packet: &[u8],
-        push: impl FnMut(&mut Vec<u8>, usize),
-        (key, limits, meta, index): (RunKey, RunLimits, PacketMeta, usize),
-    ) {
-        let mut headers = std::mem::take(&mut self.headers);
-        super_packet.split(packet, &mut headers, push, |_, header, payload| {
-            self.push(
-                key,
-                limits,
-                header,
-                (meta.offset(payload.start), payload.len()),
-                index,
-            );
-        });
-        self.headers = headers;
+    fn append(&mut self, index: usize, key: RunKey, limits: RunLimits, segments: Segments) -> usize {
+        let piece = len32(self.pieces.len());
+        let run = &mut self.runs[index];
+        let room = (limits.segments - run.segments).min((limits.bytes - run.bytes) / run.segment_size).max(1);
+        // Segments as long as the run's, and a shorter one where they end.
+        let bytes = if segments.size == run.segment_size { segments.bytes.min(room * run.segment_size) } else { segments.bytes.min(segments.size) };
+        let count = bytes.div_ceil(run.segment_size);
+        if run.first == END {
+            run.first = piece;
+        } else {
+            self.pieces[run.last as usize].next = piece;
+        }
+        self.pieces.push(Piece { at: len32(segments.at), len: len32(bytes), next: END });
+        run.last = piece;
+        run.flow = key.flow;
+        run.segments += count;
+        run.bytes += bytes;
+        // A shorter segment is the last of its run: the receiver cuts at the size of the first.
+        run.open = bytes == count * run.segment_size;
+        bytes
     }
 
     /// A run not older than `floor` that a segment of `size` bytes may join.
@@ -328,45 +469,64 @@ impl SendPlan {
         self.runs.is_empty()
     }
 
-    /// The segments of a run, each as (header, payload).
+    /// The bytes of a run from segment `from` on, `count` segments at the most, in contiguous slices.
     #[inline]
-    pub fn segments<'a>(
+    pub fn slices<'a>(
         &'a self,
         run: &Run,
         batch: &'a PacketBatch,
-    ) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+        from: usize,
+        count: usize,
+    ) -> impl Iterator<Item = &'a [u8]> {
         let mut next = run.first;
+        let mut skip = from * run.segment_size;
+        let mut left = count.saturating_mul(run.segment_size);
         std::iter::from_fn(move || {
-            let segment = self.segments.get(next as usize)?;
-            next = segment.next;
-            let header = segment.header_at as usize;
-            let payload = segment.payload_at as usize;
-            Some((
-                &self.headers[header..header + usize::from(segment.header_len)],
-                &batch.bytes[payload..payload + usize::from(segment.payload_len)],
-            ))
+            loop {
+                let piece = self.pieces.get(next as usize)?;
+                if left == 0 {
+                    return None;
+                }
+                next = piece.next;
+                let len = piece.len as usize;
+                if skip >= len {
+                    skip -= len;
+                    continue;
+                }
+                let at = piece.at as usize + skip;
+                let len = (len - skip).min(left);
+                skip = 0;
+                left -= len;
+                return Some(&batch.bytes[at..at + len]);
+            }
         })
-    }
-}
-
-impl PacketMeta {
-    /// Where byte `at` of the packet stands in the batch, for [`SendPlan::push`].
-    #[inline]
-    pub fn offset(self, at: usize) -> usize {
-        self.start + at
-    }
-
-    /// Length of the packet, bytes.
-    #[expect(clippy::len_without_is_empty, reason = "a packet is never empty once parsed")]
-    pub fn len(self) -> usize {
-        self.len
     }
 }
 
 /// Datagram slots: enough that small packets come in batches.
 pub const DATAGRAM_SLOTS: usize = 64;
-/// Bytes of a slot: any datagram fits, whatever the underlay's MTU. The odd 64 keeps slots from sharing cache sets.
-const SLOT_BYTES: usize = 65_536 + 64;
+/// Most segments of one coalesced run: the kernel's limit for UDP_GRO.
+const MAX_RUN: usize = 64;
+/// Bytes of a slot's front: any datagram or coalesced run fits.
+const FRONT_BYTES: usize = 65_536;
+/// Bytes of a slot: its front, then the headers of a scattered run's later segments. The odd 64 keeps slots from sharing cache sets.
+const SLOT_BYTES: usize = FRONT_BYTES + MAX_RUN * MAX_HEADERS + 64;
+
+/// How a coalesced run is scattered as it is received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scatter {
+    /// Encapsulation and inner headers of every segment, bytes.
+    pub headers: usize,
+    /// Payload of every segment but the last, bytes.
+    pub size: usize,
+}
+
+impl Scatter {
+    /// Whether it is worth while, and fits a slot.
+    fn is_usable(self) -> bool {
+        self.headers <= MAX_HEADERS && self.size >= 4 * MAX_HEADERS && FRONT_BYTES / (self.headers + self.size) < MAX_RUN
+    }
+}
 
 /// One datagram, or one run of datagrams the kernel coalesced.
 #[derive(Clone, Copy, Debug)]
@@ -378,15 +538,39 @@ pub struct Datagram {
     pub segment_size: Option<usize>,
     /// Who sent it.
     pub from: SocketAddr,
+    scatter: Option<Scatter>,
+}
+
+/// Where one segment of a datagram lies in [`DatagramBatch::bytes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentPlace {
+    /// Where it starts: its headers.
+    pub at: usize,
+    /// Bytes in one piece there.
+    pub front: usize,
+    /// Where the rest of it is.
+    pub body: usize,
+    /// Its length in all.
+    pub len: usize,
 }
 
 /// What the underlay received in one go.
+///
+/// ```text
+/// a run of three:  | h0 | p0 | h1 | p1 | h2 | p2 |
+/// a slot:          | h0 | p0 | p1 | p2 |        …        | h1 | h2 |
+/// ```
 #[derive(Debug)]
 pub struct DatagramBatch {
     bytes: Box<[u8]>,
     datagrams: Vec<Datagram>,
     cut: u64,
     overflows: u64,
+    /// What the next run is expected to look like.
+    expected: Option<Scatter>,
+    /// Datagrams since the last run.
+    since: u32,
+    moved: u64,
 }
 
 impl Default for DatagramBatch {
@@ -403,6 +587,9 @@ impl DatagramBatch {
             datagrams: Vec::with_capacity(DATAGRAM_SLOTS),
             cut: 0,
             overflows: 0,
+            expected: None,
+            since: 0,
+            moved: 0,
         }
     }
 
@@ -413,22 +600,64 @@ impl DatagramBatch {
         self.overflows = 0;
     }
 
-    /// The slots still free, to receive into; the first belongs to the next [`Self::commit`].
+    /// How the next datagrams are to be scattered.
+    pub fn scatter(&self) -> Option<Scatter> {
+        self.expected
+    }
+
+    /// Expects the next run to look like this one: `headers` and `size` bytes a segment.
+    pub fn expect(&mut self, scatter: Scatter) {
+        self.expected = Some(scatter).filter(|scatter| scatter.is_usable());
+    }
+
+    /// The slots still free, to receive into as [`Self::scatter`] says; the first belongs to the next [`Self::commit`].
     #[inline]
     pub fn slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
         self.bytes.chunks_exact_mut(SLOT_BYTES).skip(self.datagrams.len())
     }
 
-    /// Takes the next slot as a datagram.
+    /// Takes the next slot as a datagram, received as `scatter` says.
     #[inline]
-    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>) {
+    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>, scatter: Option<Scatter>) {
         let slot = self.datagrams.len();
-        self.datagrams.push(Datagram {
-            slot,
-            len: len.min(SLOT_BYTES),
-            segment_size: segment_size.filter(|&size| size > 0 && size < len),
-            from,
-        });
+        let len = len.min(FRONT_BYTES);
+        let segment_size = segment_size.filter(|&size| size > 0 && size < len);
+        // The first segment is in one piece whatever the scattering.
+        let scatter = scatter.filter(|scatter| len > scatter.headers + scatter.size);
+        self.since = if segment_size.is_some() { 0 } else { self.since.saturating_add(1) };
+        if self.since > PATIENCE {
+            self.expected = None;
+        }
+        self.datagrams.push(Datagram { slot, len, segment_size, from, scatter });
+        if let Some(scatter) = scatter
+            && segment_size != Some(scatter.headers + scatter.size)
+        {
+            self.gather(slot);
+        }
+    }
+
+    /// Puts a scattered datagram together again: it is not of the expected kind.
+    #[cold]
+    pub fn gather(&mut self, index: usize) {
+        let Some(datagram) = self.datagrams.get_mut(index) else { return };
+        let Some(scatter) = datagram.scatter.take() else { return };
+        let start = datagram.slot * SLOT_BYTES;
+        let Some(slot) = self.bytes.get_mut(start..start + SLOT_BYTES) else { return };
+        let step = scatter.headers + scatter.size;
+        for nth in (1..datagram.len.div_ceil(step)).rev() {
+            let len = (datagram.len - nth * step).min(step);
+            let front = len.min(scatter.headers);
+            let body = scatter.headers + nth * scatter.size;
+            slot.copy_within(body..body + (len - front), nth * step + scatter.headers);
+            let header = FRONT_BYTES + (nth - 1) * MAX_HEADERS;
+            slot.copy_within(header..header + front, nth * step);
+        }
+        self.moved += 1;
+    }
+
+    /// Runs since the last call whose bytes had to be moved.
+    pub fn take_moved(&mut self) -> u64 {
+        std::mem::take(&mut self.moved)
     }
 
     /// Notes that the next slot holds a datagram that did not fit it; it is not delivered.
@@ -437,12 +666,7 @@ impl DatagramBatch {
         // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
         let slot = self.datagrams.len();
         let from = SocketAddr::from(([0, 0, 0, 0], 0));
-        self.datagrams.push(Datagram {
-            slot,
-            len: 0,
-            segment_size: None,
-            from,
-        });
+        self.datagrams.push(Datagram { slot, len: 0, segment_size: None, from, scatter: None });
     }
 
     /// Notes datagrams the kernel dropped before we could receive them.
@@ -460,13 +684,23 @@ impl DatagramBatch {
         self.overflows
     }
 
-    /// Copies a datagram in; for tests and the in-memory underlay. `false` if there is no room.
+    /// Copies a datagram in, as a socket would receive it; for tests and the in-memory underlay. `false` if there is no room.
     pub fn push(&mut self, from: SocketAddr, bytes: &[u8], segment_size: Option<usize>) -> bool {
-        let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else {
+        let scatter = self.expected;
+        let Some(slot) = self.slots().next() else { return false };
+        if bytes.len() > FRONT_BYTES {
             return false;
-        };
-        slot.copy_from_slice(bytes);
-        self.commit(from, bytes.len(), segment_size);
+        }
+        let mut rest = bytes;
+        for (at, len) in scatter_places(scatter) {
+            let (piece, later) = rest.split_at(len.min(rest.len()));
+            slot[at..at + piece.len()].copy_from_slice(piece);
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.commit(from, bytes.len(), segment_size, scatter);
         true
     }
 
@@ -480,7 +714,7 @@ impl DatagramBatch {
         self.datagrams.is_empty()
     }
 
-    /// All bytes: [`Self::start`] says where a datagram begins.
+    /// All bytes: [`Self::segment`] says where a segment lies.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -499,18 +733,64 @@ impl DatagramBatch {
     }
 }
 
+impl Datagram {
+    /// Number of datagrams in it.
+    #[inline]
+    pub fn segments(self) -> usize {
+        self.len.div_ceil(self.step())
+    }
+
+    #[inline]
+    fn step(self) -> usize {
+        self.segment_size.unwrap_or(self.len).max(1)
+    }
+
+    /// How it is scattered, if it is.
+    pub fn scatter(self) -> Option<Scatter> {
+        self.scatter
+    }
+
+    /// Where segment `nth` of it lies.
+    #[inline]
+    pub fn segment(self, nth: usize) -> SegmentPlace {
+        let start = self.slot * SLOT_BYTES;
+        let step = self.step();
+        let len = self.len.saturating_sub(nth * step).min(step);
+        match self.scatter {
+            Some(scatter) if nth > 0 => SegmentPlace {
+                at: start + FRONT_BYTES + (nth - 1) * MAX_HEADERS,
+                front: len.min(scatter.headers),
+                body: start + scatter.headers + nth * scatter.size,
+                len,
+            },
+            Some(_) | None => SegmentPlace { at: start + nth * step, front: len, body: start + nth * step + len, len },
+        }
+    }
+}
+
+/// Where the pieces of a datagram go in its slot, as (offset, length).
+#[inline]
+pub fn scatter_places(scatter: Option<Scatter>) -> impl Iterator<Item = (usize, usize)> {
+    let (first, scatter) = match scatter {
+        None => ((0, FRONT_BYTES), None),
+        Some(scatter) => ((0, scatter.headers + scatter.size), Some(scatter)),
+    };
+    let later = scatter.into_iter().flat_map(|scatter| {
+        let runs = 1..=FRONT_BYTES / (scatter.headers + scatter.size);
+        runs.flat_map(move |nth| {
+            let header = (FRONT_BYTES + (nth - 1) * MAX_HEADERS, scatter.headers);
+            let body = (scatter.headers + nth * scatter.size).min(FRONT_BYTES);
+            [header, (body, scatter.size.min(FRONT_BYTES - body))]
+        })
+    });
+    std::iter::once(first).chain(later)
+}
+
 /// Offsets into a batch and its headers (below 1 MiB) fit 32 bits.
 #[expect(clippy::cast_possible_truncation, reason = "see above")]
 #[inline]
 fn len32(value: usize) -> u32 {
     value as u32
-}
-
-/// Lengths within one packet fit 16 bits.
-#[expect(clippy::cast_possible_truncation, reason = "see above")]
-#[inline]
-fn len16(value: usize) -> u16 {
-    value as u16
 }
 
 #[cfg(test)]
@@ -533,12 +813,11 @@ mod tests {
                 flow,
                 peer: 0,
             };
-            plan.push(key, LIMITS, 0..0, (0, size), 0);
+            let segments = Segments { at: 0, bytes: size, size };
+            plan.push(key, LIMITS, segments, 0);
         }
-        let sizes = |run| {
-            plan.segments(run, &batch)
-                .map(|(header, payload)| header.len() + payload.len())
-                .collect()
+        let sizes = |run: &Run| {
+            (0..run.segments).map(|nth| plan.slices(run, &batch, nth, 1).map(<[u8]>::len).sum()).collect()
         };
         plan.runs().iter().map(sizes).collect()
     }
@@ -591,13 +870,92 @@ mod tests {
     }
 
     #[test]
+    fn a_super_packet_fills_runs_across_its_neighbours() {
+        let batch = PacketBatch::new();
+        let mut plan = SendPlan::new();
+        let to = SocketAddr::from(([192, 0, 2, 1], 8285));
+        let key = RunKey { to, port: 0, flow: 1, peer: 0 };
+        plan.push(key, LIMITS, Segments { at: 0, bytes: 600, size: 100 }, 0);
+        plan.push(key, LIMITS, Segments { at: 700, bytes: 350, size: 100 }, 1);
+        let runs: Vec<_> = plan.runs().iter().map(|run| (run.segments, run.bytes)).collect();
+        assert_eq!(runs, [(4, 400), (4, 400), (2, 150)]);
+        let slices: Vec<_> = plan.slices(&plan.runs()[1], &batch, 0, 4).map(<[u8]>::len).collect();
+        assert_eq!(slices, [200, 200], "two packets, two slices");
+        let slices: Vec<_> = plan.slices(&plan.runs()[1], &batch, 1, 2).map(<[u8]>::len).collect();
+        assert_eq!(slices, [100, 100], "from the middle, across the seam");
+    }
+
+    #[test]
+    fn any_shape_can_be_brought_into_any_other() {
+        let packet: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
+        let shape = |headers, size, gap| Some(Shape { headers, size, gap });
+        let gso = VirtioHeader {
+            gso: Some(crate::wire::virtio::Gso { kind: crate::wire::virtio::GsoKind::TcpV4, size: 1, header_len: 0 }),
+            ..VirtioHeader::default()
+        };
+        let shapes = [None, shape(52, 1420, 52), shape(72, 1400, 94), shape(52, 999, 60), shape(40, 9960, 40), shape(20, 3, 20)];
+        let mut batch = PacketBatch::new();
+        for from in shapes {
+            for wanted in shapes {
+                batch.clear();
+                batch.expected = from;
+                assert!(batch.push(gso, &packet));
+                let meta = batch.shape(wanted).unwrap();
+                let bytes = batch.segments_mut(meta, 0).to_vec();
+                let back: Vec<u8> = match meta.shape {
+                    None => bytes,
+                    Some(shape) => {
+                        let payload = (0..packet.len() - shape.headers).map(|at| bytes[shape.place(at)]);
+                        bytes[..shape.headers].iter().copied().chain(payload).collect()
+                    }
+                };
+                assert!(back == packet, "{from:?} to {wanted:?}");
+                assert!(batch.push(gso, &packet[..100]), "what follows has a place of its own");
+            }
+        }
+    }
+
+    #[test]
+    fn a_shape_that_takes_too_much_room_is_refused() {
+        let mut batch = PacketBatch::new();
+        assert!(batch.push(VirtioHeader::default(), &[0; MAX_PACKET]));
+        assert!(batch.shape(Some(Shape { headers: 40, size: 1, gap: 60 })).is_none());
+    }
+
+    #[test]
+    fn a_run_is_scattered_when_it_looks_as_expected_and_gathered_when_not() {
+        let from = SocketAddr::from(([192, 0, 2, 1], 8285));
+        let run: Vec<u8> = (0..5000u32).map(|n| n as u8).collect();
+        for (segment_size, scattered) in [(Some(1472), true), (Some(1400), false), (None, false)] {
+            let mut batch = DatagramBatch::new();
+            batch.expect(Scatter { headers: 52, size: 1420 });
+            assert!(batch.push(from, &run, segment_size));
+            let datagram = batch.datagrams()[0];
+            assert_eq!(datagram.scatter().is_some(), scattered, "{segment_size:?}");
+            let collect = |batch: &DatagramBatch, datagram: Datagram| -> Vec<u8> {
+                let places = (0..datagram.segments()).map(|nth| datagram.segment(nth));
+                places
+                    .flat_map(|place| {
+                        let front = &batch.bytes()[place.at..place.at + place.front];
+                        let body = &batch.bytes()[place.body..place.body + place.len - place.front];
+                        [front, body].concat()
+                    })
+                    .collect()
+            };
+            assert!(collect(&batch, datagram) == run, "{segment_size:?}");
+            batch.gather(0);
+            assert!(collect(&batch, batch.datagrams()[0]) == run, "{segment_size:?} gathered");
+        }
+    }
+
+    #[test]
     fn a_full_batch_says_so() {
         let mut batch = PacketBatch::new();
         let mut taken = 0;
         while batch.push(VirtioHeader::default(), &[0x45; MAX_PACKET]) {
             taken += 1;
         }
-        assert_eq!(taken, 8);
+        assert_eq!(taken, BATCH_SUPER_PACKETS);
         batch.clear();
         while batch.push(VirtioHeader::default(), &[0x45; 40]) {}
         assert_eq!(batch.len(), BATCH_PACKETS);

@@ -111,6 +111,8 @@ named! {
         OutboundSuperPackets = "outbound_super_packets",
         /// Runs handed to the underlay: messages with one destination and one segment size.
         OutboundRuns = "outbound_runs",
+        /// Super-packets that did not look like the one before, so that their bytes had to be moved.
+        OutboundMoved = "outbound_moved",
         /// Turns that had something to send.
         OutboundBatches = "outbound_batches",
         /// Inner packets received from peers and accepted.
@@ -121,6 +123,8 @@ named! {
         InboundFrames = "inbound_frames",
         /// Frames among them coalesced from two or more packets.
         InboundSuperPackets = "inbound_super_packets",
+        /// Runs that did not look like the one before, so that their bytes had to be moved.
+        InboundMoved = "inbound_moved",
         /// Turns that had received something.
         InboundBatches = "inbound_batches",
         /// Datagrams or runs received.

@@ -80,14 +80,11 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
     /// An edge is beyond use and must be made anew.
     pub fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         self.batch.clear();
-        self.device.recv(&mut self.batch)?;
-        let routes = self.routes.load();
-        if self.batch.is_empty() {
-            return Ok(Turn::Idle);
-        }
         self.plan.clear();
-        self.stats.count(Count::OutboundBatches, 1);
-        for index in 0..self.batch.len() {
+        let routes = self.routes.load();
+        // Each packet is dealt with while it is still in the cache, and the newest may take more room than it was read into.
+        while self.device.recv(&mut self.batch)? {
+            let index = self.batch.len() - 1;
             let counting = (self.queue, &*self.stats);
             let Err(refusal) = forward::outbound(
                 &self.encap,
@@ -106,11 +103,15 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
                 cell.discard(refusal.reason, 1);
             }
             if let Some((error, ip)) = refusal.answer {
-                let packet = self.batch.packet(self.batch.meta(index));
-                self.errors
-                    .answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+                let packet = self.batch.front(self.batch.meta(index));
+                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
             }
         }
+        if self.batch.is_empty() {
+            return Ok(Turn::Idle);
+        }
+        self.stats.count(Count::OutboundBatches, 1);
+        self.stats.count(Count::OutboundMoved, self.batch.take_moved());
         if self.plan.is_empty() {
             return Ok(Turn::Busy);
         }
@@ -129,12 +130,12 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             if let Some(cell) = peer.and_then(|peer| peer.stats.outbound(self.queue)) {
                 cell.discard(reason, failure.segments as u64);
             }
-            let packet = self.batch.packet(self.batch.meta(run.packet));
+            let packet = self.batch.front(self.batch.meta(run.packet));
             let answer = match failure.error {
                 SendError::TooBig => peer.map(|peer| IcmpError::TooBig(peer.inner_mtu.bytes())),
                 SendError::Busy | SendError::Unreachable | SendError::Denied | SendError::Refused => None,
             };
-            if let (Some(error), Ok(ip)) = (answer, IpHeader::parse(packet)) {
+            if let (Some(error), Ok(ip)) = (answer, IpHeader::parse_front(packet, MAX_PACKET)) {
                 self.errors
                     .answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
             }
@@ -172,7 +173,7 @@ pub struct Inbound<E: Encap, D, U> {
     coalescer: Coalescer,
     /// Where a refused frame is put together to be split again.
     whole: Vec<u8>,
-    headers: Vec<u8>,
+    spread: Vec<u8>,
 }
 
 /// How inbound packets are treated.
@@ -207,7 +208,7 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             batch: DatagramBatch::new(),
             coalescer: Coalescer::new(merge),
             whole: Vec::with_capacity(MAX_PACKET),
-            headers: Vec::with_capacity(64 * 1024),
+            spread: Vec::new(),
         }
     }
 
@@ -237,10 +238,9 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             stats: &self.stats,
         };
         for index in 0..self.batch.datagrams().len() {
-            let datagram = self.batch.datagrams()[index];
             let (errors, device, stats) = (&mut self.errors, &mut self.device, &*self.stats);
             ingress.inbound(
-                datagram,
+                index,
                 &mut self.batch,
                 &mut self.coalescer,
                 |error, ip, packet| {
@@ -248,6 +248,7 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
                 },
             );
         }
+        self.stats.count(Count::InboundMoved, self.batch.take_moved());
         self.coalescer.finish(self.batch.bytes());
         for index in 0..self.coalescer.len() {
             self.write(index)?;
@@ -282,17 +283,12 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
     /// Splits the frame in `whole` again and writes its segments.
     fn write_singly(&mut self, segments: u64) -> io::Result<()> {
         self.stats.count(Count::DeviceFallbacks, 1);
-        let whole = std::mem::take(&mut self.whole);
-        let mut headers = std::mem::take(&mut self.headers);
-        headers.clear();
-        let parsed = VirtioHeader::parse(&whole)
-            .ok()
-            .and_then(|(header, packet)| Some((header.gso?, packet)));
-        let split = parsed.and_then(|(gso, packet)| {
+        let parsed = VirtioHeader::parse(&self.whole).ok().and_then(|(header, packet)| {
+            let gso = header.gso?;
             let ip = IpHeader::parse(packet).ok()?;
             Some((gso, packet, SuperPacket::new(packet, ip, gso).ok()?))
         });
-        let Some((gso, packet, super_packet)) = split else {
+        let Some((gso, packet, super_packet)) = parsed else {
             self.stats.discard(DropReason::DeviceRefused, segments);
             return Ok(());
         };
@@ -301,27 +297,15 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             GsoKind::TcpV4 | GsoKind::TcpV6 => Merge { tcp: false, ..merge },
             GsoKind::Udp => Merge { udp: false, ..merge },
         });
-        let mut ranges = Vec::with_capacity(super_packet.segments());
-        super_packet.split(
-            packet,
-            &mut headers,
-            |_, _| (),
-            |_, header, payload| ranges.push((header, payload)),
-        );
+        super_packet.spread(packet, &mut self.spread);
+        super_packet.split(&mut self.spread, 0, |_, _| ());
         let plain = VirtioHeader::default().emit();
-        for (header, payload) in ranges {
-            let pieces = [
-                IoSlice::new(&plain),
-                IoSlice::new(&headers[header]),
-                IoSlice::new(&packet[payload]),
-            ];
-            match self.device.send(&pieces) {
+        for segment in self.spread.chunks(super_packet.shape(0).stride()) {
+            match self.device.send(&[IoSlice::new(&plain), IoSlice::new(segment)]) {
                 Ok(()) => self.stats.count(Count::InboundFrames, 1),
                 Err(error) => self.refused(error, 1)?,
             }
         }
-        self.whole = whole;
-        self.headers = headers;
         Ok(())
     }
 

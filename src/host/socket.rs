@@ -353,8 +353,7 @@ impl UdpUnderlay {
             }
             let whole = goes_whole(run, family.offloads, holidays);
             let taken = if whole { run.segments } else { 1 };
-            let pieces = plan.segments(run, batch).skip(next.segment).take(taken);
-            let pieces = pieces.flat_map(|(header, payload)| [header, payload]);
+            let pieces = plan.slices(run, batch, next.segment, taken);
             let size =
                 (whole && run.segments > 1).then_some(u16::try_from(run.segment_size).unwrap_or(u16::MAX));
             next = next.after(run, taken);
@@ -523,7 +522,7 @@ fn now() -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::packet::RunKey;
+    use crate::dataplane::packet::{RunKey, Segments};
     use crate::wire::virtio::VirtioHeader;
 
     const OPTIONS: UnderlayOptions = UnderlayOptions {
@@ -564,8 +563,7 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                0..0,
-                (batch.meta(index).offset(0), size),
+                Segments { at: batch.meta(index).start(), bytes: size, size: size },
                 index,
             );
             sent.extend(payload);
@@ -663,8 +661,7 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                0..0,
-                (batch.meta(index).offset(0), 900),
+                Segments { at: batch.meta(index).start(), bytes: 900, size: 900 },
                 index,
             );
         }
@@ -709,8 +706,7 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                0..0,
-                (batch.meta(index).offset(0), 100),
+                Segments { at: batch.meta(index).start(), bytes: 100, size: 100 },
                 index,
             );
         }

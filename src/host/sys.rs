@@ -4,13 +4,13 @@
 
 #![expect(unsafe_code, reason = "the one place for it; every block says why it holds")]
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch, scatter_places};
 
 /// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class, each with its header.
 const CONTROL_BYTES: usize = 96;
@@ -166,13 +166,7 @@ impl Default for RecvScratch {
         let header: libc::mmsghdr = unsafe { mem::zeroed() };
         Self {
             headers: vec![header; DATAGRAM_SLOTS],
-            iovecs: vec![
-                libc::iovec {
-                    iov_base: ptr::null_mut(),
-                    iov_len: 0
-                };
-                DATAGRAM_SLOTS
-            ],
+            iovecs: Vec::with_capacity(DATAGRAM_SLOTS),
             addrs: vec![RawAddr::zeroed(); DATAGRAM_SLOTS],
             controls: vec![Control([0; CONTROL_BYTES]); DATAGRAM_SLOTS],
             overflows: 0,
@@ -199,7 +193,7 @@ impl RecvControl {
             // SAFETY: the data follows the header; both options carry four bytes, which the length check guards.
             let data = unsafe { libc::CMSG_DATA(control) };
             // SAFETY: CMSG_LEN is arithmetic on its argument only.
-            let carries_int = control.cmsg_len as usize >= unsafe { libc::CMSG_LEN(4) } as usize;
+            let carries_int = control.cmsg_len >= unsafe { libc::CMSG_LEN(4) } as usize;
             if carries_int {
                 // SAFETY: four bytes are there; they need not be aligned.
                 let value = unsafe { data.cast::<u32>().read_unaligned() };
@@ -226,18 +220,17 @@ pub fn recv_datagrams(
     scratch: &mut RecvScratch,
     limit: usize,
 ) -> io::Result<usize> {
+    let scatter = batch.scatter();
+    scratch.iovecs.clear();
     let mut wanted = 0;
     for (index, slot) in batch.slots().take(limit.min(DATAGRAM_SLOTS)).enumerate() {
-        scratch.iovecs[index] = libc::iovec {
-            iov_base: slot.as_mut_ptr().cast(),
-            iov_len: slot.len(),
-        };
+        let first = scratch.iovecs.len();
+        push_places(&mut scratch.iovecs, slot, scatter_places(scatter));
         let header = &mut scratch.headers[index];
         header.msg_len = 0;
         header.msg_hdr.msg_name = ptr::from_mut(&mut scratch.addrs[index].storage).cast();
         header.msg_hdr.msg_namelen = mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t;
-        header.msg_hdr.msg_iov = &mut scratch.iovecs[index];
-        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
         header.msg_hdr.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
         header.msg_hdr.msg_controllen = CONTROL_BYTES as _;
         header.msg_hdr.msg_flags = 0;
@@ -245,6 +238,12 @@ pub fn recv_datagrams(
     }
     if wanted == 0 {
         return Ok(0);
+    }
+    // Pointers are set once nothing grows any more.
+    let mut piece = 0;
+    for header in scratch.headers.iter_mut().take(wanted) {
+        header.msg_hdr.msg_iov = scratch.iovecs[piece..].as_mut_ptr();
+        piece += header.msg_hdr.msg_iovlen;
     }
     let received = loop {
         // SAFETY: the first `wanted` headers point at live buffers: slots of `batch` (borrowed mutably through this call) and
@@ -274,7 +273,7 @@ pub fn recv_datagrams(
         }
         match scratch.addrs[index].parse() {
             Some(from) if header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 => {
-                batch.commit(from, header.msg_len as usize, control.segment_size);
+                batch.commit(from, header.msg_len as usize, control.segment_size, scatter);
             }
             Some(_) | None => batch.note_cut(),
         }
@@ -353,7 +352,7 @@ where
         header.msg_name = ptr::from_mut(&mut addr.storage).cast();
         header.msg_namelen = addr.len;
         header.msg_iov = scratch.iovecs[piece..].as_mut_ptr();
-        piece += header.msg_iovlen as usize;
+        piece += header.msg_iovlen;
         if header.msg_controllen > 0 {
             header.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
         }
@@ -396,26 +395,52 @@ fn segment_control(segment_size: Option<u16>) -> Control {
     control
 }
 
-/// Reads one packet into pieces. Never blocks if the descriptor does not; 0 at end of file.
+/// Scratch memory for [`read_scattered`], kept between calls.
+#[derive(Default)]
+pub struct ReadScratch(Vec<libc::iovec>);
+
+// SAFETY: as for `RecvScratch`.
+unsafe impl Send for ReadScratch {}
+
+/// Reads one packet: its first bytes into `front`, the rest to `places` of `room`, given as (offset, length) and within it.
+///
+/// Never blocks if the descriptor does not; 0 at end of file.
 ///
 /// # Errors
 /// The kernel's, `WouldBlock` included.
-pub fn read_pieces(fd: BorrowedFd<'_>, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+pub fn read_scattered(
+    fd: BorrowedFd<'_>,
+    front: &mut [u8],
+    room: &mut [u8],
+    places: impl Iterator<Item = (usize, usize)>,
+    scratch: &mut ReadScratch,
+) -> io::Result<usize> {
+    let iovecs = &mut scratch.0;
+    iovecs.clear();
+    if !front.is_empty() {
+        iovecs.push(libc::iovec { iov_base: front.as_mut_ptr().cast(), iov_len: front.len() });
+    }
+    push_places(iovecs, room, places);
     loop {
-        // SAFETY: `IoSliceMut` has the layout of `iovec` by its documentation; the pieces are borrowed mutably through the call.
-        let result = unsafe {
-            libc::readv(
-                fd.as_raw_fd(),
-                pieces.as_mut_ptr().cast::<libc::iovec>(),
-                pieces.len() as libc::c_int,
-            )
-        };
+        // SAFETY: the iovecs describe `front` and parts of `room` (see `push_places`), both borrowed mutably through the call.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
         match usize::try_from(result) {
             Ok(read) => return Ok(read),
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
                 error => return Err(error),
             },
+        }
+    }
+}
+
+/// Appends an iovec for each place that lies in `room`; one that does not is cut to what does.
+#[inline]
+fn push_places(iovecs: &mut Vec<libc::iovec>, room: &mut [u8], places: impl Iterator<Item = (usize, usize)>) {
+    for (at, len) in places.take(MAX_PIECES) {
+        if let Some(place) = room.get_mut(at..) {
+            let len = len.min(place.len());
+            iovecs.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: len });
         }
     }
 }

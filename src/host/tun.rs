@@ -9,7 +9,7 @@
 //! A single-queue device answers a second opener with EBUSY. A device with several queues would let one join silently, so it is made with
 //! `IFF_TUN_EXCL`, and a device of the name that exists already is refused.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -17,7 +17,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dataplane::coalesce::Merge;
-use crate::dataplane::packet::PacketBatch;
+use crate::dataplane::packet::{PacketBatch, shape_places};
 use crate::dataplane::{Device, DeviceError};
 use crate::host::socket::{Probed, Switch};
 use crate::host::sys;
@@ -160,7 +160,18 @@ fn single_queue(name: &str, header: bool) -> io::Result<OwnedFd> {
     });
     let device = tun::create(&config).map_err(|error| match error {
         tun::Error::Io(error) => error,
-        error => io::Error::other(error),
+        other @ (tun::Error::InvalidConfig
+        | tun::Error::NotImplemented
+        | tun::Error::NameTooLong
+        | tun::Error::InvalidName
+        | tun::Error::InvalidAddress
+        | tun::Error::InvalidDescriptor
+        | tun::Error::UnsupportedLayer
+        | tun::Error::InvalidQueuesNumber
+        | tun::Error::TryFromIntError
+        | tun::Error::Nul(_)
+        | tun::Error::ParseNum(_)
+        | tun::Error::String(_)) => io::Error::other(other),
     })?;
     // The crate's descriptor closes with `device`; the queue lives on in ours.
     let fd = sys::duplicate(device.as_raw_fd())?;
@@ -215,6 +226,7 @@ pub struct TunQueue {
     header: bool,
     merge: Merge,
     raw: RawSockets,
+    scratch: sys::ReadScratch,
 }
 
 impl TunQueue {
@@ -227,6 +239,7 @@ impl TunQueue {
                 udp: offloads.uso.is_on(),
             },
             raw: RawSockets::default(),
+            scratch: sys::ReadScratch::default(),
         }
     }
 
@@ -237,37 +250,27 @@ impl TunQueue {
 }
 
 impl Device for TunQueue {
-    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<()> {
-        while let Some(room) = batch.room() {
-            let mut header = [0u8; VirtioHeader::LEN];
-            let read = if self.header {
-                let mut pieces = [IoSliceMut::new(&mut header), IoSliceMut::new(room)];
-                sys::read_pieces(self.fd.as_fd(), &mut pieces)
-            } else {
-                sys::read_pieces(self.fd.as_fd(), &mut [IoSliceMut::new(room)])
-            };
-            let read = match read {
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                // The device is down (EIO): nothing comes until it is up again.
-                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
-                Err(error) => return Err(error),
-            };
-            let len = if self.header {
-                read.saturating_sub(VirtioHeader::LEN)
-            } else {
-                read
-            };
-            if read == 0 {
-                return Ok(());
-            }
-            // A kind of super-packet we did not ask for cannot come; should it, it is refused as an impossible packet.
-            match VirtioHeader::parse(&header) {
-                Ok((header, _)) => batch.commit(header, len),
-                Err(_) => batch.commit(VirtioHeader::default(), 0),
-            }
+    fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<bool> {
+        let Some((room, shape)) = batch.room() else { return Ok(false) };
+        let mut header = [0u8; VirtioHeader::LEN];
+        let front: &mut [u8] = if self.header { &mut header } else { &mut [] };
+        let read = match sys::read_scattered(self.fd.as_fd(), front, room, shape_places(shape), &mut self.scratch) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            // The device is down (EIO): nothing comes until it is up again.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if read == 0 {
+            return Ok(false);
         }
-        Ok(())
+        let len = if self.header { read.saturating_sub(VirtioHeader::LEN) } else { read };
+        // A kind of super-packet we did not ask for cannot come; should it, it is refused as an impossible packet.
+        match VirtioHeader::parse(&header) {
+            Ok((header, _)) => batch.commit(header, len),
+            Err(_) => batch.commit(VirtioHeader::default(), 0),
+        }
+        Ok(true)
     }
 
     fn send(&mut self, frame: &[IoSlice<'_>]) -> Result<(), DeviceError> {

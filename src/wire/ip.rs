@@ -106,23 +106,35 @@ impl IpHeader {
     /// See [`Malformed`].
     #[inline]
     pub fn parse(packet: &[u8]) -> Result<Self, Malformed> {
-        match packet.first().ok_or(Malformed::Truncated)? >> 4 {
-            4 => Self::parse_v4(packet),
-            6 => Self::parse_v6(packet),
+        Self::parse_front(packet, packet.len())
+    }
+
+    /// Like [`Self::parse`] for a packet of `len` bytes of which `front` is the front: the headers must be in it, the payload need not.
+    ///
+    /// # Errors
+    /// See [`Malformed`].
+    #[inline]
+    pub fn parse_front(front: &[u8], len: usize) -> Result<Self, Malformed> {
+        match front.first().ok_or(Malformed::Truncated)? >> 4 {
+            4 => Self::parse_v4(front, len),
+            6 => Self::parse_v6(front, len),
             _ => Err(Malformed::Version),
         }
     }
 
     #[inline]
-    fn parse_v4(packet: &[u8]) -> Result<Self, Malformed> {
+    fn parse_v4(packet: &[u8], len: usize) -> Result<Self, Malformed> {
         let header = packet.first_chunk::<V4_LEN>().ok_or(Malformed::Truncated)?;
         let l4 = usize::from(header[0] & 0xf) * 4;
         if l4 < V4_LEN {
             return Err(Malformed::HeaderLength);
         }
         let total_len = usize::from(be16(header, 2));
-        if total_len < l4 || total_len > packet.len() {
+        if total_len < l4 || total_len > len {
             return Err(Malformed::TotalLength);
+        }
+        if l4 > packet.len() {
+            return Err(Malformed::Truncated);
         }
         let flags = be16(header, 6);
         let more = flags & 0x2000 != 0;
@@ -147,17 +159,17 @@ impl IpHeader {
     }
 
     #[inline]
-    fn parse_v6(packet: &[u8]) -> Result<Self, Malformed> {
+    fn parse_v6(packet: &[u8], len: usize) -> Result<Self, Malformed> {
         let header = packet.first_chunk::<V6_LEN>().ok_or(Malformed::Truncated)?;
         let total_len = V6_LEN + usize::from(be16(header, 4));
         // A payload length of 0 with a jumbo option (RFC 2675) says 40 here: its payload is cut off, never believed.
-        if total_len > packet.len() {
+        if total_len > len {
             return Err(Malformed::TotalLength);
         }
         let (protocol, l4, fragment) = match header[6] {
             // The two that matter need no walk.
             next @ (protocol::TCP | protocol::UDP | protocol::ICMPV6) => (next, V6_LEN, Fragment::Whole),
-            next => walk_extensions(packet.get(..total_len).ok_or(Malformed::TotalLength)?, next)?,
+            next => walk_extensions(packet.get(..total_len.min(packet.len())).unwrap_or(packet), next)?,
         };
         let mut src = [0; 16];
         let mut dst = [0; 16];
