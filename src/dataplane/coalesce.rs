@@ -10,6 +10,9 @@
 //! `tcp_gro_receive`; net/ipv4/udp_offload.c): same headers but for lengths, identification, sequence number and PSH; contiguous; of the
 //! first one's size, or shorter and then the last; and with a checksum known to be right, since the merged packet hides a wrong one.
 //!
+//! Most packets of a coalesced run only continue what the one before began. [`Coalescer::extend`] sees that from the headers alone, byte
+//! against byte, so that parsing, checking addresses and looking for the flow are done once a run.
+//!
 //! Payload stays in the receive buffer; a frame is a header of ours (virtio header, patched IP and L4 header) and slices of it.
 //! A frame of one packet is that packet, untouched, behind an empty virtio header.
 //!
@@ -19,7 +22,7 @@ use std::io::IoSlice;
 
 use crate::dataplane::packet::MAX_PACKET;
 use crate::wire::checksum::Sum;
-use crate::wire::ip::{Addrs, Fragment, IpHeader, V4_LEN, V6_LEN, protocol};
+use crate::wire::ip::{Addrs, Fragment, IpHeader, V4_LEN, V6_LEN, protocol, verify_v4_header};
 use crate::wire::transport::{tcp, tcp_header_len, udp};
 use crate::wire::virtio::{Gso, GsoKind, PartialChecksum, VirtioHeader};
 
@@ -56,15 +59,11 @@ pub enum Trust {
     Unverified,
 }
 
-/// A packet in the receive buffer: its front, and the rest of it somewhere else if the front is not all.
+/// A packet in the receive buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer {
     /// Where it starts in the buffer.
-    pub head: usize,
-    /// How much of it is there, bytes: all of it, or exactly its headers.
-    pub front: usize,
-    /// Where the rest is.
-    pub body: usize,
+    pub at: usize,
     /// Its header, checked.
     pub ip: IpHeader,
     /// Whether its checksum is known to be right.
@@ -89,8 +88,10 @@ struct Frame {
     flow: u32,
     kind: Kind,
     open: bool,
-    /// The first packet.
-    offer: Offer,
+    /// First packet: place in the buffer and length.
+    at: usize,
+    len: usize,
+    l4: usize,
     header_len: usize,
     /// Payload bytes of the first packet: the segment size.
     size: usize,
@@ -122,6 +123,8 @@ pub struct Coalescer {
     frames: Vec<Frame>,
     pieces: Vec<Piece>,
     headers: Vec<u8>,
+    /// The frame the last packet went into, if another may follow it there.
+    current: Option<usize>,
 }
 
 /// The virtio header of a packet that stands alone.
@@ -135,6 +138,7 @@ impl Coalescer {
             frames: Vec::with_capacity(8192),
             pieces: Vec::with_capacity(8192),
             headers: Vec::with_capacity(64 * 1024),
+            current: None,
         }
     }
 
@@ -153,48 +157,60 @@ impl Coalescer {
         self.frames.clear();
         self.pieces.clear();
         self.headers.clear();
+        self.current = None;
     }
 
     /// Takes a packet of `buffer` into the newest frame of its flow, or as a new frame.
     #[inline]
     pub fn offer(&mut self, buffer: &[u8], offer: Offer) {
-        let Some(front) = buffer.get(offer.head..offer.head + offer.front) else { return };
-        let candidate = Candidate::of(front, &offer.ip, self.merge);
-        let candidate = candidate.filter(|candidate| {
-            let headers = candidate.header_len(&offer.ip);
-            offer.front == headers || offer.front == offer.ip.total_len
-        });
+        let Some(packet) = buffer.get(offer.at..offer.at + offer.ip.total_len) else {
+            return;
+        };
+        let candidate = Candidate::of(packet, &offer.ip, self.merge);
         if let Some(candidate) = candidate
             && let Some(index) = self.newest(offer.flow)
-            && self.join(index, buffer, front, offer, candidate)
+            && self.join(index, buffer, packet, offer, candidate)
         {
+            self.current = Some(index);
             return;
         }
+        self.current = candidate.map(|_| self.frames.len());
         let (kind, header_len, flags) = match candidate {
-            Some(Candidate::Tcp { header_len, seq, flags }) => {
-                let payload = offer.ip.total_len - header_len;
-                (Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }, header_len, flags)
+            Some(Candidate::Tcp {
+                header_len,
+                seq,
+                flags,
+            }) => {
+                let payload = packet.len() - header_len;
+                (
+                    Kind::Tcp {
+                        next_seq: seq.wrapping_add(len32(payload)),
+                    },
+                    header_len,
+                    flags,
+                )
             }
             Some(Candidate::Udp) => (Kind::Udp, offer.ip.l4 + udp::LEN, 0),
-            None => (Kind::Alone, offer.front, 0),
+            None => (Kind::Alone, offer.ip.l4, 0),
         };
-        let size = offer.ip.total_len.saturating_sub(header_len);
-        let first = len32(self.pieces.len());
-        self.pieces.push(Piece { at: len32(offer.payload_at(header_len)), len: len32(size), next: END });
+        let size = packet.len().saturating_sub(header_len);
+        let piece = self.piece(offer.at + header_len, size);
         self.frames.push(Frame {
             flow: offer.flow,
             kind,
             open: kind != Kind::Alone && flags & tcp::PSH == 0,
-            offer,
+            at: offer.at,
+            len: packet.len(),
+            l4: offer.ip.l4,
             header_len,
             size,
             payload: size,
             segments: 1,
-            next_id: be16(front, 4).wrapping_add(1),
+            next_id: be16(packet, 4).wrapping_add(1),
             push: flags & tcp::PSH,
             verified: offer.trust == Trust::Verified,
-            first,
-            last: first,
+            first: piece,
+            last: piece,
             header_at: 0,
         });
     }
@@ -205,7 +221,7 @@ impl Coalescer {
             if frame.segments == 1 {
                 continue;
             }
-            let Some(template) = buffer.get(frame.offer.head..frame.offer.head + frame.header_len) else {
+            let Some(template) = buffer.get(frame.at..frame.at + frame.header_len) else {
                 continue;
             };
             frame.header_at = self.headers.len();
@@ -249,11 +265,9 @@ impl Coalescer {
             return 0;
         };
         if frame.segments == 1 {
-            let offer = frame.offer;
             out[0] = IoSlice::new(&PLAIN);
-            out[1] = IoSlice::new(&buffer[offer.head..offer.head + offer.front]);
-            out[2] = IoSlice::new(&buffer[offer.body..offer.body + offer.ip.total_len - offer.front]);
-            return if offer.front < offer.ip.total_len { 3 } else { 2 };
+            out[1] = IoSlice::new(&buffer[frame.at..frame.at + frame.len]);
+            return 2;
         }
         let header = frame.header_at..frame.header_at + VirtioHeader::LEN + frame.header_len;
         out[0] = IoSlice::new(&self.headers[header]);
@@ -276,88 +290,187 @@ impl Coalescer {
             .map(|(index, _)| index)
     }
 
-    /// Whether the packet, which begins with `front`, could join frame `index`, and did.
+    fn piece(&mut self, at: usize, len: usize) -> u32 {
+        self.pieces.push(Piece {
+            at: len32(at),
+            len: len32(len),
+            next: END,
+        });
+        len32(self.pieces.len() - 1)
+    }
+
+    /// Whether the packet could join frame `index`, and did.
     #[inline]
-    fn join(&mut self, index: usize, buffer: &[u8], front: &[u8], offer: Offer, candidate: Candidate) -> bool {
+    fn join(
+        &mut self,
+        index: usize,
+        buffer: &[u8],
+        packet: &[u8],
+        offer: Offer,
+        candidate: Candidate,
+    ) -> bool {
         let frame = &self.frames[index];
         let header_len = candidate.header_len(&offer.ip);
-        let payload = offer.ip.total_len - header_len;
+        let payload = packet.len() - header_len;
         let fits = frame.open
             && frame.segments < MAX_SEGMENTS
-            && frame.offer.ip.l4 == offer.ip.l4
+            && frame.l4 == offer.ip.l4
             && frame.header_len == header_len
             && payload <= frame.size
             && frame.header_len + frame.payload + payload <= MAX_PACKET;
         if !fits {
             return false;
         }
-        let Some(first) = buffer.get(frame.offer.head..frame.offer.head + header_len) else { return false };
-        if !same_ip(first, front, &offer.ip, frame.next_id) {
+        let Some(first) = buffer.get(frame.at..frame.at + frame.len) else {
+            return false;
+        };
+        if !same_ip(first, packet, frame.next_id) || ttl_of(first) != ttl_of(packet) {
             return false;
         }
-        let l4 = offer.ip.l4;
         let kind = match (frame.kind, candidate) {
             (Kind::Tcp { next_seq }, Candidate::Tcp { seq, .. })
-                if seq == next_seq && same_tcp(first, front, l4, header_len) =>
+                if seq == next_seq && same_tcp(first, packet, offer.ip.l4, header_len) =>
             {
-                Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }
+                Kind::Tcp {
+                    next_seq: seq.wrapping_add(len32(payload)),
+                }
             }
-            (Kind::Udp, Candidate::Udp) if first.get(l4..l4 + 4) == front.get(l4..l4 + 4) => Kind::Udp,
-            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => return false,
+            (Kind::Udp, Candidate::Udp)
+                if first.get(frame.l4..frame.l4 + 4) == packet.get(frame.l4..frame.l4 + 4) =>
+            {
+                Kind::Udp
+            }
+            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => {
+                return false;
+            }
         };
-        let verified = frame.verified || frame.offer.checksum_holds(buffer);
-        let joins = verified && (offer.trust == Trust::Verified || offer.checksum_holds(buffer));
+        let verified = frame.verified || checksum_holds(first, &offer.ip);
+        let joins = verified && (offer.trust == Trust::Verified || checksum_holds(packet, &offer.ip));
         self.frames[index].verified = verified;
         if !joins {
             return false;
         }
-        let next = len32(self.pieces.len());
-        let frame = &mut self.frames[index];
-        let piece = Piece { at: len32(offer.payload_at(header_len)), len: len32(payload), next: END };
-        match self.pieces.get_mut(frame.last as usize) {
-            // The receive scattered the run so that payloads lie one behind the other.
-            Some(last) if last.at + last.len == piece.at => last.len += piece.len,
-            Some(last) => {
-                last.next = next;
-                frame.last = next;
-                self.pieces.push(piece);
-            }
-            None => return false,
+        let flags = match candidate {
+            Candidate::Tcp { flags, .. } => flags,
+            Candidate::Udp => 0,
+        };
+        self.append(
+            index,
+            offer.at + header_len,
+            payload,
+            Last {
+                kind,
+                id: be16(packet, 4),
+                flags,
+            },
+        );
+        true
+    }
+
+    /// Takes a packet at `at..end` of `buffer` into the frame of the packet before it, if it only continues that one: same headers but for
+    /// lengths, identification, sequence number and PSH, and a TTL of `ttl`. Its checksum must be known to be right.
+    ///
+    /// What it takes needs no further check: addresses, ports and options are those of a packet that was offered. `false` leaves it to
+    /// the long way.
+    #[inline]
+    pub fn extend(&mut self, buffer: &[u8], at: usize, end: usize, ttl: u8) -> bool {
+        let Some((index, frame)) = self
+            .current
+            .and_then(|index| Some((index, self.frames.get(index)?)))
+        else {
+            return false;
+        };
+        let header_len = frame.header_len;
+        let l4 = frame.l4;
+        let payload = (end - at).saturating_sub(header_len);
+        let fits = frame.open
+            && frame.verified
+            && frame.segments < MAX_SEGMENTS
+            && payload > 0
+            && payload <= frame.size
+            && header_len + frame.payload + payload <= MAX_PACKET;
+        if !fits {
+            return false;
         }
-        frame.kind = kind;
+        let first = buffer.get(frame.at..frame.at + header_len);
+        let (Some(first), Some(header)) = (first, buffer.get(at..at + header_len)) else {
+            return false;
+        };
+        let whole = match header.first().map(|first| first >> 4) {
+            Some(4) => {
+                usize::from(be16(header, 2)) == end - at && header.get(..V4_LEN).is_some_and(verify_v4_header)
+            }
+            Some(6) => usize::from(be16(header, 4)) + V6_LEN == end - at,
+            Some(_) | None => false,
+        };
+        if !whole || ttl_of(header) != Some(ttl) || !same_ip(first, header, frame.next_id) {
+            return false;
+        }
+        let (kind, flags) = match frame.kind {
+            Kind::Tcp { next_seq } => {
+                if be32(header, l4 + tcp::SEQ.start) != next_seq || !same_tcp(first, header, l4, header_len) {
+                    return false;
+                }
+                let flags = header.get(l4 + tcp::FLAGS).copied().unwrap_or(0);
+                (
+                    Kind::Tcp {
+                        next_seq: next_seq.wrapping_add(len32(payload)),
+                    },
+                    flags,
+                )
+            }
+            Kind::Udp => {
+                let same = first.get(l4..l4 + 4) == header.get(l4..l4 + 4)
+                    && usize::from(be16(header, l4 + udp::LENGTH.start)) == udp::LEN + payload
+                    && be16(header, l4 + udp::CHECKSUM.start) != 0;
+                if !same {
+                    return false;
+                }
+                (Kind::Udp, 0)
+            }
+            Kind::Alone => return false,
+        };
+        self.append(
+            index,
+            at + header_len,
+            payload,
+            Last {
+                kind,
+                id: be16(header, 4),
+                flags,
+            },
+        );
+        true
+    }
+
+    /// Appends a payload to frame `index`.
+    #[inline]
+    fn append(&mut self, index: usize, at: usize, payload: usize, last: Last) {
+        let piece = self.piece(at, payload);
+        let frame = &mut self.frames[index];
+        self.pieces[frame.last as usize].next = piece;
+        frame.last = piece;
+        frame.kind = last.kind;
         frame.segments += 1;
         frame.payload += payload;
-        frame.next_id = be16(front, 4).wrapping_add(1);
-        if let Candidate::Tcp { flags, .. } = candidate {
-            frame.push |= flags & tcp::PSH;
-        }
+        frame.next_id = last.id.wrapping_add(1);
+        frame.push |= last.flags & tcp::PSH;
         frame.open = payload == frame.size && frame.push == 0;
-        true
     }
 }
 
-impl Offer {
-    /// Where the payload behind `header_len` bytes of headers starts.
-    #[inline]
-    fn payload_at(&self, header_len: usize) -> usize {
-        if self.front < self.ip.total_len { self.body } else { self.head + header_len }
-    }
-
-    /// Whether the L4 checksum is right.
-    #[inline]
-    fn checksum_holds(&self, buffer: &[u8]) -> bool {
-        let front = buffer.get(self.head + self.ip.l4..self.head + self.front);
-        let body = buffer.get(self.body..self.body + self.ip.total_len - self.front);
-        let (Some(front), Some(body)) = (front, body) else { return false };
-        (self.ip.pseudo(self.ip.l4_len()) + Sum::of(front) + Sum::of(body)).fold() == 0xffff
-    }
+/// What a frame is to remember of the packet merged last.
+struct Last {
+    kind: Kind,
+    id: u16,
+    flags: u8,
 }
 
 impl Frame {
     /// Turns a copy of the first packet's header into that of the merged packet; gives its description.
     fn patch(&self, header: &mut [u8]) -> VirtioHeader {
-        let l4_len = self.header_len - self.offer.ip.l4 + self.payload;
-        let total = self.offer.ip.l4 + l4_len;
+        let l4_len = self.header_len - self.l4 + self.payload;
+        let total = self.l4 + l4_len;
         let v4 = header.first().is_some_and(|first| first >> 4 == 4);
         if v4 {
             put16(header, 2, total);
@@ -376,8 +489,8 @@ impl Frame {
         let (kind, offset) = match self.kind {
             Kind::Tcp { .. } | Kind::Alone => {
                 let sum = pseudo(addresses, protocol::TCP, header);
-                put16(header, self.offer.ip.l4 + tcp::CHECKSUM.start, usize::from(sum));
-                if let Some(flags) = header.get_mut(self.offer.ip.l4 + tcp::FLAGS) {
+                put16(header, self.l4 + tcp::CHECKSUM.start, usize::from(sum));
+                if let Some(flags) = header.get_mut(self.l4 + tcp::FLAGS) {
                     *flags |= self.push;
                 }
                 (
@@ -386,15 +499,15 @@ impl Frame {
                 )
             }
             Kind::Udp => {
-                put16(header, self.offer.ip.l4 + udp::LENGTH.start, l4_len);
+                put16(header, self.l4 + udp::LENGTH.start, l4_len);
                 let sum = pseudo(addresses, protocol::UDP, header);
-                put16(header, self.offer.ip.l4 + udp::CHECKSUM.start, usize::from(sum));
+                put16(header, self.l4 + udp::CHECKSUM.start, usize::from(sum));
                 (GsoKind::Udp, udp::CHECKSUM.start)
             }
         };
         VirtioHeader {
             checksum: Some(PartialChecksum {
-                start: len16(self.offer.ip.l4),
+                start: len16(self.l4),
                 offset: len16(offset),
             }),
             gso: Some(Gso {
@@ -415,7 +528,7 @@ enum Candidate {
 
 impl Candidate {
     #[inline]
-    fn of(front: &[u8], ip: &IpHeader, merge: Merge) -> Option<Self> {
+    fn of(packet: &[u8], ip: &IpHeader, merge: Merge) -> Option<Self> {
         // No options and no extension headers: the L4 header follows the fixed one.
         let plain = match ip.addrs {
             Addrs::V4 { .. } => ip.l4 == V4_LEN,
@@ -424,21 +537,21 @@ impl Candidate {
         if !plain || ip.fragment != Fragment::Whole {
             return None;
         }
-        let l4 = front.get(ip.l4..)?;
+        let l4 = packet.get(ip.l4..)?;
         match ip.protocol {
             protocol::TCP if merge.tcp => {
                 let header_len = ip.l4 + tcp_header_len(l4).ok()?;
                 let flags = *l4.get(tcp::FLAGS)?;
                 let data_only = flags & !(tcp::PSH | tcp::ECE) == tcp::ACK_FLAG;
-                (data_only && ip.total_len > header_len).then_some(Self::Tcp {
+                (data_only && packet.len() > header_len).then_some(Self::Tcp {
                     header_len,
                     seq: u32::from_be_bytes([l4[4], l4[5], l4[6], l4[7]]),
                     flags,
                 })
             }
             protocol::UDP if merge.udp => {
-                let whole = ip.l4_len() > udp::LEN && usize::from(be16(l4, udp::LENGTH.start)) == ip.l4_len();
-                (whole && l4.len() >= udp::LEN && be16(l4, udp::CHECKSUM.start) != 0).then_some(Self::Udp)
+                let whole = l4.len() > udp::LEN && usize::from(be16(l4, udp::LENGTH.start)) == l4.len();
+                (whole && be16(l4, udp::CHECKSUM.start) != 0).then_some(Self::Udp)
             }
             _ => None,
         }
@@ -453,21 +566,28 @@ impl Candidate {
     }
 }
 
-/// Same IP header but for length, identification and checksum; identification next in line, or both fixed under DF.
+/// Same IP header but for length, identification, TTL and checksum; identification next in line, or both fixed under DF.
 #[inline]
-fn same_ip(first: &[u8], packet: &[u8], ip: &IpHeader, next_id: u16) -> bool {
-    match ip.addrs {
-        Addrs::V4 { .. } => {
-            let same = |range: std::ops::Range<usize>| first.get(range.clone()) == packet.get(range);
-            let id = be16(packet, 4);
-            let id_fits = id == next_id || (ip.dont_fragment && id == be16(first, 4));
-            id_fits && same(0..2) && same(6..10) && same(12..20)
+fn same_ip(first: &[u8], packet: &[u8], next_id: u16) -> bool {
+    match (first.first_chunk::<V4_LEN>(), packet.first_chunk::<V4_LEN>()) {
+        (Some(a), Some(b)) if a[0] == 0x45 => {
+            let id = u16::from_be_bytes([b[4], b[5]]);
+            let dont_fragment = b[6] & 0x40 != 0;
+            let id_fits = id == next_id || (dont_fragment && a[4..6] == b[4..6]);
+            id_fits && a[0..2] == b[0..2] && a[6..8] == b[6..8] && a[9] == b[9] && a[12..20] == b[12..20]
         }
-        Addrs::V6 { .. } => {
-            let same = |range: std::ops::Range<usize>| first.get(range.clone()) == packet.get(range);
-            same(0..4) && same(6..40)
-        }
+        (Some(_), Some(_)) => match (first.first_chunk::<V6_LEN>(), packet.first_chunk::<V6_LEN>()) {
+            (Some(a), Some(b)) => a[0..4] == b[0..4] && a[6] == b[6] && a[8..40] == b[8..40],
+            _ => false,
+        },
+        _ => false,
     }
+}
+
+/// TTL or hop limit.
+#[inline]
+fn ttl_of(packet: &[u8]) -> Option<u8> {
+    packet.get(if packet.first()? >> 4 == 4 { 8 } else { 7 }).copied()
 }
 
 /// Same TCP header but for sequence number, PSH and checksum.
@@ -482,10 +602,26 @@ fn same_tcp(first: &[u8], packet: &[u8], l4: usize, header_len: usize) -> bool {
         && same(l4 + tcp::MIN_LEN - 2..header_len)
 }
 
+/// Whether the L4 checksum is right; addresses are those of `ip`, lengths the packet's own.
+#[inline]
+fn checksum_holds(packet: &[u8], ip: &IpHeader) -> bool {
+    packet
+        .get(ip.l4..)
+        .is_some_and(|l4| (ip.pseudo(l4.len()) + Sum::of(l4)).fold() == 0xffff)
+}
+
 #[inline]
 fn be16(bytes: &[u8], at: usize) -> u16 {
     match bytes.get(at..at + 2) {
         Some(&[high, low]) => u16::from_be_bytes([high, low]),
+        _ => 0,
+    }
+}
+
+#[inline]
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    match bytes.get(at..at + 4) {
+        Some(&[a, b, c, d]) => u32::from_be_bytes([a, b, c, d]),
         _ => 0,
     }
 }
@@ -533,7 +669,7 @@ mod tests {
             let flow = ports
                 .iter()
                 .fold(u32::from(ip.protocol), |hash, &byte| hash * 31 + u32::from(byte));
-            coalescer.offer(&buffer, Offer { head: at, front: ip.total_len, body: at + ip.total_len, ip, trust, flow });
+            coalescer.offer(&buffer, Offer { at, ip, trust, flow });
             at += packet.len();
         }
         coalescer.finish(&buffer);

@@ -17,16 +17,13 @@ use std::time::{Duration, Instant};
 
 use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
 use crate::dataplane::offload::{SuperPacket, finish_checksum};
-use crate::dataplane::packet::{
-    Datagram, DatagramBatch, MAX_PACKET, PacketBatch, RunKey, RunLimits, Scatter, SegmentPlace, Segments, SendPlan,
-};
+use crate::dataplane::packet::{Datagram, DatagramBatch, PacketBatch, RunKey, RunLimits, Segments, SendPlan};
 use crate::dataplane::route::{Hop, RouteTable};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::{Encap, TtlPolicy};
 use crate::wire::Malformed;
 use crate::wire::icmp::IcmpError;
 use crate::wire::ip::{Addrs, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header};
-use crate::wire::transport::{tcp_header_len, udp};
 
 /// How strictly inbound packets are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,7 +155,12 @@ pub fn outbound<E: Encap>(
     let to = peer.hop.endpoint();
     let limits = if to.is_ipv4() { sending.v4 } else { sending.v6 };
     let flow = flow_hash(&ip, batch.front(meta));
-    let key = RunKey { to, port: flow as usize % sending.ports, flow, peer: peer_index };
+    let key = RunKey {
+        to,
+        port: flow as usize % sending.ports,
+        flow,
+        peer: peer_index,
+    };
     let encap_len = encap.header_len(&peer.hop);
     let wanted = super_packet.map(|super_packet| super_packet.shape(encap_len));
     let Some(meta) = batch.shape(wanted) else {
@@ -175,13 +177,29 @@ pub fn outbound<E: Encap>(
                 finish_checksum(packet, partial).map_err(|reason| refuse(reason, None))?;
             }
             let len = encap_len + ip.total_len;
-            (Segments { at, bytes: len, size: len }, 1)
+            (
+                Segments {
+                    at,
+                    bytes: len,
+                    size: len,
+                },
+                1,
+            )
         }
         Some(super_packet) => {
-            super_packet.split(bytes, encap_len, |header, inner_len| encap.push(&peer.hop, inner_len, header));
+            super_packet.split(bytes, encap_len, |header, inner_len| {
+                encap.push(&peer.hop, inner_len, header)
+            });
             stats.count(Count::OutboundSuperPackets, 1);
             let size = super_packet.shape(encap_len).stride();
-            (Segments { at, bytes: bytes.len(), size }, super_packet.segments())
+            (
+                Segments {
+                    at,
+                    bytes: bytes.len(),
+                    size,
+                },
+                super_packet.segments(),
+            )
         }
     };
     plan.push(key, limits, segments, index);
@@ -212,22 +230,25 @@ pub struct Ingress<'a, E: Encap> {
 }
 
 impl<E: Encap> Ingress<'_, E> {
-    /// Decides about every packet of datagram `index` (or coalesced run) and offers the accepted ones to `coalescer`.
+    /// Decides about every packet of a datagram (or coalesced run) and offers the accepted ones to `coalescer`.
     ///
     /// `answer` is called for packets whose sender is to be told.
     #[inline]
     pub fn inbound(
         &self,
-        index: usize,
+        datagram: Datagram,
         batch: &mut DatagramBatch,
         coalescer: &mut Coalescer,
         mut answer: impl FnMut(IcmpError, &IpHeader, &[u8]),
     ) {
-        let datagram = batch.datagrams()[index];
+        let start = DatagramBatch::start(datagram);
+        let end = start + datagram.len;
+        let step = datagram.segment_size.unwrap_or(datagram.len).max(1);
         let source = datagram.from.ip().to_canonical();
         let peer = self.routes.source(source);
         if peer.is_none() && self.check == IngressCheck::Strict {
-            self.stats.discard(DropReason::UnknownPeer, datagram.segments() as u64);
+            self.stats
+                .discard(DropReason::UnknownPeer, datagram.len.div_ceil(step) as u64);
             return;
         }
         let cell = peer
@@ -238,29 +259,41 @@ impl<E: Encap> Ingress<'_, E> {
             Some(_) if !self.verify_inner => Trust::Verified,
             Some(_) | None => Trust::Unverified,
         };
-        let datagram = self.settle(index, batch);
         let mut accepted = None;
+        // The TTL with which the packet before this one came, if this one may simply continue it.
+        let mut continued = None;
         let (mut packets, mut bytes) = (0u64, 0u64);
-        for nth in 0..datagram.segments() {
-            let place = datagram.segment(nth);
-            match self.accept(batch.bytes_mut(), place, source, &mut accepted) {
-                Ok((skip, ip)) => {
-                    let head = place.at + skip;
-                    let front = (place.front - skip).min(ip.total_len);
+        for at in (start..end).step_by(step) {
+            let segment_end = (at + step).min(end);
+            if let Some(ttl) = continued
+                && let Ok(skip) = self.encap.pull(batch.bytes().get(at..segment_end).unwrap_or(&[]))
+                && coalescer.extend(batch.bytes(), at + skip, segment_end, ttl)
+            {
+                packets += 1;
+                bytes += (segment_end - at - skip) as u64;
+                continue;
+            }
+            match self.accept(batch.bytes_mut(), at, segment_end, source, &mut accepted) {
+                Ok((at, ip)) => {
                     let buffer = batch.bytes();
-                    let flow = flow_hash(&ip, buffer.get(head..head + front).unwrap_or(&[]));
-                    coalescer.offer(buffer, Offer { head, front, body: place.body, ip, trust, flow });
+                    let flow = flow_hash(&ip, buffer.get(at..at + ip.total_len).unwrap_or(&[]));
+                    coalescer.offer(buffer, Offer { at, ip, trust, flow });
+                    continued = (trust == Trust::Verified).then_some(ip.ttl);
                     packets += 1;
                     bytes += ip.total_len as u64;
                 }
-                Err((refusal, skip)) => {
+                Err((refusal, at)) => {
+                    continued = None;
                     self.stats.discard(refusal.reason, 1);
                     if let Some(cell) = cell {
                         cell.discard(refusal.reason, 1);
                     }
                     if let Some((error, ip)) = refusal.answer {
-                        let packet = batch.bytes().get(place.at + skip..place.at + place.front).unwrap_or(&[]);
-                        answer(error, &ip, packet.get(..ip.total_len).unwrap_or(packet));
+                        answer(
+                            error,
+                            &ip,
+                            batch.bytes().get(at..at + ip.total_len).unwrap_or(&[]),
+                        );
                     }
                 }
             }
@@ -273,50 +306,23 @@ impl<E: Encap> Ingress<'_, E> {
         }
     }
 
-    /// Makes sure that every segment of a scattered run has its headers in one piece, and tells the batch what to expect next.
-    #[inline]
-    fn settle(&self, index: usize, batch: &mut DatagramBatch) -> Datagram {
-        let datagram = batch.datagrams()[index];
-        let Some(size) = datagram.segment_size else { return datagram };
-        let headers_of = |place: SegmentPlace| {
-            let front = batch.bytes().get(place.at..place.at + place.front)?;
-            headers_len(front, self.encap.pull(front).ok()?)
-        };
-        match datagram.scatter() {
-            Some(scatter) => {
-                let fits = (1..datagram.segments()).all(|nth| {
-                    let place = datagram.segment(nth);
-                    place.len == place.front || headers_of(place) == Some(scatter.headers)
-                });
-                if !fits {
-                    batch.gather(index);
-                }
-            }
-            None => {
-                if let Some(headers) = headers_of(datagram.segment(0)).filter(|&headers| headers < size) {
-                    batch.expect(Scatter { headers, size: size - headers });
-                }
-            }
-        }
-        batch.datagrams()[index]
-    }
-
-    /// Checks one encapsulated packet; gives the length of its encapsulation header, and the inner IP header.
+    /// Checks one encapsulated packet; gives where the inner packet starts, and its header.
     #[inline]
     fn accept(
         &self,
         buffer: &mut [u8],
-        place: SegmentPlace,
+        at: usize,
+        end: usize,
         source: IpAddr,
         accepted: &mut Option<Addrs>,
     ) -> Result<(usize, IpHeader), (Refusal, usize)> {
-        let plain = |reason: DropReason| (Refusal::from(reason), 0);
-        let front = buffer
-            .get_mut(place.at..place.at + place.front)
+        let plain = |reason: DropReason| (Refusal::from(reason), at);
+        let datagram = buffer.get(at..end).ok_or_else(|| plain(DropReason::Truncated))?;
+        let inner_at = at + self.encap.pull(datagram).map_err(plain)?;
+        let packet = buffer
+            .get_mut(inner_at..end)
             .ok_or_else(|| plain(DropReason::Truncated))?;
-        let skip = self.encap.pull(front).map_err(plain)?;
-        let packet = front.get_mut(skip..).ok_or_else(|| plain(DropReason::Truncated))?;
-        let ip = IpHeader::parse_front(packet, place.len - skip).map_err(|malformed| plain(malformed.into()))?;
+        let ip = IpHeader::parse(packet).map_err(|malformed| plain(malformed.into()))?;
         match ip.addrs {
             Addrs::V4 { .. } if !packet.get(..ip.l4).is_some_and(verify_v4_header) => {
                 return Err(plain(DropReason::BadHeaderChecksum));
@@ -332,12 +338,18 @@ impl<E: Encap> Ingress<'_, E> {
             TtlPolicy::Decrement => {
                 if decrement_ttl(packet).is_none() {
                     let answer = (ip.ttl > 0).then_some((IcmpError::TimeExceeded, ip));
-                    let refusal = Refusal { reason: DropReason::TtlExpired, peer: None, answer };
-                    return Err((refusal, skip));
+                    return Err((
+                        Refusal {
+                            reason: DropReason::TtlExpired,
+                            peer: None,
+                            answer,
+                        },
+                        inner_at,
+                    ));
                 }
             }
         }
-        Ok((skip, ip))
+        Ok((inner_at, ip))
     }
 
     fn check_addresses(&self, ip: &IpHeader, outer: IpAddr) -> Result<(), DropReason> {
@@ -366,19 +378,6 @@ impl<E: Encap> Ingress<'_, E> {
             Scope::Routable => Err(DropReason::NotForUs),
             Scope::Multicast | Scope::LinkLocal | Scope::Martian => Err(DropReason::NotUnicast),
         }
-    }
-}
-
-/// Length of everything before the payload of a TCP or UDP packet that follows `skip` bytes of encapsulation; `None` for others.
-#[inline]
-fn headers_len(front: &[u8], skip: usize) -> Option<usize> {
-    let packet = front.get(skip..)?;
-    let ip = IpHeader::parse_front(packet, MAX_PACKET).ok()?;
-    let l4 = packet.get(ip.l4..)?;
-    match (ip.protocol, ip.fragment) {
-        (protocol::TCP, Fragment::Whole) => Some(skip + ip.l4 + tcp_header_len(l4).ok()?),
-        (protocol::UDP, Fragment::Whole) if l4.len() >= udp::LEN => Some(skip + ip.l4 + udp::LEN),
-        _ => None,
     }
 }
 

@@ -50,7 +50,10 @@ impl Device for MemoryDevice {
         if self.broken == Some(DeviceError::Gone) {
             return Err(io::Error::from_raw_os_error(libc::EBADFD));
         }
-        let taken = self.from_host.front().is_some_and(|(header, packet)| batch.push(*header, packet));
+        let taken = self
+            .from_host
+            .front()
+            .is_some_and(|(header, packet)| batch.push(*header, packet));
         if taken {
             self.from_host.pop_front();
         }
@@ -160,7 +163,11 @@ impl Underlay for MemoryUnderlay {
                 });
                 continue;
             }
-            let bytes = plan.slices(run, batch, 0, run.segments).flatten().copied().collect();
+            let bytes = plan
+                .slices(run, batch, 0, run.segments)
+                .flatten()
+                .copied()
+                .collect();
             self.sent.push_back(Message {
                 addr: run.to,
                 bytes,

@@ -82,7 +82,11 @@ impl SuperPacket {
 
     /// The shape its segments are sent from, with `encap_len` bytes of encapsulation before each.
     pub fn shape(&self, encap_len: usize) -> Shape {
-        Shape { headers: self.header_len, size: self.size, gap: encap_len + self.header_len }
+        Shape {
+            headers: self.header_len,
+            size: self.size,
+            gap: encap_len + self.header_len,
+        }
     }
 
     /// Writes the headers of every segment into the gaps of `segments`: the packet in [its shape](Self::shape), from the first
@@ -91,16 +95,26 @@ impl SuperPacket {
     pub fn split(&self, segments: &mut [u8], encap_len: usize, mut push: impl FnMut(&mut [u8], usize)) {
         let mut template = [0; MAX_HEADERS];
         let first = segments.get(encap_len..encap_len + self.header_len);
-        let (Some(first), Some(template)) = (first, template.get_mut(..self.header_len)) else { return };
+        let (Some(first), Some(template)) = (first, template.get_mut(..self.header_len)) else {
+            return;
+        };
         template.copy_from_slice(first);
         let sums = TemplateSums::new(self, template);
         let count = self.segments();
         for (index, segment) in segments.chunks_mut(self.shape(encap_len).stride()).enumerate() {
-            let Some((encap, inner)) = segment.split_at_mut_checked(encap_len) else { return };
+            let Some((encap, inner)) = segment.split_at_mut_checked(encap_len) else {
+                return;
+            };
             push(encap, inner.len());
-            let Some((header, payload)) = inner.split_at_mut_checked(self.header_len) else { return };
+            let Some((header, payload)) = inner.split_at_mut_checked(self.header_len) else {
+                return;
+            };
             header.copy_from_slice(template);
-            let place = Place { index, offset: index * self.size, last: index + 1 == count };
+            let place = Place {
+                index,
+                offset: index * self.size,
+                last: index + 1 == count,
+            };
             self.patch(header, payload, place, &sums);
         }
     }
@@ -333,7 +347,10 @@ pub(crate) mod tests {
         let mut spread = Vec::new();
         super_packet.spread(packet, &mut spread);
         super_packet.split(&mut spread, 0, |_, _| ());
-        spread.chunks(super_packet.shape(0).stride()).map(<[u8]>::to_vec).collect()
+        spread
+            .chunks(super_packet.shape(0).stride())
+            .map(<[u8]>::to_vec)
+            .collect()
     }
 
     #[test]

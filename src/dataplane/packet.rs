@@ -12,8 +12,9 @@
 //! ([`Shape`]); when it does not, its bytes are moved once ([`PacketBatch::shape`]) and the expectation changes. A run is then one contiguous
 //! slice a super-packet, which the kernel copies twice as fast as a header and a payload slice a segment.
 //!
-//! Inbound is the mirror image: of a coalesced run, payloads land one behind the other and headers apart ([`DatagramBatch`]), so that
-//! the merged packet leaves as two slices.
+//! Inbound, a [`DatagramBatch`] holds what the underlay received as it came, and frames for the device are a header of ours and payload
+//! slices of it. (Scattering coalesced runs on receipt, so that payloads land one behind the other, was measured: what the write gains the
+//! receive loses.)
 //!
 //! All memory is allocated once; clearing keeps it.
 
@@ -38,6 +39,47 @@ const MAX_SHAPED: usize = 512 * 1024;
 pub const MAX_PIECES: usize = 56;
 /// Longest inner headers of a super-packet, bytes: 60 of IPv4 and 60 of TCP, or as much of IPv6 with extension headers.
 pub const MAX_HEADERS: usize = 128;
+
+/// Buffer memory that a huge page can back: 2 MiB aligned, a multiple of that long.
+///
+/// With small pages a 64 KiB packet costs 17 address translations each time it is touched, and twice that in a virtual machine.
+#[derive(Debug)]
+pub struct Arena {
+    memory: Box<[u8]>,
+    start: usize,
+    len: usize,
+}
+
+/// Size of a huge page, bytes.
+const HUGE_PAGE: usize = 2 << 20;
+
+impl Arena {
+    fn new(bytes: usize) -> Self {
+        let len = bytes.next_multiple_of(HUGE_PAGE);
+        let memory = vec![0; len + HUGE_PAGE].into_boxed_slice();
+        // Alignment is for speed only: should it not be had, any start will do.
+        let start = Some(memory.as_ptr().align_offset(HUGE_PAGE))
+            .filter(|&start| start <= HUGE_PAGE)
+            .unwrap_or(0);
+        Self { memory, start, len }
+    }
+}
+
+impl std::ops::Deref for Arena {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl std::ops::DerefMut for Arena {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
 
 /// How the segments of a super-packet lie in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +130,7 @@ impl PacketMeta {
 /// Packets received from the device in one go.
 #[derive(Debug)]
 pub struct PacketBatch {
-    bytes: Box<[u8]>,
+    bytes: Arena,
     used: usize,
     metas: Vec<PacketMeta>,
     /// What the next super-packet is expected to look like.
@@ -112,13 +154,18 @@ impl PacketBatch {
     /// An empty batch with all its memory; pages are touched only as they are used.
     pub fn new() -> Self {
         Self {
-            bytes: vec![0; BATCH_BYTES + HEADROOM + 64 + MAX_SHAPED].into_boxed_slice(),
+            bytes: Arena::new(BATCH_BYTES + HEADROOM + 64 + MAX_SHAPED),
             used: 0,
             metas: Vec::with_capacity(BATCH_PACKETS),
             expected: None,
             since: 0,
             moved: 0,
         }
+    }
+
+    /// The memory, for the shell to tell the kernel what it is for.
+    pub fn memory(&mut self) -> &mut [u8] {
+        &mut self.bytes
     }
 
     /// Forgets the packets, keeps the memory.
@@ -146,11 +193,20 @@ impl PacketBatch {
         let len = len.min(MAX_PACKET);
         // The first segment and its headers are in one piece whatever the shape.
         let shape = self.expected.filter(|shape| len > shape.headers + shape.size);
-        self.since = if header.gso.is_some() { 0 } else { self.since.saturating_add(1) };
+        self.since = if header.gso.is_some() {
+            0
+        } else {
+            self.since.saturating_add(1)
+        };
         if self.since > PATIENCE {
             self.expected = None;
         }
-        self.metas.push(PacketMeta { start, len, shape, header });
+        self.metas.push(PacketMeta {
+            start,
+            len,
+            shape,
+            header,
+        });
         self.used = start + shape.map_or(len, |shape| shape.place(len - shape.headers));
     }
 
@@ -165,7 +221,9 @@ impl PacketBatch {
         if packet.len() > MAX_PACKET {
             return false;
         }
-        let Some((room, shape)) = self.room() else { return false };
+        let Some((room, shape)) = self.room() else {
+            return false;
+        };
         let mut rest = packet;
         for (at, len) in shape_places(shape) {
             let (piece, later) = rest.split_at(len.min(rest.len()));
@@ -223,7 +281,8 @@ impl PacketBatch {
         let fits_front = wanted.is_some_and(|shape| meta.len <= shape.headers + shape.size);
         if let Some(shape) = wanted {
             let pieces = MAX_PACKET / shape.size;
-            self.expected = (pieces < MAX_PIECES && shape.headers + shape.size >= 2 * MAX_HEADERS).then_some(shape);
+            self.expected =
+                (pieces < MAX_PIECES && shape.headers + shape.size >= 2 * MAX_HEADERS).then_some(shape);
         }
         if meta.shape == wanted || (meta.shape.is_none() && fits_front) {
             return Some(meta);
@@ -263,7 +322,9 @@ impl PacketBatch {
     /// The bytes of a packet's segments from the first one's encapsulation header on, `encap_len` bytes before the packet.
     #[inline]
     pub fn segments_mut(&mut self, meta: PacketMeta, encap_len: usize) -> &mut [u8] {
-        let end = meta.shape.map_or(meta.len, |shape| shape.place(meta.len - shape.headers - 1) + 1);
+        let end = meta
+            .shape
+            .map_or(meta.len, |shape| shape.place(meta.len - shape.headers - 1) + 1);
         &mut self.bytes[meta.start - encap_len.min(HEADROOM)..meta.start + end]
     }
 }
@@ -424,16 +485,26 @@ impl SendPlan {
     fn append(&mut self, index: usize, key: RunKey, limits: RunLimits, segments: Segments) -> usize {
         let piece = len32(self.pieces.len());
         let run = &mut self.runs[index];
-        let room = (limits.segments - run.segments).min((limits.bytes - run.bytes) / run.segment_size).max(1);
+        let room = (limits.segments - run.segments)
+            .min((limits.bytes - run.bytes) / run.segment_size)
+            .max(1);
         // Segments as long as the run's, and a shorter one where they end.
-        let bytes = if segments.size == run.segment_size { segments.bytes.min(room * run.segment_size) } else { segments.bytes.min(segments.size) };
+        let bytes = if segments.size == run.segment_size {
+            segments.bytes.min(room * run.segment_size)
+        } else {
+            segments.bytes.min(segments.size)
+        };
         let count = bytes.div_ceil(run.segment_size);
         if run.first == END {
             run.first = piece;
         } else {
             self.pieces[run.last as usize].next = piece;
         }
-        self.pieces.push(Piece { at: len32(segments.at), len: len32(bytes), next: END });
+        self.pieces.push(Piece {
+            at: len32(segments.at),
+            len: len32(bytes),
+            next: END,
+        });
         run.last = piece;
         run.flow = key.flow;
         run.segments += count;
@@ -505,28 +576,8 @@ impl SendPlan {
 
 /// Datagram slots: enough that small packets come in batches.
 pub const DATAGRAM_SLOTS: usize = 64;
-/// Most segments of one coalesced run: the kernel's limit for UDP_GRO.
-const MAX_RUN: usize = 64;
-/// Bytes of a slot's front: any datagram or coalesced run fits.
-const FRONT_BYTES: usize = 65_536;
-/// Bytes of a slot: its front, then the headers of a scattered run's later segments. The odd 64 keeps slots from sharing cache sets.
-const SLOT_BYTES: usize = FRONT_BYTES + MAX_RUN * MAX_HEADERS + 64;
-
-/// How a coalesced run is scattered as it is received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scatter {
-    /// Encapsulation and inner headers of every segment, bytes.
-    pub headers: usize,
-    /// Payload of every segment but the last, bytes.
-    pub size: usize,
-}
-
-impl Scatter {
-    /// Whether it is worth while, and fits a slot.
-    fn is_usable(self) -> bool {
-        self.headers <= MAX_HEADERS && self.size >= 4 * MAX_HEADERS && FRONT_BYTES / (self.headers + self.size) < MAX_RUN
-    }
-}
+/// Bytes of a slot: any datagram fits, whatever the underlay's MTU. The odd 64 keeps slots from sharing cache sets.
+const SLOT_BYTES: usize = 65_536 + 64;
 
 /// One datagram, or one run of datagrams the kernel coalesced.
 #[derive(Clone, Copy, Debug)]
@@ -538,39 +589,15 @@ pub struct Datagram {
     pub segment_size: Option<usize>,
     /// Who sent it.
     pub from: SocketAddr,
-    scatter: Option<Scatter>,
-}
-
-/// Where one segment of a datagram lies in [`DatagramBatch::bytes`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SegmentPlace {
-    /// Where it starts: its headers.
-    pub at: usize,
-    /// Bytes in one piece there.
-    pub front: usize,
-    /// Where the rest of it is.
-    pub body: usize,
-    /// Its length in all.
-    pub len: usize,
 }
 
 /// What the underlay received in one go.
-///
-/// ```text
-/// a run of three:  | h0 | p0 | h1 | p1 | h2 | p2 |
-/// a slot:          | h0 | p0 | p1 | p2 |        …        | h1 | h2 |
-/// ```
 #[derive(Debug)]
 pub struct DatagramBatch {
-    bytes: Box<[u8]>,
+    bytes: Arena,
     datagrams: Vec<Datagram>,
     cut: u64,
     overflows: u64,
-    /// What the next run is expected to look like.
-    expected: Option<Scatter>,
-    /// Datagrams since the last run.
-    since: u32,
-    moved: u64,
 }
 
 impl Default for DatagramBatch {
@@ -583,14 +610,16 @@ impl DatagramBatch {
     /// An empty batch with all its memory; pages are touched only as they are used.
     pub fn new() -> Self {
         Self {
-            bytes: vec![0; DATAGRAM_SLOTS * SLOT_BYTES].into_boxed_slice(),
+            bytes: Arena::new(DATAGRAM_SLOTS * SLOT_BYTES),
             datagrams: Vec::with_capacity(DATAGRAM_SLOTS),
             cut: 0,
             overflows: 0,
-            expected: None,
-            since: 0,
-            moved: 0,
         }
+    }
+
+    /// The memory, for the shell to tell the kernel what it is for.
+    pub fn memory(&mut self) -> &mut [u8] {
+        &mut self.bytes
     }
 
     /// Forgets the datagrams, keeps the memory.
@@ -600,64 +629,25 @@ impl DatagramBatch {
         self.overflows = 0;
     }
 
-    /// How the next datagrams are to be scattered.
-    pub fn scatter(&self) -> Option<Scatter> {
-        self.expected
-    }
-
-    /// Expects the next run to look like this one: `headers` and `size` bytes a segment.
-    pub fn expect(&mut self, scatter: Scatter) {
-        self.expected = Some(scatter).filter(|scatter| scatter.is_usable());
-    }
-
-    /// The slots still free, to receive into as [`Self::scatter`] says; the first belongs to the next [`Self::commit`].
+    /// The slots still free, to receive into; the first belongs to the next [`Self::commit`].
     #[inline]
     pub fn slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        self.bytes.chunks_exact_mut(SLOT_BYTES).skip(self.datagrams.len())
+        self.bytes
+            .chunks_exact_mut(SLOT_BYTES)
+            .take(DATAGRAM_SLOTS)
+            .skip(self.datagrams.len())
     }
 
-    /// Takes the next slot as a datagram, received as `scatter` says.
+    /// Takes the next slot as a datagram.
     #[inline]
-    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>, scatter: Option<Scatter>) {
+    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>) {
         let slot = self.datagrams.len();
-        let len = len.min(FRONT_BYTES);
-        let segment_size = segment_size.filter(|&size| size > 0 && size < len);
-        // The first segment is in one piece whatever the scattering.
-        let scatter = scatter.filter(|scatter| len > scatter.headers + scatter.size);
-        self.since = if segment_size.is_some() { 0 } else { self.since.saturating_add(1) };
-        if self.since > PATIENCE {
-            self.expected = None;
-        }
-        self.datagrams.push(Datagram { slot, len, segment_size, from, scatter });
-        if let Some(scatter) = scatter
-            && segment_size != Some(scatter.headers + scatter.size)
-        {
-            self.gather(slot);
-        }
-    }
-
-    /// Puts a scattered datagram together again: it is not of the expected kind.
-    #[cold]
-    pub fn gather(&mut self, index: usize) {
-        let Some(datagram) = self.datagrams.get_mut(index) else { return };
-        let Some(scatter) = datagram.scatter.take() else { return };
-        let start = datagram.slot * SLOT_BYTES;
-        let Some(slot) = self.bytes.get_mut(start..start + SLOT_BYTES) else { return };
-        let step = scatter.headers + scatter.size;
-        for nth in (1..datagram.len.div_ceil(step)).rev() {
-            let len = (datagram.len - nth * step).min(step);
-            let front = len.min(scatter.headers);
-            let body = scatter.headers + nth * scatter.size;
-            slot.copy_within(body..body + (len - front), nth * step + scatter.headers);
-            let header = FRONT_BYTES + (nth - 1) * MAX_HEADERS;
-            slot.copy_within(header..header + front, nth * step);
-        }
-        self.moved += 1;
-    }
-
-    /// Runs since the last call whose bytes had to be moved.
-    pub fn take_moved(&mut self) -> u64 {
-        std::mem::take(&mut self.moved)
+        self.datagrams.push(Datagram {
+            slot,
+            len: len.min(SLOT_BYTES),
+            segment_size: segment_size.filter(|&size| size > 0 && size < len),
+            from,
+        });
     }
 
     /// Notes that the next slot holds a datagram that did not fit it; it is not delivered.
@@ -666,7 +656,12 @@ impl DatagramBatch {
         // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
         let slot = self.datagrams.len();
         let from = SocketAddr::from(([0, 0, 0, 0], 0));
-        self.datagrams.push(Datagram { slot, len: 0, segment_size: None, from, scatter: None });
+        self.datagrams.push(Datagram {
+            slot,
+            len: 0,
+            segment_size: None,
+            from,
+        });
     }
 
     /// Notes datagrams the kernel dropped before we could receive them.
@@ -684,23 +679,13 @@ impl DatagramBatch {
         self.overflows
     }
 
-    /// Copies a datagram in, as a socket would receive it; for tests and the in-memory underlay. `false` if there is no room.
+    /// Copies a datagram in; for tests and the in-memory underlay. `false` if there is no room.
     pub fn push(&mut self, from: SocketAddr, bytes: &[u8], segment_size: Option<usize>) -> bool {
-        let scatter = self.expected;
-        let Some(slot) = self.slots().next() else { return false };
-        if bytes.len() > FRONT_BYTES {
+        let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else {
             return false;
-        }
-        let mut rest = bytes;
-        for (at, len) in scatter_places(scatter) {
-            let (piece, later) = rest.split_at(len.min(rest.len()));
-            slot[at..at + piece.len()].copy_from_slice(piece);
-            rest = later;
-            if rest.is_empty() {
-                break;
-            }
-        }
-        self.commit(from, bytes.len(), segment_size, scatter);
+        };
+        slot.copy_from_slice(bytes);
+        self.commit(from, bytes.len(), segment_size);
         true
     }
 
@@ -714,7 +699,7 @@ impl DatagramBatch {
         self.datagrams.is_empty()
     }
 
-    /// All bytes: [`Self::segment`] says where a segment lies.
+    /// All bytes: [`Self::start`] says where a datagram begins.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -731,59 +716,6 @@ impl DatagramBatch {
     pub fn start(datagram: Datagram) -> usize {
         datagram.slot * SLOT_BYTES
     }
-}
-
-impl Datagram {
-    /// Number of datagrams in it.
-    #[inline]
-    pub fn segments(self) -> usize {
-        self.len.div_ceil(self.step())
-    }
-
-    #[inline]
-    fn step(self) -> usize {
-        self.segment_size.unwrap_or(self.len).max(1)
-    }
-
-    /// How it is scattered, if it is.
-    pub fn scatter(self) -> Option<Scatter> {
-        self.scatter
-    }
-
-    /// Where segment `nth` of it lies.
-    #[inline]
-    pub fn segment(self, nth: usize) -> SegmentPlace {
-        let start = self.slot * SLOT_BYTES;
-        let step = self.step();
-        let len = self.len.saturating_sub(nth * step).min(step);
-        match self.scatter {
-            Some(scatter) if nth > 0 => SegmentPlace {
-                at: start + FRONT_BYTES + (nth - 1) * MAX_HEADERS,
-                front: len.min(scatter.headers),
-                body: start + scatter.headers + nth * scatter.size,
-                len,
-            },
-            Some(_) | None => SegmentPlace { at: start + nth * step, front: len, body: start + nth * step + len, len },
-        }
-    }
-}
-
-/// Where the pieces of a datagram go in its slot, as (offset, length).
-#[inline]
-pub fn scatter_places(scatter: Option<Scatter>) -> impl Iterator<Item = (usize, usize)> {
-    let (first, scatter) = match scatter {
-        None => ((0, FRONT_BYTES), None),
-        Some(scatter) => ((0, scatter.headers + scatter.size), Some(scatter)),
-    };
-    let later = scatter.into_iter().flat_map(|scatter| {
-        let runs = 1..=FRONT_BYTES / (scatter.headers + scatter.size);
-        runs.flat_map(move |nth| {
-            let header = (FRONT_BYTES + (nth - 1) * MAX_HEADERS, scatter.headers);
-            let body = (scatter.headers + nth * scatter.size).min(FRONT_BYTES);
-            [header, (body, scatter.size.min(FRONT_BYTES - body))]
-        })
-    });
-    std::iter::once(first).chain(later)
 }
 
 /// Offsets into a batch and its headers (below 1 MiB) fit 32 bits.
@@ -813,11 +745,17 @@ mod tests {
                 flow,
                 peer: 0,
             };
-            let segments = Segments { at: 0, bytes: size, size };
+            let segments = Segments {
+                at: 0,
+                bytes: size,
+                size,
+            };
             plan.push(key, LIMITS, segments, 0);
         }
         let sizes = |run: &Run| {
-            (0..run.segments).map(|nth| plan.slices(run, &batch, nth, 1).map(<[u8]>::len).sum()).collect()
+            (0..run.segments)
+                .map(|nth| plan.slices(run, &batch, nth, 1).map(<[u8]>::len).sum())
+                .collect()
         };
         plan.runs().iter().map(sizes).collect()
     }
@@ -874,14 +812,43 @@ mod tests {
         let batch = PacketBatch::new();
         let mut plan = SendPlan::new();
         let to = SocketAddr::from(([192, 0, 2, 1], 8285));
-        let key = RunKey { to, port: 0, flow: 1, peer: 0 };
-        plan.push(key, LIMITS, Segments { at: 0, bytes: 600, size: 100 }, 0);
-        plan.push(key, LIMITS, Segments { at: 700, bytes: 350, size: 100 }, 1);
+        let key = RunKey {
+            to,
+            port: 0,
+            flow: 1,
+            peer: 0,
+        };
+        plan.push(
+            key,
+            LIMITS,
+            Segments {
+                at: 0,
+                bytes: 600,
+                size: 100,
+            },
+            0,
+        );
+        plan.push(
+            key,
+            LIMITS,
+            Segments {
+                at: 700,
+                bytes: 350,
+                size: 100,
+            },
+            1,
+        );
         let runs: Vec<_> = plan.runs().iter().map(|run| (run.segments, run.bytes)).collect();
         assert_eq!(runs, [(4, 400), (4, 400), (2, 150)]);
-        let slices: Vec<_> = plan.slices(&plan.runs()[1], &batch, 0, 4).map(<[u8]>::len).collect();
+        let slices: Vec<_> = plan
+            .slices(&plan.runs()[1], &batch, 0, 4)
+            .map(<[u8]>::len)
+            .collect();
         assert_eq!(slices, [200, 200], "two packets, two slices");
-        let slices: Vec<_> = plan.slices(&plan.runs()[1], &batch, 1, 2).map(<[u8]>::len).collect();
+        let slices: Vec<_> = plan
+            .slices(&plan.runs()[1], &batch, 1, 2)
+            .map(<[u8]>::len)
+            .collect();
         assert_eq!(slices, [100, 100], "from the middle, across the seam");
     }
 
@@ -890,10 +857,21 @@ mod tests {
         let packet: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
         let shape = |headers, size, gap| Some(Shape { headers, size, gap });
         let gso = VirtioHeader {
-            gso: Some(crate::wire::virtio::Gso { kind: crate::wire::virtio::GsoKind::TcpV4, size: 1, header_len: 0 }),
+            gso: Some(crate::wire::virtio::Gso {
+                kind: crate::wire::virtio::GsoKind::TcpV4,
+                size: 1,
+                header_len: 0,
+            }),
             ..VirtioHeader::default()
         };
-        let shapes = [None, shape(52, 1420, 52), shape(72, 1400, 94), shape(52, 999, 60), shape(40, 9960, 40), shape(20, 3, 20)];
+        let shapes = [
+            None,
+            shape(52, 1420, 52),
+            shape(72, 1400, 94),
+            shape(52, 999, 60),
+            shape(40, 9960, 40),
+            shape(20, 3, 20),
+        ];
         let mut batch = PacketBatch::new();
         for from in shapes {
             for wanted in shapes {
@@ -910,7 +888,10 @@ mod tests {
                     }
                 };
                 assert!(back == packet, "{from:?} to {wanted:?}");
-                assert!(batch.push(gso, &packet[..100]), "what follows has a place of its own");
+                assert!(
+                    batch.push(gso, &packet[..100]),
+                    "what follows has a place of its own"
+                );
             }
         }
     }
@@ -919,33 +900,15 @@ mod tests {
     fn a_shape_that_takes_too_much_room_is_refused() {
         let mut batch = PacketBatch::new();
         assert!(batch.push(VirtioHeader::default(), &[0; MAX_PACKET]));
-        assert!(batch.shape(Some(Shape { headers: 40, size: 1, gap: 60 })).is_none());
-    }
-
-    #[test]
-    fn a_run_is_scattered_when_it_looks_as_expected_and_gathered_when_not() {
-        let from = SocketAddr::from(([192, 0, 2, 1], 8285));
-        let run: Vec<u8> = (0..5000u32).map(|n| n as u8).collect();
-        for (segment_size, scattered) in [(Some(1472), true), (Some(1400), false), (None, false)] {
-            let mut batch = DatagramBatch::new();
-            batch.expect(Scatter { headers: 52, size: 1420 });
-            assert!(batch.push(from, &run, segment_size));
-            let datagram = batch.datagrams()[0];
-            assert_eq!(datagram.scatter().is_some(), scattered, "{segment_size:?}");
-            let collect = |batch: &DatagramBatch, datagram: Datagram| -> Vec<u8> {
-                let places = (0..datagram.segments()).map(|nth| datagram.segment(nth));
-                places
-                    .flat_map(|place| {
-                        let front = &batch.bytes()[place.at..place.at + place.front];
-                        let body = &batch.bytes()[place.body..place.body + place.len - place.front];
-                        [front, body].concat()
-                    })
-                    .collect()
-            };
-            assert!(collect(&batch, datagram) == run, "{segment_size:?}");
-            batch.gather(0);
-            assert!(collect(&batch, batch.datagrams()[0]) == run, "{segment_size:?} gathered");
-        }
+        assert!(
+            batch
+                .shape(Some(Shape {
+                    headers: 40,
+                    size: 1,
+                    gap: 60
+                }))
+                .is_none()
+        );
     }
 
     #[test]

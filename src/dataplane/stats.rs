@@ -123,8 +123,6 @@ named! {
         InboundFrames = "inbound_frames",
         /// Frames among them coalesced from two or more packets.
         InboundSuperPackets = "inbound_super_packets",
-        /// Runs that did not look like the one before, so that their bytes had to be moved.
-        InboundMoved = "inbound_moved",
         /// Turns that had received something.
         InboundBatches = "inbound_batches",
         /// Datagrams or runs received.

@@ -104,7 +104,8 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             }
             if let Some((error, ip)) = refusal.answer {
                 let packet = self.batch.front(self.batch.meta(index));
-                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+                self.errors
+                    .answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
             }
         }
         if self.batch.is_empty() {
@@ -141,6 +142,11 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             }
         }
         Ok(Turn::Busy)
+    }
+
+    /// The packet buffers, for the shell to tell the kernel what they are for.
+    pub fn memory(&mut self) -> &mut [u8] {
+        self.batch.memory()
     }
 
     /// The device edge.
@@ -238,9 +244,10 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             stats: &self.stats,
         };
         for index in 0..self.batch.datagrams().len() {
+            let datagram = self.batch.datagrams()[index];
             let (errors, device, stats) = (&mut self.errors, &mut self.device, &*self.stats);
             ingress.inbound(
-                index,
+                datagram,
                 &mut self.batch,
                 &mut self.coalescer,
                 |error, ip, packet| {
@@ -248,7 +255,6 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
                 },
             );
         }
-        self.stats.count(Count::InboundMoved, self.batch.take_moved());
         self.coalescer.finish(self.batch.bytes());
         for index in 0..self.coalescer.len() {
             self.write(index)?;
@@ -283,11 +289,13 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
     /// Splits the frame in `whole` again and writes its segments.
     fn write_singly(&mut self, segments: u64) -> io::Result<()> {
         self.stats.count(Count::DeviceFallbacks, 1);
-        let parsed = VirtioHeader::parse(&self.whole).ok().and_then(|(header, packet)| {
-            let gso = header.gso?;
-            let ip = IpHeader::parse(packet).ok()?;
-            Some((gso, packet, SuperPacket::new(packet, ip, gso).ok()?))
-        });
+        let parsed = VirtioHeader::parse(&self.whole)
+            .ok()
+            .and_then(|(header, packet)| {
+                let gso = header.gso?;
+                let ip = IpHeader::parse(packet).ok()?;
+                Some((gso, packet, SuperPacket::new(packet, ip, gso).ok()?))
+            });
         let Some((gso, packet, super_packet)) = parsed else {
             self.stats.discard(DropReason::DeviceRefused, segments);
             return Ok(());
@@ -318,6 +326,11 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         };
         self.stats.discard(reason, packets);
         Ok(())
+    }
+
+    /// The packet buffers, for the shell to tell the kernel what they are for.
+    pub fn memory(&mut self) -> &mut [u8] {
+        self.batch.memory()
     }
 
     /// The device edge.

@@ -78,14 +78,14 @@ impl Queues {
                 queues.stats.push(Arc::clone(&stats));
                 (index, stats)
             };
-            let outbound = Outbound::new(
+            let mut outbound = Outbound::new(
                 encap.clone(),
                 (tun_out, underlay.try_clone()?),
                 routes.reader(),
                 stats(),
                 now,
             );
-            let inbound = Inbound::new(
+            let mut inbound = Inbound::new(
                 encap.clone(),
                 (tun_in, underlay),
                 routes.reader(),
@@ -93,6 +93,9 @@ impl Queues {
                 options,
                 now,
             );
+            // Without huge pages it is a little slower, nothing else.
+            let _ = sys::advise_huge_pages(outbound.memory())
+                .and_then(|()| sys::advise_huge_pages(inbound.memory()));
             match layout {
                 Layout::Joined => {
                     queues.spawn(

@@ -563,7 +563,11 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                Segments { at: batch.meta(index).start(), bytes: size, size: size },
+                Segments {
+                    at: batch.meta(index).start(),
+                    bytes: size,
+                    size: size,
+                },
                 index,
             );
             sent.extend(payload);
@@ -661,7 +665,11 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                Segments { at: batch.meta(index).start(), bytes: 900, size: 900 },
+                Segments {
+                    at: batch.meta(index).start(),
+                    bytes: 900,
+                    size: 900,
+                },
                 index,
             );
         }
@@ -706,7 +714,11 @@ mod tests {
             plan.push(
                 key,
                 sender.limits(to),
-                Segments { at: batch.meta(index).start(), bytes: 100, size: 100 },
+                Segments {
+                    at: batch.meta(index).start(),
+                    bytes: 100,
+                    size: 100,
+                },
                 index,
             );
         }

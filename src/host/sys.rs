@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch, scatter_places};
+use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch};
 
 /// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class, each with its header.
 const CONTROL_BYTES: usize = 96;
@@ -220,17 +220,18 @@ pub fn recv_datagrams(
     scratch: &mut RecvScratch,
     limit: usize,
 ) -> io::Result<usize> {
-    let scatter = batch.scatter();
     scratch.iovecs.clear();
     let mut wanted = 0;
     for (index, slot) in batch.slots().take(limit.min(DATAGRAM_SLOTS)).enumerate() {
-        let first = scratch.iovecs.len();
-        push_places(&mut scratch.iovecs, slot, scatter_places(scatter));
+        scratch.iovecs.push(libc::iovec {
+            iov_base: slot.as_mut_ptr().cast(),
+            iov_len: slot.len(),
+        });
         let header = &mut scratch.headers[index];
         header.msg_len = 0;
         header.msg_hdr.msg_name = ptr::from_mut(&mut scratch.addrs[index].storage).cast();
         header.msg_hdr.msg_namelen = mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t;
-        header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
+        header.msg_hdr.msg_iovlen = 1;
         header.msg_hdr.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
         header.msg_hdr.msg_controllen = CONTROL_BYTES as _;
         header.msg_hdr.msg_flags = 0;
@@ -240,10 +241,8 @@ pub fn recv_datagrams(
         return Ok(0);
     }
     // Pointers are set once nothing grows any more.
-    let mut piece = 0;
-    for header in scratch.headers.iter_mut().take(wanted) {
-        header.msg_hdr.msg_iov = scratch.iovecs[piece..].as_mut_ptr();
-        piece += header.msg_hdr.msg_iovlen;
+    for (header, iovec) in scratch.headers.iter_mut().zip(&mut scratch.iovecs) {
+        header.msg_hdr.msg_iov = iovec;
     }
     let received = loop {
         // SAFETY: the first `wanted` headers point at live buffers: slots of `batch` (borrowed mutably through this call) and
@@ -273,7 +272,7 @@ pub fn recv_datagrams(
         }
         match scratch.addrs[index].parse() {
             Some(from) if header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 => {
-                batch.commit(from, header.msg_len as usize, control.segment_size, scatter);
+                batch.commit(from, header.msg_len as usize, control.segment_size);
             }
             Some(_) | None => batch.note_cut(),
         }
@@ -418,7 +417,10 @@ pub fn read_scattered(
     let iovecs = &mut scratch.0;
     iovecs.clear();
     if !front.is_empty() {
-        iovecs.push(libc::iovec { iov_base: front.as_mut_ptr().cast(), iov_len: front.len() });
+        iovecs.push(libc::iovec {
+            iov_base: front.as_mut_ptr().cast(),
+            iov_len: front.len(),
+        });
     }
     push_places(iovecs, room, places);
     loop {
@@ -440,7 +442,10 @@ fn push_places(iovecs: &mut Vec<libc::iovec>, room: &mut [u8], places: impl Iter
     for (at, len) in places.take(MAX_PIECES) {
         if let Some(place) = room.get_mut(at..) {
             let len = len.min(place.len());
-            iovecs.push(libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: len });
+            iovecs.push(libc::iovec {
+                iov_base: place.as_mut_ptr().cast(),
+                iov_len: len,
+            });
         }
     }
 }
@@ -548,6 +553,17 @@ pub fn duplicate(fd: libc::c_int) -> io::Result<OwnedFd> {
     let new = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) })?;
     // SAFETY: the kernel just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Asks for huge pages behind `memory`: MADV_HUGEPAGE.
+///
+/// # Errors
+/// EINVAL from a kernel without transparent huge pages; the memory serves as it is.
+pub fn advise_huge_pages(memory: &mut [u8]) -> io::Result<()> {
+    // SAFETY: the advice changes no contents; the range is borrowed mutably and belongs to one allocation. Only whole pages may be named,
+    // and the start of an arena is 2 MiB aligned; the kernel refuses others.
+    let result = unsafe { libc::madvise(memory.as_mut_ptr().cast(), memory.len(), libc::MADV_HUGEPAGE) };
+    check(result).map(drop)
 }
 
 /// Waits until one of `fds` is ready to read, or `timeout_ms` has passed; gives whether one is.

@@ -251,10 +251,18 @@ impl TunQueue {
 
 impl Device for TunQueue {
     fn recv(&mut self, batch: &mut PacketBatch) -> io::Result<bool> {
-        let Some((room, shape)) = batch.room() else { return Ok(false) };
+        let Some((room, shape)) = batch.room() else {
+            return Ok(false);
+        };
         let mut header = [0u8; VirtioHeader::LEN];
         let front: &mut [u8] = if self.header { &mut header } else { &mut [] };
-        let read = match sys::read_scattered(self.fd.as_fd(), front, room, shape_places(shape), &mut self.scratch) {
+        let read = match sys::read_scattered(
+            self.fd.as_fd(),
+            front,
+            room,
+            shape_places(shape),
+            &mut self.scratch,
+        ) {
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             // The device is down (EIO): nothing comes until it is up again.
@@ -264,7 +272,11 @@ impl Device for TunQueue {
         if read == 0 {
             return Ok(false);
         }
-        let len = if self.header { read.saturating_sub(VirtioHeader::LEN) } else { read };
+        let len = if self.header {
+            read.saturating_sub(VirtioHeader::LEN)
+        } else {
+            read
+        };
         // A kind of super-packet we did not ask for cannot come; should it, it is refused as an impossible packet.
         match VirtioHeader::parse(&header) {
             Ok((header, _)) => batch.commit(header, len),
