@@ -13,9 +13,12 @@
 //! All of it is pure: arguments and variables in, a [`Parsed`] or a [`Stop`] out. A subcommand is one file in this
 //! folder with its flags, one variant of [`Command`] and one arm in `parse`.
 
+pub mod bench;
 mod environment;
 mod go_flags;
+pub mod lab;
 mod logging;
+mod progress;
 mod run;
 pub mod server;
 pub mod status;
@@ -31,8 +34,10 @@ use clap::{Args, FromArgMatches};
 
 pub use self::logging::start_logging;
 
+use self::bench::BenchOptions;
 use self::environment::Variables;
 use self::go_flags::{Grammar, Setting};
+use self::lab::LabOptions;
 use self::run::RunArgs;
 use self::server::ServerArgs;
 use self::status::StatusArgs;
@@ -53,7 +58,7 @@ pub mod exit {
 }
 
 /// A subcommand and its options.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Command {
     /// `kersey run`, or `flanneld`.
     Run(Box<RunOptions>),
@@ -61,10 +66,14 @@ pub enum Command {
     Server(Box<ServerOptions>),
     /// `kersey status`.
     Status(StatusOptions),
+    /// `kersey lab`.
+    Lab(Box<LabOptions>),
+    /// `kersey bench`.
+    Bench(Box<BenchOptions>),
 }
 
 /// What to do, and what to tell the user about how it was asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Parsed {
     /// What to do.
     pub command: Command,
@@ -183,7 +192,15 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
                 notes: Vec::new(),
             })
         }
-        // `lab` and `bench` go here.
+        // These two have no flannel ancestor: clap reads them as they are.
+        Some((word, flags)) if word == "lab" => Ok(Parsed {
+            command: Command::Lab(Box::new(plain::<LabOptions>("lab", flags)?)),
+            notes: Vec::new(),
+        }),
+        Some((word, flags)) if word == "bench" => Ok(Parsed {
+            command: Command::Bench(Box::new(plain::<BenchOptions>("bench", flags)?)),
+            notes: Vec::new(),
+        }),
         Some((word, [name, ..])) if word == "help" && SUBCOMMANDS.contains(&name.as_str()) => parse(
             &["kersey".to_owned(), name.clone(), "--help".to_owned()],
             variables,
@@ -200,8 +217,18 @@ pub fn log_options(command: &Command) -> Option<LogOptions> {
     match command {
         Command::Run(options) => Some(options.log),
         Command::Server(options) => Some(options.log),
-        Command::Status(_) => None,
+        Command::Status(_) | Command::Lab(_) | Command::Bench(_) => None,
     }
+}
+
+/// Reads a subcommand's words in clap's own syntax.
+fn plain<A: Args + FromArgMatches>(name: &'static str, words: &[String]) -> Result<A, Stop> {
+    let command = A::augment_args(clap::Command::new(name))
+        .bin_name(format!("kersey {name}"))
+        .max_term_width(100);
+    let words = std::iter::once(name.to_owned()).chain(words.iter().cloned());
+    let matches = command.try_get_matches_from(words).map_err(Stop::Clap)?;
+    A::from_arg_matches(&matches).map_err(Stop::Clap)
 }
 
 /// Under which name the program was started.
@@ -399,6 +426,8 @@ fn top_level(words: &[String]) -> Stop {
         .subcommand(with_help::<RunArgs>("run"))
         .subcommand(with_help::<ServerArgs>("server"))
         .subcommand(with_help::<StatusArgs>("status"))
+        .subcommand(with_help::<LabOptions>("lab"))
+        .subcommand(with_help::<BenchOptions>("bench"))
         .after_help("Started under the name flanneld, the program takes the flags of `kersey run` directly.");
     command.build();
     match command.try_get_matches_from(std::iter::once(&"kersey".to_owned()).chain(words)) {

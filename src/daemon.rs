@@ -1,11 +1,356 @@
-//! Wiring: the order in which a node starts and stops.
+//! Wiring: the order in which a node starts, stays up and stops.
+//!
+//! ```text
+//! status socket ─ store ─ (server) ─ network config ─ backend ─ interface ─ lease
+//!       └▶ device, sockets, threads ─ address, MTU, routes ─ subnet.env ─ READY
+//!             └▶ for ever: peers → routes · a new own subnet → device anew · a dead device → device anew · signals
+//! ```
+//!
+//! The status socket comes first: it is how a second daemon finds out. `subnet.env` comes last: to a CNI plugin it means
+//! "ready". What may come right by itself is retried for ever (store, config, interface, a device or port in use); only what this machine lacks
+//! (`/dev/net/tun`, a capability) or a config we cannot run ends the process.
+//!
+//! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
+
+mod network;
+mod report;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::{Context, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+
+use crate::backend::{AnyBackend, Backend, Underlay, select};
+use crate::control::config::NetworkConfig;
+use crate::control::store::etcd::Expirations;
+use crate::control::store::{self, OpenError, Store};
+use crate::control::{Control, ControlOptions, Published, subnet_file};
+use crate::daemon::network::{DataPlane, Setup};
+use crate::daemon::report::Report;
+use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
+use crate::host::netlink::Netlink;
+use crate::host::tun::TunError;
+use crate::lease::{Lease, LeaseAttrs};
 use crate::options::RunOptions;
+use crate::server;
+use crate::server::status::StatusSocket;
+
+/// Exit statuses: `cli::exit` documents them.
+const OK: u8 = 0;
+const FAILED: u8 = 1;
+const ENVIRONMENT: u8 = 3;
+const CONFIG: u8 = 4;
+/// Pause before something that failed at start is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
-    tracing::error!(device = options.packet_path.device, "this build has no daemon");
-    ExitCode::FAILURE
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start the runtime");
+            return ExitCode::from(FAILED);
+        }
+    };
+    let ended = runtime.block_on(async {
+        let mut stop = StopSignals::new().context("cannot listen for signals")?;
+        tokio::select! {
+            ended = node(&options) => ended,
+            name = stop.wait() => {
+                tracing::info!(signal = name, "stopping");
+                // Without systemd there is nobody to notify.
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                Ok(())
+            }
+        }
+    });
+    match ended {
+        Ok(()) => ExitCode::from(OK),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(exit_status(&error))
+        }
+    }
+}
+
+fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.downcast_ref::<crate::backend::BackendError>().is_some()
+        || error.downcast_ref::<UnusableMtu>().is_some()
+    {
+        return CONFIG;
+    }
+    if let Some(OpenError::Config(_)) = error.downcast_ref::<OpenError>() {
+        return CONFIG;
+    }
+    match error.downcast_ref::<TunError>() {
+        Some(TunError::Missing { .. } | TunError::Denied { .. }) => ENVIRONMENT,
+        Some(TunError::Busy { .. } | TunError::Other { .. }) | None => FAILED,
+    }
+}
+
+/// The link is too small for this backend and network.
+#[derive(Debug, thiserror::Error)]
+#[error("the MTU of {interface}, {link_mtu}, is too small: {rule}")]
+struct UnusableMtu {
+    interface: String,
+    link_mtu: u16,
+    rule: String,
+}
+
+/// SIGTERM and SIGINT.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Starts a node and keeps it up; returns only with an error nothing can mend.
+async fn node(options: &RunOptions) -> Result<()> {
+    let report = Arc::new(Report::new(options));
+    let socket = StatusSocket::bind(&options.status_socket)?;
+    let shown = Arc::clone(&report);
+    tokio::spawn(async move { socket.serve(move || shown.status()).await });
+
+    let expirations = if options.listen.is_some() {
+        Expirations::Ask
+    } else {
+        Expirations::Assume
+    };
+    let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
+    report.set_store(store.place());
+    if let Some(listen) = &options.listen {
+        let listener = server::listen(listen).await?;
+        tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
+        tokio::spawn(server::serve(
+            listener,
+            Arc::clone(&store),
+            std::future::pending(),
+        ));
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = kernel_release(),
+        store = store.place(),
+        "kersey starts"
+    );
+
+    let mut control = Control::new(Arc::clone(&store), control_options(options));
+    let config = control.network_config().await;
+    match select(&config.backend.kind, &config.backend.json)? {
+        AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
+    }
+}
+
+fn control_options(options: &RunOptions) -> ControlOptions {
+    ControlOptions {
+        renew_margin: options.lease.renew_margin,
+        state_dir: Some(options.data_dir.clone()),
+        subnet_file: options.subnet_file.clone(),
+        backoff_cap: options.store.backoff_cap,
+        ..ControlOptions::default()
+    }
+}
+
+/// Joins the network with a backend, and stays in it.
+async fn join<B: Backend>(
+    options: &RunOptions,
+    backend: B,
+    config: NetworkConfig,
+    mut control: Control,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+) -> Result<()> {
+    let netlink = Netlink::open()?;
+    let interface = underlay_interface(options, &config, &netlink).await;
+    let underlay = Underlay {
+        v4: interface.v4,
+        v6: interface.v6,
+    };
+    let too_small = |rule: String| UnusableMtu {
+        interface: interface.name.clone(),
+        link_mtu: interface.mtu.bytes(),
+        rule,
+    };
+    let inner_mtu = backend
+        .inner_mtu(interface.mtu, underlay)
+        .map_err(|error| too_small(error.to_string()))?;
+    if config.v6.is_some() && inner_mtu.bytes() < 1280 {
+        // RFC 8200 §5
+        return Err(too_small(format!("{inner_mtu} bytes are left inside, and IPv6 needs 1280")).into());
+    }
+    let (backend_type, backend_data, backend_v6_data) = backend.lease_data();
+    let attrs = LeaseAttrs {
+        public_ip: interface.public_v4.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+        public_ipv6: interface.public_v6,
+        backend_type,
+        backend_data,
+        backend_v6_data,
+    };
+    let lease = control.acquire(&attrs).await;
+    tracing::info!(
+        subnet = %lease.subnet,
+        interface = interface.name,
+        public_ip = %attrs.public_ip,
+        public_ipv6 = attrs.public_ipv6.map(|addr| addr.to_string()),
+        link_mtu = interface.mtu.bytes(),
+        inner_mtu = inner_mtu.bytes(),
+        "lease acquired"
+    );
+    let setup = Setup {
+        options: &options.packet_path,
+        backend,
+        config: &config,
+        interface: &interface,
+        inner_mtu,
+        netlink,
+    };
+    let (publish, published) = control.channels(&config, &lease);
+    let maintain = tokio::spawn(control.maintain(publish));
+    report.set_node(&setup, &published, store);
+    let stayed = stay(options, &setup, lease, published, &report).await;
+    maintain.abort();
+    stayed
+}
+
+/// Keeps the data plane up and its routes true.
+async fn stay<B: Backend>(
+    options: &RunOptions,
+    setup: &Setup<'_, B>,
+    mut lease: Lease,
+    mut published: Published,
+    report: &Report,
+) -> Result<()> {
+    loop {
+        let (failed, mut failures) = mpsc::channel(16);
+        let mut plane = up(setup, &lease, failed).await?;
+        plane.follow(&published.peers.borrow_and_update());
+        report.set_plane(&plane);
+        if let Err(error) = subnet_file::write(
+            &options.subnet_file,
+            setup.config,
+            lease.subnet,
+            setup.inner_mtu,
+            subnet_file::IpMasq::Off,
+        ) {
+            tracing::warn!(%error, file = %options.subnet_file.display(), "cannot write the subnet file");
+        } else {
+            report.set_ready();
+            // Without systemd there is nobody to notify.
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        }
+        loop {
+            tokio::select! {
+                // The sender lives as long as the daemon: an error here would be the end of the process anyway.
+                Ok(()) = published.peers.changed() => {
+                    plane.follow(&published.peers.borrow_and_update());
+                    report.set_plane(&plane);
+                }
+                Ok(()) = published.lease.changed() => {
+                    let new = published.lease.borrow_and_update().clone();
+                    if new.subnet != lease.subnet {
+                        tracing::warn!(old = %lease.subnet, new = %new.subnet, "moving to another subnet");
+                        lease = new;
+                        break;
+                    }
+                    lease = new;
+                }
+                Some(error) = failures.recv() => {
+                    tracing::warn!(%error, device = options.packet_path.device, "the device or socket is gone; making it anew");
+                    break;
+                }
+            }
+        }
+        report.not_ready();
+    }
+}
+
+/// Brings the data plane up, trying again while it may still come right.
+async fn up<B: Backend>(
+    setup: &Setup<'_, B>,
+    lease: &Lease,
+    failed: mpsc::Sender<std::io::Error>,
+) -> Result<DataPlane<B>> {
+    let mut told = String::new();
+    loop {
+        let error = match DataPlane::start(setup, lease, failed.clone()).await {
+            Ok(plane) => return Ok(plane),
+            Err(error) => error,
+        };
+        if exit_status(&error) == ENVIRONMENT {
+            let hint = "kersey needs /dev/net/tun and CAP_NET_ADMIN; see docs/operations.md#privileges";
+            return Err(error.context(hint));
+        }
+        let text = format!("{error:#}");
+        if text != told {
+            tracing::warn!(error = text, "cannot bring the data plane up; trying again");
+            told = text;
+        }
+        sleep(RETRY).await;
+    }
+}
+
+/// Chooses the underlay interface, waiting for one to come.
+///
+/// The families follow the network's; a network of one family takes an underlay of the other where there is nothing else.
+async fn underlay_interface(
+    options: &RunOptions,
+    config: &NetworkConfig,
+    netlink: &Netlink,
+) -> UnderlayInterface {
+    let wanted = match (config.v4.is_some(), config.v6.is_some()) {
+        (true, true) => [Families::Dual, Families::V4, Families::V6],
+        (false, true) => [Families::V6, Families::V4, Families::V4],
+        (true | false, false) => [Families::V4, Families::V6, Families::V6],
+    };
+    let mut told = String::new();
+    loop {
+        let mut first_error = None;
+        for families in wanted {
+            let request = InterfaceRequest {
+                ifaces: options.interface.iface.clone(),
+                iface_regexes: options.interface.iface_regex.clone(),
+                can_reach: options.interface.can_reach,
+                public_ip: options.interface.public_ip,
+                public_ipv6: options.interface.public_ipv6,
+                families,
+            };
+            match request.choose(netlink).await {
+                Ok(interface) => return interface,
+                Err(error) => first_error.get_or_insert(error),
+            };
+        }
+        if let Some(error) = first_error.map(|error| format!("{:#}", anyhow::Error::from(error)))
+            && error != told
+        {
+            tracing::warn!(error, "waiting for an underlay interface");
+            told = error;
+        }
+        sleep(RETRY).await;
+    }
+}
+
+fn kernel_release() -> String {
+    nix::sys::utsname::uname().map_or_else(
+        |_| "unknown".to_owned(),
+        |name| name.release().to_string_lossy().into_owned(),
+    )
 }

@@ -7,6 +7,7 @@ pub mod control;
 pub mod daemon;
 pub mod dataplane;
 pub mod host;
+pub mod lab;
 pub mod lease;
 pub mod options;
 pub mod server;

@@ -19,5 +19,13 @@ fn main() -> ExitCode {
         Command::Run(options) => kersey::daemon::run(*options),
         Command::Server(options) => cli::server::run(&options),
         Command::Status(options) => cli::status::run(&options),
+        Command::Lab(options) => cli::lab::run(*options).unwrap_or_else(failed),
+        Command::Bench(options) => cli::bench::run(*options).unwrap_or_else(failed),
     }
+}
+
+#[expect(clippy::print_stderr, reason = "errors are for the person who asked")]
+fn failed(error: anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
 }

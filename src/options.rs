@@ -19,6 +19,8 @@ pub struct RunOptions {
     pub listen: Option<ListenAddress>,
     /// Which underlay interface and addresses to use.
     pub interface: InterfaceOptions,
+    /// Directory for state: the embedded store, and the cache of the last known leases.
+    pub data_dir: PathBuf,
     /// Where `subnet.env` is written.
     pub subnet_file: PathBuf,
     /// Lease times.

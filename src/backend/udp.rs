@@ -9,9 +9,12 @@
 
 use std::net::SocketAddr;
 
+use crate::addr::{AddrError, Mtu, Prefix};
+use crate::backend::{Backend, BackendError, Underlay, peer_address, port};
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
 use crate::dataplane::{Encap, TtlPolicy};
+use crate::lease::LeaseAttrs;
 
 /// flannel's default port.
 pub const DEFAULT_PORT: u16 = 8285;
@@ -45,6 +48,82 @@ impl Encap for Udp {
     #[inline]
     fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason> {
         // The proxy ignores anything shorter than an IPv4 header.
-        if datagram.len() < 20 { Err(DropReason::Truncated) } else { Ok(0) }
+        if datagram.len() < 20 {
+            Err(DropReason::Truncated)
+        } else {
+            Ok(0)
+        }
+    }
+}
+
+/// The backend: a port all nodes agree on; the lease says nothing of it.
+#[derive(Clone, Copy, Debug)]
+pub struct UdpBackend {
+    port: u16,
+}
+
+impl UdpBackend {
+    /// Reads the network's `Backend` object.
+    ///
+    /// # Errors
+    /// `Port` is no port.
+    pub fn parse(json: &str) -> Result<Self, BackendError> {
+        Ok(Self {
+            port: port(json, DEFAULT_PORT)?,
+        })
+    }
+}
+
+impl Backend for UdpBackend {
+    type Encap = Udp;
+
+    fn name(&self) -> &'static str {
+        "udp"
+    }
+
+    fn encap(&self) -> Udp {
+        Udp
+    }
+
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn lease_data(&self) -> (String, Option<String>, Option<String>) {
+        (String::new(), None, None)
+    }
+
+    fn inner_mtu(&self, link_mtu: Mtu, underlay: Underlay) -> Result<Mtu, AddrError> {
+        link_mtu.minus(if underlay.v6.is_some() {
+            OVERHEAD_V6
+        } else {
+            OVERHEAD_V4
+        })
+    }
+
+    fn hop(&self, prefix: Prefix, attrs: &LeaseAttrs, underlay: Underlay) -> Option<UdpHop> {
+        // flannel's udp takes leases of any backend type: the lease says only where the node is.
+        peer_address(prefix, attrs, underlay).map(|addr| UdpHop(SocketAddr::new(addr, self.port)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mtu_leaves_room_for_the_outer_headers() {
+        let backend = UdpBackend { port: DEFAULT_PORT };
+        let link = Mtu::new(1500).unwrap();
+        let v4 = Underlay {
+            v4: Some([192, 0, 2, 1].into()),
+            v6: None,
+        };
+        let v6 = Underlay {
+            v4: None,
+            v6: Some([1; 8].into()),
+        };
+        assert_eq!(backend.inner_mtu(link, v4).unwrap().bytes(), 1472);
+        assert_eq!(backend.inner_mtu(link, v6).unwrap().bytes(), 1452);
     }
 }

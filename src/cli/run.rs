@@ -327,6 +327,7 @@ impl RunArgs {
         }
         let path = self.packet_path;
         Ok(RunOptions {
+            data_dir: self.own.data_dir.clone(),
             store: store_options(
                 self.etcd,
                 &self.own,

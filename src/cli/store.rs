@@ -47,9 +47,9 @@ pub(super) struct EtcdArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = OWN_STORE)]
 pub(super) struct OwnStoreArgs {
-    /// Directory of the embedded store
+    /// Directory for state: the embedded store, and the cache from which a node starts while its store is away
     #[arg(long, value_name = "DIR", default_value = "/var/lib/kersey")]
-    data_dir: PathBuf,
+    pub(super) data_dir: PathBuf,
     /// Network config for an embedded store that has none: a file, or JSON text
     #[arg(long, value_name = "FILE|JSON", value_parser = network_config)]
     network_config: Option<NetworkConfigSource>,
@@ -57,7 +57,7 @@ pub(super) struct OwnStoreArgs {
     #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = lease_seconds)]
     pub(super) lease_ttl: Duration,
     /// Longest pause between attempts to reach the store
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = backoff_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = backoff_seconds)]
     store_backoff_cap: Duration,
 }
 

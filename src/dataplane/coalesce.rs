@@ -41,7 +41,10 @@ pub struct Merge {
 
 impl Merge {
     /// Nothing: every packet is written by itself.
-    pub const NONE: Self = Self { tcp: false, udp: false };
+    pub const NONE: Self = Self {
+        tcp: false,
+        udp: false,
+    };
 }
 
 /// Whether somebody has verified a packet's L4 checksum.
@@ -69,7 +72,9 @@ pub struct Offer {
 /// What kind of packet a frame can merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    Tcp { next_seq: u32 },
+    Tcp {
+        next_seq: u32,
+    },
     Udp,
     /// Not to be merged: it stands alone.
     Alone,
@@ -151,7 +156,9 @@ impl Coalescer {
     /// Takes a packet of `buffer` into the newest frame of its flow, or as a new frame.
     #[inline]
     pub fn offer(&mut self, buffer: &[u8], offer: Offer) {
-        let Some(packet) = buffer.get(offer.at..offer.at + offer.ip.total_len) else { return };
+        let Some(packet) = buffer.get(offer.at..offer.at + offer.ip.total_len) else {
+            return;
+        };
         let candidate = Candidate::of(packet, &offer.ip, self.merge);
         if let Some(candidate) = candidate
             && let Some(index) = self.newest(offer.flow)
@@ -160,9 +167,19 @@ impl Coalescer {
             return;
         }
         let (kind, header_len, flags) = match candidate {
-            Some(Candidate::Tcp { header_len, seq, flags }) => {
+            Some(Candidate::Tcp {
+                header_len,
+                seq,
+                flags,
+            }) => {
                 let payload = packet.len() - header_len;
-                (Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }, header_len, flags)
+                (
+                    Kind::Tcp {
+                        next_seq: seq.wrapping_add(len32(payload)),
+                    },
+                    header_len,
+                    flags,
+                )
             }
             Some(Candidate::Udp) => (Kind::Udp, offer.ip.l4 + udp::LEN, 0),
             None => (Kind::Alone, offer.ip.l4, 0),
@@ -195,11 +212,17 @@ impl Coalescer {
             if frame.segments == 1 {
                 continue;
             }
-            let Some(template) = buffer.get(frame.at..frame.at + frame.header_len) else { continue };
+            let Some(template) = buffer.get(frame.at..frame.at + frame.header_len) else {
+                continue;
+            };
             frame.header_at = self.headers.len();
             self.headers.extend_from_slice(&PLAIN);
             self.headers.extend_from_slice(template);
-            if let Some((virtio, header)) = self.headers.get_mut(frame.header_at..).and_then(|all| all.split_at_mut_checked(10)) {
+            if let Some((virtio, header)) = self
+                .headers
+                .get_mut(frame.header_at..)
+                .and_then(|all| all.split_at_mut_checked(10))
+            {
                 let described = frame.patch(header);
                 virtio.copy_from_slice(&described.emit());
             }
@@ -223,8 +246,15 @@ impl Coalescer {
 
     /// The pieces of frame `index`, virtio header first, into `out`; gives how many there are.
     #[inline]
-    pub fn slices<'a>(&'a self, index: usize, buffer: &'a [u8], out: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
-        let Some(frame) = self.frames.get(index) else { return 0 };
+    pub fn slices<'a>(
+        &'a self,
+        index: usize,
+        buffer: &'a [u8],
+        out: &mut [IoSlice<'a>; MAX_SLICES],
+    ) -> usize {
+        let Some(frame) = self.frames.get(index) else {
+            return 0;
+        };
         if frame.segments == 1 {
             out[0] = IoSlice::new(&PLAIN);
             out[1] = IoSlice::new(&buffer[frame.at..frame.at + frame.len]);
@@ -245,17 +275,31 @@ impl Coalescer {
     #[inline]
     fn newest(&self, flow: u32) -> Option<usize> {
         let searched = self.frames.iter().enumerate().rev().take(SEARCH);
-        searched.into_iter().find(|(_, frame)| frame.flow == flow).map(|(index, _)| index)
+        searched
+            .into_iter()
+            .find(|(_, frame)| frame.flow == flow)
+            .map(|(index, _)| index)
     }
 
     fn piece(&mut self, at: usize, len: usize) -> u32 {
-        self.pieces.push(Piece { at: len32(at), len: len32(len), next: END });
+        self.pieces.push(Piece {
+            at: len32(at),
+            len: len32(len),
+            next: END,
+        });
         len32(self.pieces.len() - 1)
     }
 
     /// Whether the packet could join frame `index`, and did.
     #[inline]
-    fn join(&mut self, index: usize, buffer: &[u8], packet: &[u8], offer: Offer, candidate: Candidate) -> bool {
+    fn join(
+        &mut self,
+        index: usize,
+        buffer: &[u8],
+        packet: &[u8],
+        offer: Offer,
+        candidate: Candidate,
+    ) -> bool {
         let frame = &self.frames[index];
         let header_len = candidate.header_len(&offer.ip);
         let payload = packet.len() - header_len;
@@ -268,16 +312,28 @@ impl Coalescer {
         if !fits {
             return false;
         }
-        let Some(first) = buffer.get(frame.at..frame.at + frame.len) else { return false };
+        let Some(first) = buffer.get(frame.at..frame.at + frame.len) else {
+            return false;
+        };
         if !same_ip(first, packet, &offer.ip, frame.next_id) {
             return false;
         }
         let kind = match (frame.kind, candidate) {
-            (Kind::Tcp { next_seq }, Candidate::Tcp { seq, .. }) if seq == next_seq && same_tcp(first, packet, offer.ip.l4, header_len) => {
-                Kind::Tcp { next_seq: seq.wrapping_add(len32(payload)) }
+            (Kind::Tcp { next_seq }, Candidate::Tcp { seq, .. })
+                if seq == next_seq && same_tcp(first, packet, offer.ip.l4, header_len) =>
+            {
+                Kind::Tcp {
+                    next_seq: seq.wrapping_add(len32(payload)),
+                }
             }
-            (Kind::Udp, Candidate::Udp) if first.get(frame.l4..frame.l4 + 4) == packet.get(frame.l4..frame.l4 + 4) => Kind::Udp,
-            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => return false,
+            (Kind::Udp, Candidate::Udp)
+                if first.get(frame.l4..frame.l4 + 4) == packet.get(frame.l4..frame.l4 + 4) =>
+            {
+                Kind::Udp
+            }
+            (Kind::Tcp { .. } | Kind::Udp | Kind::Alone, Candidate::Tcp { .. } | Candidate::Udp) => {
+                return false;
+            }
         };
         let verified = frame.verified || checksum_holds(first, &offer.ip);
         let joins = verified && (offer.trust == Trust::Verified || checksum_holds(packet, &offer.ip));
@@ -328,7 +384,10 @@ impl Frame {
                 if let Some(flags) = header.get_mut(self.l4 + tcp::FLAGS) {
                     *flags |= self.push;
                 }
-                (if v4 { GsoKind::TcpV4 } else { GsoKind::TcpV6 }, tcp::CHECKSUM.start)
+                (
+                    if v4 { GsoKind::TcpV4 } else { GsoKind::TcpV6 },
+                    tcp::CHECKSUM.start,
+                )
             }
             Kind::Udp => {
                 put16(header, self.l4 + udp::LENGTH.start, l4_len);
@@ -338,8 +397,15 @@ impl Frame {
             }
         };
         VirtioHeader {
-            checksum: Some(PartialChecksum { start: len16(self.l4), offset: len16(offset) }),
-            gso: Some(Gso { kind, size: len16(self.size), header_len: len16(self.header_len) }),
+            checksum: Some(PartialChecksum {
+                start: len16(self.l4),
+                offset: len16(offset),
+            }),
+            gso: Some(Gso {
+                kind,
+                size: len16(self.size),
+                header_len: len16(self.header_len),
+            }),
         }
     }
 }
@@ -423,7 +489,9 @@ fn same_tcp(first: &[u8], packet: &[u8], l4: usize, header_len: usize) -> bool {
 /// Whether the L4 checksum is right; addresses are those of `ip`, lengths the packet's own.
 #[inline]
 fn checksum_holds(packet: &[u8], ip: &IpHeader) -> bool {
-    packet.get(ip.l4..).is_some_and(|l4| (ip.pseudo(l4.len()) + Sum::of(l4)).fold() == 0xffff)
+    packet
+        .get(ip.l4..)
+        .is_some_and(|l4| (ip.pseudo(l4.len()) + Sum::of(l4)).fold() == 0xffff)
 }
 
 #[inline]
@@ -474,7 +542,9 @@ mod tests {
         for packet in packets {
             let ip = IpHeader::parse(packet).unwrap();
             let ports = &packet[ip.l4..ip.l4 + 4];
-            let flow = ports.iter().fold(u32::from(ip.protocol), |hash, &byte| hash * 31 + u32::from(byte));
+            let flow = ports
+                .iter()
+                .fold(u32::from(ip.protocol), |hash, &byte| hash * 31 + u32::from(byte));
             coalescer.offer(&buffer, Offer { at, ip, trust, flow });
             at += packet.len();
         }
@@ -491,7 +561,10 @@ mod tests {
     }
 
     fn counts(packets: &[Vec<u8>]) -> Vec<usize> {
-        coalesce(packets, ALL, Trust::Unverified).iter().map(|frame| frame.0).collect()
+        coalesce(packets, ALL, Trust::Unverified)
+            .iter()
+            .map(|frame| frame.0)
+            .collect()
     }
 
     /// Changes a byte and mends the checksums.
@@ -509,7 +582,11 @@ mod tests {
     }
 
     fn stream(segments_of: usize) -> Vec<Vec<u8>> {
-        segments(&packet(GsoKind::TcpV4, tcp::ACK_FLAG, &vec![3; segments_of * 100]), GsoKind::TcpV4, 100)
+        segments(
+            &packet(GsoKind::TcpV4, tcp::ACK_FLAG, &vec![3; segments_of * 100]),
+            GsoKind::TcpV4,
+            100,
+        )
     }
 
     #[test]
@@ -518,7 +595,14 @@ mod tests {
         assert_eq!(frames.len(), 1);
         let (count, header, bytes) = &frames[0];
         assert_eq!(*count, 5);
-        assert_eq!(header.gso, Some(Gso { kind: GsoKind::TcpV4, size: 100, header_len: 52 }));
+        assert_eq!(
+            header.gso,
+            Some(Gso {
+                kind: GsoKind::TcpV4,
+                size: 100,
+                header_len: 52
+            })
+        );
         assert!(verify_v4_header(&bytes[..20]));
         let mut whole = bytes.clone();
         finish_checksum(&mut whole, header.checksum.unwrap()).unwrap();
@@ -573,8 +657,14 @@ mod tests {
         let same_id = edit(base[1].clone(), 5, base[0][5]);
         assert_eq!(base[0][6] & 0x40, 0x40, "the builder sets DF");
         assert_eq!(counts(&[base[0].clone(), same_id.clone()]), [2]);
-        assert_eq!(counts(&[edit(base[0].clone(), 6, 0), edit(same_id, 6, 0)]), [1, 1]);
-        assert_eq!(counts(&[edit(base[0].clone(), 6, 0), edit(base[1].clone(), 6, 0)]), [2]);
+        assert_eq!(
+            counts(&[edit(base[0].clone(), 6, 0), edit(same_id, 6, 0)]),
+            [1, 1]
+        );
+        assert_eq!(
+            counts(&[edit(base[0].clone(), 6, 0), edit(base[1].clone(), 6, 0)]),
+            [2]
+        );
     }
 
     #[test]
@@ -604,7 +694,13 @@ mod tests {
     fn order_within_a_flow_survives_whatever_lies_between() {
         let data = stream(4);
         let ack = edit(packet(GsoKind::TcpV4, tcp::ACK_FLAG, b""), 5, 40);
-        let packets = vec![data[0].clone(), data[1].clone(), ack.clone(), data[2].clone(), data[3].clone()];
+        let packets = vec![
+            data[0].clone(),
+            data[1].clone(),
+            ack.clone(),
+            data[2].clone(),
+            data[3].clone(),
+        ];
         let frames = coalesce(&packets, ALL, Trust::Verified);
         assert_eq!(frames.iter().map(|frame| frame.0).collect::<Vec<_>>(), [2, 1, 2]);
         assert_eq!(frames[1].2, ack);
@@ -614,7 +710,11 @@ mod tests {
     fn flows_that_alternate_are_merged_apart() {
         let one = stream(3);
         let two: Vec<_> = one.iter().map(|packet| edit(packet.clone(), 21, 7)).collect();
-        let packets: Vec<_> = one.iter().zip(&two).flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
+        let packets: Vec<_> = one
+            .iter()
+            .zip(&two)
+            .flat_map(|(a, b)| [a.clone(), b.clone()])
+            .collect();
         assert_eq!(counts(&packets), [3, 3]);
     }
 
@@ -624,11 +724,18 @@ mod tests {
         let frames = coalesce(&parts, ALL, Trust::Unverified);
         assert_eq!(frames.len(), 1);
         assert_eq!(frames[0].1.gso.unwrap().kind, GsoKind::Udp);
-        let off = Merge { tcp: true, udp: false };
+        let off = Merge {
+            tcp: true,
+            udp: false,
+        };
         assert_eq!(coalesce(&parts, off, Trust::Verified).len(), 4);
         let mut no_checksum = parts.clone();
         no_checksum[1][26..28].fill(0);
-        assert_eq!(counts(&no_checksum)[0], 1, "a datagram without checksum stands alone");
+        assert_eq!(
+            counts(&no_checksum)[0],
+            1,
+            "a datagram without checksum stands alone"
+        );
     }
 
     #[test]
@@ -640,7 +747,9 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(index, packet)| {
-                let seq = 0xffff_f000u32.wrapping_add((packets.len() + index) as u32 * 1400).to_be_bytes();
+                let seq = 0xffff_f000u32
+                    .wrapping_add((packets.len() + index) as u32 * 1400)
+                    .to_be_bytes();
                 let id = ((packets.len() + index) as u16).to_be_bytes();
                 let mut packet = packet.clone();
                 packet[24..28].copy_from_slice(&seq);
@@ -653,7 +762,11 @@ mod tests {
         assert_eq!(frames[0].0, (65_535 - 52) / 1400);
         assert!(frames.iter().all(|frame| frame.2.len() <= 65_535));
 
-        let small = segments(&packet(GsoKind::TcpV4, tcp::ACK_FLAG, &[1; 1000]), GsoKind::TcpV4, 10);
+        let small = segments(
+            &packet(GsoKind::TcpV4, tcp::ACK_FLAG, &[1; 1000]),
+            GsoKind::TcpV4,
+            10,
+        );
         assert_eq!(counts(&small), [64, 36]);
     }
 

@@ -60,7 +60,11 @@ pub struct Refusal {
 
 impl From<DropReason> for Refusal {
     fn from(reason: DropReason) -> Self {
-        Self { reason, peer: None, answer: None }
+        Self {
+            reason,
+            peer: None,
+            answer: None,
+        }
     }
 }
 
@@ -107,13 +111,21 @@ pub fn outbound<E: Encap>(
     let ip = IpHeader::parse(packet).map_err(DropReason::from)?;
     match (scope(ip.addrs.src()), scope(ip.addrs.dst())) {
         (Scope::Routable, Scope::Routable) => {}
-        (_, Scope::Multicast | Scope::LinkLocal | Scope::Martian) | (Scope::LinkLocal | Scope::Multicast, Scope::Routable) => {
+        (_, Scope::Multicast | Scope::LinkLocal | Scope::Martian)
+        | (Scope::LinkLocal | Scope::Multicast, Scope::Routable) => {
             return Err(DropReason::NotUnicast.into());
         }
         (Scope::Martian, Scope::Routable) => return Err(DropReason::MartianSource.into()),
     }
-    let Some((peer_index, peer)) = routes.lookup(ip.addrs.dst()).and_then(|index| Some((index, routes.peer(index)?))) else {
-        return Err(Refusal { reason: DropReason::NoRoute, peer: None, answer: Some((IcmpError::NoRoute, ip)) });
+    let Some((peer_index, peer)) = routes
+        .lookup(ip.addrs.dst())
+        .and_then(|index| Some((index, routes.peer(index)?)))
+    else {
+        return Err(Refusal {
+            reason: DropReason::NoRoute,
+            peer: None,
+            answer: Some((IcmpError::NoRoute, ip)),
+        });
     };
     let refuse = |reason, answer: Option<IcmpError>| Refusal {
         reason,
@@ -126,7 +138,10 @@ pub fn outbound<E: Encap>(
     };
     let longest = super_packet.map_or(ip.total_len, |super_packet| super_packet.segment_len());
     if longest > usize::from(peer.inner_mtu.bytes()) && (ip.dont_fragment || super_packet.is_some()) {
-        return Err(refuse(DropReason::TooBig, Some(IcmpError::TooBig(peer.inner_mtu.bytes()))));
+        return Err(refuse(
+            DropReason::TooBig,
+            Some(IcmpError::TooBig(peer.inner_mtu.bytes())),
+        ));
     }
     match E::TTL {
         TtlPolicy::Keep => {}
@@ -139,7 +154,12 @@ pub fn outbound<E: Encap>(
     let to = peer.hop.endpoint();
     let limits = if to.is_ipv4() { sending.v4 } else { sending.v6 };
     let flow = flow_hash(&ip, packet);
-    let key = RunKey { to, port: flow as usize % sending.ports, flow, peer: peer_index };
+    let key = RunKey {
+        to,
+        port: flow as usize % sending.ports,
+        flow,
+        peer: peer_index,
+    };
     let (segments, bytes) = match super_packet {
         None => {
             if let Some(partial) = meta.header.checksum {
@@ -213,10 +233,13 @@ impl<E: Encap> Ingress<'_, E> {
         let source = datagram.from.ip().to_canonical();
         let peer = self.routes.source(source);
         if peer.is_none() && self.check == IngressCheck::Strict {
-            self.stats.discard(DropReason::UnknownPeer, datagram.len.div_ceil(step) as u64);
+            self.stats
+                .discard(DropReason::UnknownPeer, datagram.len.div_ceil(step) as u64);
             return;
         }
-        let cell = peer.and_then(|index| self.routes.peer(index)).and_then(|peer| peer.stats.inbound(self.queue));
+        let cell = peer
+            .and_then(|index| self.routes.peer(index))
+            .and_then(|peer| peer.stats.inbound(self.queue));
         // The kernel checks the outer checksum, and it coalesces only datagrams that have one (net/ipv4/udp_offload.c).
         let trust = match datagram.segment_size {
             Some(_) if !self.verify_inner => Trust::Verified,
@@ -240,7 +263,11 @@ impl<E: Encap> Ingress<'_, E> {
                         cell.discard(refusal.reason, 1);
                     }
                     if let Some((error, ip)) = refusal.answer {
-                        answer(error, &ip, batch.bytes().get(at..at + ip.total_len).unwrap_or(&[]));
+                        answer(
+                            error,
+                            &ip,
+                            batch.bytes().get(at..at + ip.total_len).unwrap_or(&[]),
+                        );
                     }
                 }
             }
@@ -266,7 +293,9 @@ impl<E: Encap> Ingress<'_, E> {
         let plain = |reason: DropReason| (Refusal::from(reason), at);
         let datagram = buffer.get(at..end).ok_or_else(|| plain(DropReason::Truncated))?;
         let inner_at = at + self.encap.pull(datagram).map_err(plain)?;
-        let packet = buffer.get_mut(inner_at..end).ok_or_else(|| plain(DropReason::Truncated))?;
+        let packet = buffer
+            .get_mut(inner_at..end)
+            .ok_or_else(|| plain(DropReason::Truncated))?;
         let ip = IpHeader::parse(packet).map_err(|malformed| plain(malformed.into()))?;
         match ip.addrs {
             Addrs::V4 { .. } if !packet.get(..ip.l4).is_some_and(verify_v4_header) => {
@@ -283,7 +312,14 @@ impl<E: Encap> Ingress<'_, E> {
             TtlPolicy::Decrement => {
                 if decrement_ttl(packet).is_none() {
                     let answer = (ip.ttl > 0).then_some((IcmpError::TimeExceeded, ip));
-                    return Err((Refusal { reason: DropReason::TtlExpired, peer: None, answer }, inner_at));
+                    return Err((
+                        Refusal {
+                            reason: DropReason::TtlExpired,
+                            peer: None,
+                            answer,
+                        },
+                        inner_at,
+                    ));
                 }
             }
         }
@@ -304,7 +340,9 @@ impl<E: Encap> Ingress<'_, E> {
             (IngressCheck::Loose, Some(_)) | (IngressCheck::Off, _) => {}
             (IngressCheck::Strict, Some(peer)) if peer.hop.endpoint().ip() == outer => {}
             (IngressCheck::Strict, Some(_)) => return Err(DropReason::SpoofedSource),
-            (IngressCheck::Strict | IngressCheck::Loose, None) if overlay.contains(src) => return Err(DropReason::SpoofedSource),
+            (IngressCheck::Strict | IngressCheck::Loose, None) if overlay.contains(src) => {
+                return Err(DropReason::SpoofedSource);
+            }
             // The peer's own node may speak to our pods with its underlay address.
             (IngressCheck::Strict | IngressCheck::Loose, None) if src == outer => {}
             (IngressCheck::Strict | IngressCheck::Loose, None) => return Err(DropReason::ForeignSource),
@@ -363,11 +401,17 @@ struct Bucket {
 
 impl Bucket {
     fn new(rate: u32, now: Instant) -> Self {
-        Self { tokens: rate, rate, filled: now }
+        Self {
+            tokens: rate,
+            rate,
+            filled: now,
+        }
     }
 
     fn take(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.filled).min(Duration::from_secs(1));
+        let passed = now
+            .saturating_duration_since(self.filled)
+            .min(Duration::from_secs(1));
         let earned = (passed.as_nanos() * u128::from(self.rate) / 1_000_000_000) as u32;
         if earned > 0 {
             self.tokens = (self.tokens + earned).min(self.rate);
@@ -386,7 +430,10 @@ impl Bucket {
 impl ErrorLimiter {
     /// Full buckets.
     pub fn new(now: Instant) -> Self {
-        Self { global: Bucket::new(GLOBAL, now), sources: vec![Bucket::new(PER_SOURCE, now); BUCKETS].into_boxed_slice() }
+        Self {
+            global: Bucket::new(GLOBAL, now),
+            sources: vec![Bucket::new(PER_SOURCE, now); BUCKETS].into_boxed_slice(),
+        }
     }
 
     /// Whether an error to `source` may be sent now.
@@ -414,7 +461,10 @@ mod tests {
         let later = start + Duration::from_millis(500);
         assert_eq!((0..100).filter(|_| limiter.allows(source, later)).count(), 5);
         let much_later = start + Duration::from_secs(3600);
-        assert_eq!((0..100).filter(|_| limiter.allows(source, much_later)).count(), PER_SOURCE as usize);
+        assert_eq!(
+            (0..100).filter(|_| limiter.allows(source, much_later)).count(),
+            PER_SOURCE as usize
+        );
     }
 
     #[test]
@@ -422,6 +472,9 @@ mod tests {
         let start = Instant::now();
         let mut limiter = ErrorLimiter::new(start);
         let sources = (0..20_000u32).map(|n| IpAddr::from(std::net::Ipv4Addr::from(0x0a00_0000 + n)));
-        assert_eq!(sources.filter(|&source| limiter.allows(source, start)).count(), GLOBAL as usize);
+        assert_eq!(
+            sources.filter(|&source| limiter.allows(source, start)).count(),
+            GLOBAL as usize
+        );
     }
 }

@@ -118,7 +118,10 @@ impl MemoryUnderlay {
         Self {
             sent: VecDeque::new(),
             incoming: VecDeque::new(),
-            limits: RunLimits { segments: 64, bytes: 65_507 },
+            limits: RunLimits {
+                segments: 64,
+                bytes: 65_507,
+            },
             ports: 1,
             failing: Vec::new(),
         }
@@ -152,11 +155,22 @@ impl Underlay for MemoryUnderlay {
     ) -> io::Result<()> {
         for (index, run) in plan.runs().iter().enumerate() {
             if let Some(&(_, error)) = self.failing.iter().find(|(to, _)| *to == run.to) {
-                failures.push(SendFailure { run: index, segments: run.segments, error });
+                failures.push(SendFailure {
+                    run: index,
+                    segments: run.segments,
+                    error,
+                });
                 continue;
             }
-            let bytes = plan.segments(run, batch).flat_map(|(header, payload)| [header, payload].concat()).collect();
-            self.sent.push_back(Message { addr: run.to, bytes, segment_size: run.segment_size });
+            let bytes = plan
+                .segments(run, batch)
+                .flat_map(|(header, payload)| [header, payload].concat())
+                .collect();
+            self.sent.push_back(Message {
+                addr: run.to,
+                bytes,
+                segment_size: run.segment_size,
+            });
         }
         Ok(())
     }

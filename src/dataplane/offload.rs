@@ -50,13 +50,20 @@ impl SuperPacket {
         if !fits || ip.fragment != Fragment::Whole || gso.size == 0 {
             return Err(DropReason::BadSuperPacket);
         }
-        let l4 = packet.get(ip.l4..ip.total_len).ok_or(DropReason::BadSuperPacket)?;
+        let l4 = packet
+            .get(ip.l4..ip.total_len)
+            .ok_or(DropReason::BadSuperPacket)?;
         let l4_header = match gso.kind {
             GsoKind::TcpV4 | GsoKind::TcpV6 => tcp_header_len(l4).map_err(|_| DropReason::BadSuperPacket)?,
             GsoKind::Udp if l4.len() >= udp::LEN => udp::LEN,
             GsoKind::Udp => return Err(DropReason::BadSuperPacket),
         };
-        Ok(Self { ip, kind: gso.kind, header_len: ip.l4 + l4_header, size: usize::from(gso.size) })
+        Ok(Self {
+            ip,
+            kind: gso.kind,
+            header_len: ip.l4 + l4_header,
+            size: usize::from(gso.size),
+        })
     }
 
     /// Length of the longest segment: all headers and one `gso.size` of payload, bytes.
@@ -81,8 +88,12 @@ impl SuperPacket {
         mut push: impl FnMut(&mut Vec<u8>, usize),
         mut each: impl FnMut(&[u8], Range<usize>, Range<usize>),
     ) {
-        let Some(packet) = packet.get(..self.ip.total_len) else { return };
-        let Some((template, payload)) = packet.split_at_checked(self.header_len) else { return };
+        let Some(packet) = packet.get(..self.ip.total_len) else {
+            return;
+        };
+        let Some((template, payload)) = packet.split_at_checked(self.header_len) else {
+            return;
+        };
         let sums = TemplateSums::new(self, template);
         let segments = self.segments();
         let mut at = 0;
@@ -94,7 +105,11 @@ impl SuperPacket {
             let inner = headers.len();
             headers.extend_from_slice(template);
             if let Some(header) = headers.get_mut(inner..) {
-                let place = Place { index, offset: at, last: index + 1 == segments };
+                let place = Place {
+                    index,
+                    offset: at,
+                    last: index + 1 == segments,
+                };
                 self.patch(header, slice, place, &sums);
             }
             let range = start..headers.len();
@@ -106,7 +121,9 @@ impl SuperPacket {
     /// Turns a copy of the template into the header of one segment.
     #[inline]
     fn patch(&self, header: &mut [u8], payload: &[u8], place: Place, sums: &TemplateSums) {
-        let Some((ip, l4)) = header.split_at_mut_checked(self.ip.l4) else { return };
+        let Some((ip, l4)) = header.split_at_mut_checked(self.ip.l4) else {
+            return;
+        };
         let l4_len = l4.len() + payload.len();
         match self.ip.addrs {
             Addrs::V4 { .. } => {
@@ -121,7 +138,9 @@ impl SuperPacket {
         let sum = sums.l4 + Sum::long(u32::try_from(l4_len).unwrap_or(0)) + Sum::of(payload);
         match self.kind {
             GsoKind::TcpV4 | GsoKind::TcpV6 => {
-                let seq = sums.first_seq.wrapping_add(u32::try_from(place.offset).unwrap_or(0));
+                let seq = sums
+                    .first_seq
+                    .wrapping_add(u32::try_from(place.offset).unwrap_or(0));
                 let mut flags = sums.flags;
                 if !place.last {
                     flags &= !(tcp::FIN | tcp::PSH);
@@ -140,7 +159,11 @@ impl SuperPacket {
             }
             GsoKind::Udp => {
                 put16(l4, udp::LENGTH.start, to_u16(l4_len));
-                put16(l4, udp::CHECKSUM.start, (sum + Sum::word(to_u16(l4_len))).finish_udp());
+                put16(
+                    l4,
+                    udp::CHECKSUM.start,
+                    (sum + Sum::word(to_u16(l4_len))).finish_udp(),
+                );
             }
         }
     }
@@ -170,9 +193,10 @@ impl TemplateSums {
     fn new(packet: &SuperPacket, template: &[u8]) -> Self {
         let (ip, l4) = template.split_at_checked(packet.ip.l4).unwrap_or((template, &[]));
         let (ip_sum, first_id) = match packet.ip.addrs {
-            Addrs::V4 { .. } => {
-                (part(ip, 0..2) + part(ip, 6..10) + part(ip, 12..ip.len()), u16::from_be_bytes(bytes(ip, 4)))
-            }
+            Addrs::V4 { .. } => (
+                part(ip, 0..2) + part(ip, 6..10) + part(ip, 12..ip.len()),
+                u16::from_be_bytes(bytes(ip, 4)),
+            ),
             Addrs::V6 { .. } => (Sum::ZERO, 0),
         };
         let l4_sum = match packet.kind {
@@ -199,12 +223,18 @@ impl TemplateSums {
 /// # Errors
 /// [`DropReason::BadSuperPacket`] if the field lies outside the packet.
 pub fn finish_checksum(packet: &mut [u8], partial: PartialChecksum) -> Result<(), DropReason> {
-    let l4 = packet.get_mut(usize::from(partial.start)..).ok_or(DropReason::BadSuperPacket)?;
+    let l4 = packet
+        .get_mut(usize::from(partial.start)..)
+        .ok_or(DropReason::BadSuperPacket)?;
     let sum = Sum::of(l4);
     let at = usize::from(partial.offset);
     let field = l4.get_mut(at..at + 2).ok_or(DropReason::BadSuperPacket)?;
     // Zero means "no checksum" in UDP only (RFC 768); ffff is the same number, so it serves TCP as well.
-    let value = if at == udp::CHECKSUM.start { sum.finish_udp() } else { sum.finish() };
+    let value = if at == udp::CHECKSUM.start {
+        sum.finish_udp()
+    } else {
+        sum.finish()
+    };
     field.copy_from_slice(&value.to_be_bytes());
     Ok(())
 }
@@ -217,7 +247,10 @@ fn part(bytes: &[u8], range: Range<usize>) -> Sum {
 /// `N` bytes at `at`, or zeros past the end.
 #[inline]
 fn bytes<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
-    from.get(at..).and_then(|rest| rest.first_chunk::<N>()).copied().unwrap_or([0; N])
+    from.get(at..)
+        .and_then(|rest| rest.first_chunk::<N>())
+        .copied()
+        .unwrap_or([0; N])
 }
 
 #[inline]
@@ -273,7 +306,10 @@ pub(crate) mod tests {
                 refresh(&mut out);
             }
             GsoKind::Udp => {
-                PacketBuilder::ipv4([10, 244, 1, 2], [10, 244, 2, 2], 64).udp(9, 10).write(&mut out, payload).unwrap();
+                PacketBuilder::ipv4([10, 244, 1, 2], [10, 244, 2, 2], 64)
+                    .udp(9, 10)
+                    .write(&mut out, payload)
+                    .unwrap();
             }
         }
         out
@@ -290,7 +326,11 @@ pub(crate) mod tests {
     /// Splits and joins each segment's header and payload.
     pub(crate) fn segments(packet: &[u8], kind: GsoKind, size: u16) -> Vec<Vec<u8>> {
         let ip = IpHeader::parse(packet).unwrap();
-        let gso = Gso { kind, size, header_len: 0 };
+        let gso = Gso {
+            kind,
+            size,
+            header_len: 0,
+        };
         let mut out = Vec::new();
         SuperPacket::new(packet, ip, gso).unwrap().split(
             packet,
@@ -313,12 +353,20 @@ pub(crate) mod tests {
             for (index, part) in parts.iter().enumerate() {
                 assert!(checksums_hold(part), "{kind:?} segment {index}");
                 let seq = u32::from_be_bytes(bytes(&part[l4..], 4));
-                assert_eq!(seq, 0xffff_f000u32.wrapping_add(index as u32 * 1400), "sequence wraps");
+                assert_eq!(
+                    seq,
+                    0xffff_f000u32.wrapping_add(index as u32 * 1400),
+                    "sequence wraps"
+                );
                 let flags = part[l4 + tcp::FLAGS];
                 assert_eq!(flags & tcp::CWR != 0, index == 0, "CWR");
                 assert_eq!(flags & (tcp::FIN | tcp::PSH) != 0, index == 2, "FIN, PSH");
                 if kind == GsoKind::TcpV4 {
-                    assert_eq!(u16::from_be_bytes([part[4], part[5]]), index as u16, "identification");
+                    assert_eq!(
+                        u16::from_be_bytes([part[4], part[5]]),
+                        index as u16,
+                        "identification"
+                    );
                 }
                 joined.extend_from_slice(&part[l4 + 32..]);
             }
@@ -339,15 +387,34 @@ pub(crate) mod tests {
     fn what_does_not_fit_its_description_is_refused() {
         let tcp4 = packet(GsoKind::TcpV4, tcp::ACK_FLAG, &[1; 100]);
         let ip = IpHeader::parse(&tcp4).unwrap();
-        let gso = |kind| Gso { kind, size: 10, header_len: 0 };
+        let gso = |kind| Gso {
+            kind,
+            size: 10,
+            header_len: 0,
+        };
         assert!(SuperPacket::new(&tcp4, ip, gso(GsoKind::TcpV4)).is_ok());
-        assert!(SuperPacket::new(&tcp4, ip, gso(GsoKind::TcpV6)).is_err(), "family");
-        assert!(SuperPacket::new(&tcp4, ip, gso(GsoKind::Udp)).is_err(), "protocol");
-        let fragment = IpHeader { fragment: Fragment::First, ..ip };
-        assert!(SuperPacket::new(&tcp4, fragment, gso(GsoKind::TcpV4)).is_err(), "fragment");
+        assert!(
+            SuperPacket::new(&tcp4, ip, gso(GsoKind::TcpV6)).is_err(),
+            "family"
+        );
+        assert!(
+            SuperPacket::new(&tcp4, ip, gso(GsoKind::Udp)).is_err(),
+            "protocol"
+        );
+        let fragment = IpHeader {
+            fragment: Fragment::First,
+            ..ip
+        };
+        assert!(
+            SuperPacket::new(&tcp4, fragment, gso(GsoKind::TcpV4)).is_err(),
+            "fragment"
+        );
         let mut short = tcp4.clone();
         short[20 + tcp::DATA_OFFSET] = 0x40;
-        assert!(SuperPacket::new(&short, ip, gso(GsoKind::TcpV4)).is_err(), "data offset");
+        assert!(
+            SuperPacket::new(&short, ip, gso(GsoKind::TcpV4)).is_err(),
+            "data offset"
+        );
     }
 
     #[test]
@@ -357,10 +424,35 @@ pub(crate) mod tests {
         let ip = IpHeader::parse(&half).unwrap();
         let pseudo = ip.pseudo(ip.l4_len()).fold();
         half[36..38].copy_from_slice(&pseudo.to_be_bytes());
-        finish_checksum(&mut half, PartialChecksum { start: 20, offset: 16 }).unwrap();
+        finish_checksum(
+            &mut half,
+            PartialChecksum {
+                start: 20,
+                offset: 16,
+            },
+        )
+        .unwrap();
         assert_eq!(half, whole);
-        assert!(finish_checksum(&mut half, PartialChecksum { start: 20, offset: 60 }).is_err());
-        assert!(finish_checksum(&mut half, PartialChecksum { start: 200, offset: 0 }).is_err());
+        assert!(
+            finish_checksum(
+                &mut half,
+                PartialChecksum {
+                    start: 20,
+                    offset: 60
+                }
+            )
+            .is_err()
+        );
+        assert!(
+            finish_checksum(
+                &mut half,
+                PartialChecksum {
+                    start: 200,
+                    offset: 0
+                }
+            )
+            .is_err()
+        );
     }
 
     proptest! {

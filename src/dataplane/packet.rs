@@ -45,7 +45,11 @@ impl Default for PacketBatch {
 impl PacketBatch {
     /// An empty batch with all its memory.
     pub fn new() -> Self {
-        Self { bytes: vec![0; BATCH_BYTES + MAX_PACKET].into_boxed_slice(), used: 0, metas: Vec::with_capacity(BATCH_PACKETS) }
+        Self {
+            bytes: vec![0; BATCH_BYTES + MAX_PACKET].into_boxed_slice(),
+            used: 0,
+            metas: Vec::with_capacity(BATCH_PACKETS),
+        }
     }
 
     /// Forgets the packets, keeps the memory.
@@ -67,14 +71,20 @@ impl PacketBatch {
     #[inline]
     pub fn commit(&mut self, header: VirtioHeader, len: usize) {
         let len = len.min(MAX_PACKET);
-        self.metas.push(PacketMeta { start: self.used, len, header });
+        self.metas.push(PacketMeta {
+            start: self.used,
+            len,
+            header,
+        });
         // Keep packets 64-byte aligned: a header then touches one cache line.
         self.used = (self.used + len).next_multiple_of(64);
     }
 
     /// Copies a packet in; for tests and the in-memory device. `false` if there is no room.
     pub fn push(&mut self, header: VirtioHeader, packet: &[u8]) -> bool {
-        let Some(room) = self.room().and_then(|room| room.get_mut(..packet.len())) else { return false };
+        let Some(room) = self.room().and_then(|room| room.get_mut(..packet.len())) else {
+            return false;
+        };
         room.copy_from_slice(packet);
         self.commit(header, packet.len());
         true
@@ -281,7 +291,13 @@ impl SendPlan {
     ) {
         let mut headers = std::mem::take(&mut self.headers);
         super_packet.split(packet, &mut headers, push, |_, header, payload| {
-            self.push(key, limits, header, (meta.offset(payload.start), payload.len()), index);
+            self.push(
+                key,
+                limits,
+                header,
+                (meta.offset(payload.start), payload.len()),
+                index,
+            );
         });
         self.headers = headers;
     }
@@ -314,7 +330,11 @@ impl SendPlan {
 
     /// The segments of a run, each as (header, payload).
     #[inline]
-    pub fn segments<'a>(&'a self, run: &Run, batch: &'a PacketBatch) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+    pub fn segments<'a>(
+        &'a self,
+        run: &Run,
+        batch: &'a PacketBatch,
+    ) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
         let mut next = run.first;
         std::iter::from_fn(move || {
             let segment = self.segments.get(next as usize)?;
@@ -417,7 +437,12 @@ impl DatagramBatch {
         // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
         let slot = self.datagrams.len();
         let from = SocketAddr::from(([0, 0, 0, 0], 0));
-        self.datagrams.push(Datagram { slot, len: 0, segment_size: None, from });
+        self.datagrams.push(Datagram {
+            slot,
+            len: 0,
+            segment_size: None,
+            from,
+        });
     }
 
     /// Notes datagrams the kernel dropped before we could receive them.
@@ -437,7 +462,9 @@ impl DatagramBatch {
 
     /// Copies a datagram in; for tests and the in-memory underlay. `false` if there is no room.
     pub fn push(&mut self, from: SocketAddr, bytes: &[u8], segment_size: Option<usize>) -> bool {
-        let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else { return false };
+        let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else {
+            return false;
+        };
         slot.copy_from_slice(bytes);
         self.commit(from, bytes.len(), segment_size);
         true
@@ -490,17 +517,29 @@ fn len16(value: usize) -> u16 {
 mod tests {
     use super::*;
 
-    const LIMITS: RunLimits = RunLimits { segments: 4, bytes: 1000 };
+    const LIMITS: RunLimits = RunLimits {
+        segments: 4,
+        bytes: 1000,
+    };
 
     /// Pushes segments of the given (flow, size) and gives back the flows and sizes of each run.
     fn runs(pushes: &[(u32, usize)]) -> Vec<Vec<usize>> {
         let batch = PacketBatch::new();
         let mut plan = SendPlan::new();
         for &(flow, size) in pushes {
-            let key = RunKey { to: SocketAddr::from(([192, 0, 2, 1], 8285)), port: 0, flow, peer: 0 };
+            let key = RunKey {
+                to: SocketAddr::from(([192, 0, 2, 1], 8285)),
+                port: 0,
+                flow,
+                peer: 0,
+            };
             plan.push(key, LIMITS, 0..0, (0, size), 0);
         }
-        let sizes = |run| plan.segments(run, &batch).map(|(header, payload)| header.len() + payload.len()).collect();
+        let sizes = |run| {
+            plan.segments(run, &batch)
+                .map(|(header, payload)| header.len() + payload.len())
+                .collect()
+        };
         plan.runs().iter().map(sizes).collect()
     }
 
@@ -526,14 +565,23 @@ mod tests {
 
     #[test]
     fn a_short_packet_of_another_flow_does_not_end_a_run() {
-        assert_eq!(runs(&[(1, 100), (2, 50), (1, 100), (1, 60)]), [vec![100, 100, 60], vec![50]]);
+        assert_eq!(
+            runs(&[(1, 100), (2, 50), (1, 100), (1, 60)]),
+            [vec![100, 100, 60], vec![50]]
+        );
     }
 
     #[test]
     fn no_packet_of_a_flow_overtakes_another() {
         // The last segment of flow 1 may not go back to the first run: its 50 left after it.
-        assert_eq!(runs(&[(2, 100), (1, 50), (1, 100)]), [vec![100], vec![50], vec![100]]);
-        assert_eq!(runs(&[(1, 100), (1, 50), (1, 100), (1, 50)]), [vec![100, 50], vec![100, 50]]);
+        assert_eq!(
+            runs(&[(2, 100), (1, 50), (1, 100)]),
+            [vec![100], vec![50], vec![100]]
+        );
+        assert_eq!(
+            runs(&[(1, 100), (1, 50), (1, 100), (1, 50)]),
+            [vec![100, 50], vec![100, 50]]
+        );
     }
 
     #[test]

@@ -113,8 +113,16 @@ impl<H: Hop> RouteTable<H> {
     pub fn new(overlay: Overlay) -> Self {
         Self {
             overlay,
-            v4: Family::new(overlay.v4.map(|network| (network.prefix.addr(), network.prefix.len(), network.subnet_len))),
-            v6: Family::new(overlay.v6.map(|network| (network.prefix.addr(), network.prefix.len(), network.subnet_len))),
+            v4: Family::new(
+                overlay
+                    .v4
+                    .map(|network| (network.prefix.addr(), network.prefix.len(), network.subnet_len)),
+            ),
+            v6: Family::new(
+                overlay
+                    .v6
+                    .map(|network| (network.prefix.addr(), network.prefix.len(), network.subnet_len)),
+            ),
             peers: CowVec::default(),
             free: Vec::new(),
             sources: Sources::default(),
@@ -126,7 +134,10 @@ impl<H: Hop> RouteTable<H> {
     pub fn insert(&mut self, prefix: Prefix, peer: Peer<H>) {
         self.remove(prefix);
         let source = peer.hop.endpoint().ip();
-        let index = self.free.pop().unwrap_or(u32::try_from(self.peers.len()).unwrap_or(u32::MAX));
+        let index = self
+            .free
+            .pop()
+            .unwrap_or(u32::try_from(self.peers.len()).unwrap_or(u32::MAX));
         self.peers.set(index as usize, Some(Arc::new(peer)));
         self.sources.insert(source, index);
         match prefix {
@@ -295,10 +306,13 @@ struct Family<A: FamilyAddr> {
 
 impl<A: FamilyAddr> Family<A> {
     fn new(network: Option<(A, u8, u8)>) -> Self {
-        let (base, network_len, subnet_len) = network.map_or((0, 0, 0), |(addr, len, subnet)| (addr.bits(), len, subnet));
+        let (base, network_len, subnet_len) =
+            network.map_or((0, 0, 0), |(addr, len, subnet)| (addr.bits(), len, subnet));
         let span = match network {
             // A network of length 0 over 128 bits has one address more than fits; the last one then goes without the index.
-            Some(_) => 1u128.checked_shl(u32::from(A::BITS - network_len)).unwrap_or(u128::MAX),
+            Some(_) => 1u128
+                .checked_shl(u32::from(A::BITS - network_len))
+                .unwrap_or(u128::MAX),
             None => 0,
         };
         let direct = match network {
@@ -307,7 +321,16 @@ impl<A: FamilyAddr> Family<A> {
             }
             _ => CowVec::default(),
         };
-        Self { base, span, network_len, subnet_len, direct, shards: Vec::new(), wide: Arc::default(), others: 0 }
+        Self {
+            base,
+            span,
+            network_len,
+            subnet_len,
+            direct,
+            shards: Vec::new(),
+            wide: Arc::default(),
+            others: 0,
+        }
     }
 
     #[inline]
@@ -328,13 +351,18 @@ impl<A: FamilyAddr> Family<A> {
         if offset >= self.span {
             return None;
         }
-        let index = *self.direct.get((offset >> (A::BITS - self.subnet_len)) as usize)?;
+        let index = *self
+            .direct
+            .get((offset >> (A::BITS - self.subnet_len)) as usize)?;
         (index != NONE).then_some(index)
     }
 
     fn longest(&self, addr: A) -> Option<(u8, u32)> {
         let host = addr.net(A::BITS);
-        let sharded = self.shard(addr).and_then(|shard| self.shards.get(shard)).and_then(|map| map.get_lpm(&host));
+        let sharded = self
+            .shard(addr)
+            .and_then(|shard| self.shards.get(shard))
+            .and_then(|map| map.get_lpm(&host));
         let found = sharded.or_else(|| self.wide.get_lpm(&host));
         found.map(|(net, index)| (prefix_trie::Prefix::prefix_len(&net), *index))
     }
@@ -420,7 +448,9 @@ impl Sources {
     }
 
     fn insert(&mut self, addr: IpAddr, index: u32) {
-        let entry = Arc::make_mut(&mut self.0[Self::shard(addr)]).entry(addr).or_insert((index, 0));
+        let entry = Arc::make_mut(&mut self.0[Self::shard(addr)])
+            .entry(addr)
+            .or_insert((index, 0));
         *entry = (index, entry.1 + 1);
     }
 
@@ -447,7 +477,10 @@ const CHUNK: usize = 1024;
 
 impl<T> Default for CowVec<T> {
     fn default() -> Self {
-        Self { chunks: Vec::new(), len: 0 }
+        Self {
+            chunks: Vec::new(),
+            len: 0,
+        }
     }
 }
 
@@ -455,7 +488,10 @@ impl<T: Clone + Default> CowVec<T> {
     /// `len` elements of one value; all chunks are one until changed.
     fn filled(len: usize, value: T) -> Self {
         let chunk: Arc<[T]> = vec![value; CHUNK].into();
-        Self { chunks: vec![chunk; len.div_ceil(CHUNK)], len }
+        Self {
+            chunks: vec![chunk; len.div_ceil(CHUNK)],
+            len,
+        }
     }
 
     #[inline]
@@ -555,7 +591,11 @@ mod tests {
         table.insert(v4("10.244.2.64/26"), peer(3));
         table.insert(v4("10.244.0.0/20"), peer(4));
         assert_eq!(found(&table, "10.244.2.65"), Some(3));
-        assert_eq!(found(&table, "10.244.2.1"), Some(2), "the direct index beats a shorter prefix");
+        assert_eq!(
+            found(&table, "10.244.2.1"),
+            Some(2),
+            "the direct index beats a shorter prefix"
+        );
         assert_eq!(found(&table, "10.244.5.1"), Some(4));
         table.remove(v4("10.244.2.64/26"));
         assert_eq!(found(&table, "10.244.2.65"), Some(2));

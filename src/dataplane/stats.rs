@@ -14,7 +14,8 @@ impl Counter {
     /// Adds `n`. Only the owning worker may call this; a second writer would lose counts, nothing worse.
     #[inline]
     pub fn add(&self, n: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        self.0
+            .store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
     /// The value some moment ago.
@@ -227,7 +228,10 @@ impl PeerStats {
     /// Counters for a data plane of `queues` queues.
     pub fn new(queues: usize) -> Self {
         let cells = || (0..queues.max(1)).map(|_| PeerCell::default()).collect();
-        Self { outbound: cells(), inbound: cells() }
+        Self {
+            outbound: cells(),
+            inbound: cells(),
+        }
     }
 
     /// The outbound cell of `queue`.
@@ -245,7 +249,9 @@ impl PeerStats {
     /// Sums over queues: (outbound packets, outbound bytes, inbound packets, inbound bytes).
     pub fn totals(&self) -> (u64, u64, u64, u64) {
         let sum = |cells: &[PeerCell]| {
-            cells.iter().fold((0, 0), |(packets, bytes), cell| (packets + cell.packets.get(), bytes + cell.bytes.get()))
+            cells.iter().fold((0, 0), |(packets, bytes), cell| {
+                (packets + cell.packets.get(), bytes + cell.bytes.get())
+            })
         };
         let ((out_packets, out_bytes), (in_packets, in_bytes)) = (sum(&self.outbound), sum(&self.inbound));
         (out_packets, out_bytes, in_packets, in_bytes)
@@ -253,7 +259,11 @@ impl PeerStats {
 
     /// Packets dropped for `reason`, over queues and directions.
     pub fn dropped(&self, reason: DropReason) -> u64 {
-        self.outbound.iter().chain(self.inbound.iter()).map(|cell| cell.dropped(reason)).sum()
+        self.outbound
+            .iter()
+            .chain(self.inbound.iter())
+            .map(|cell| cell.dropped(reason))
+            .sum()
     }
 }
 

@@ -89,9 +89,15 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
         self.stats.count(Count::OutboundBatches, 1);
         for index in 0..self.batch.len() {
             let counting = (self.queue, &*self.stats);
-            let Err(refusal) =
-                forward::outbound(&self.encap, self.sending, routes, index, &mut self.batch, &mut self.plan, counting)
-            else {
+            let Err(refusal) = forward::outbound(
+                &self.encap,
+                self.sending,
+                routes,
+                index,
+                &mut self.batch,
+                &mut self.plan,
+                counting,
+            ) else {
                 continue;
             };
             self.stats.discard(refusal.reason, 1);
@@ -101,17 +107,22 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             }
             if let Some((error, ip)) = refusal.answer {
                 let packet = self.batch.packet(self.batch.meta(index));
-                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+                self.errors
+                    .answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
             }
         }
         if self.plan.is_empty() {
             return Ok(Turn::Busy);
         }
-        self.stats.count(Count::OutboundRuns, self.plan.runs().len() as u64);
+        self.stats
+            .count(Count::OutboundRuns, self.plan.runs().len() as u64);
         self.failures.clear();
-        self.underlay.send(&self.plan, &self.batch, &self.stats, &mut self.failures)?;
+        self.underlay
+            .send(&self.plan, &self.batch, &self.stats, &mut self.failures)?;
         for failure in &self.failures {
-            let Some(run) = self.plan.runs().get(failure.run) else { continue };
+            let Some(run) = self.plan.runs().get(failure.run) else {
+                continue;
+            };
             let reason = DropReason::from(failure.error);
             self.stats.discard(reason, failure.segments as u64);
             let peer = routes.peer(run.peer);
@@ -124,7 +135,8 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
                 SendError::Busy | SendError::Unreachable | SendError::Denied | SendError::Refused => None,
             };
             if let (Some(error), Ok(ip)) = (answer, IpHeader::parse(packet)) {
-                self.errors.answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
+                self.errors
+                    .answer(&mut self.device, routes, &self.stats, (error, &ip, packet), now);
             }
         }
         Ok(Turn::Busy)
@@ -214,7 +226,8 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         }
         self.coalescer.clear();
         self.stats.count(Count::InboundBatches, 1);
-        self.stats.count(Count::InboundDatagrams, self.batch.datagrams().len() as u64);
+        self.stats
+            .count(Count::InboundDatagrams, self.batch.datagrams().len() as u64);
         let ingress = Ingress {
             encap: &self.encap,
             check: self.options.check,
@@ -226,9 +239,14 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         for index in 0..self.batch.datagrams().len() {
             let datagram = self.batch.datagrams()[index];
             let (errors, device, stats) = (&mut self.errors, &mut self.device, &*self.stats);
-            ingress.inbound(datagram, &mut self.batch, &mut self.coalescer, |error, ip, packet| {
-                errors.answer(device, routes, stats, (error, ip, packet), now);
-            });
+            ingress.inbound(
+                datagram,
+                &mut self.batch,
+                &mut self.coalescer,
+                |error, ip, packet| {
+                    errors.answer(device, routes, stats, (error, ip, packet), now);
+                },
+            );
         }
         self.coalescer.finish(self.batch.bytes());
         for index in 0..self.coalescer.len() {
@@ -246,7 +264,8 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         match self.device.send(frame) {
             Ok(()) => {
                 self.stats.count(Count::InboundFrames, 1);
-                self.stats.count(Count::InboundSuperPackets, u64::from(segments > 1));
+                self.stats
+                    .count(Count::InboundSuperPackets, u64::from(segments > 1));
             }
             Err(DeviceError::Refused) if segments > 1 => {
                 self.whole.clear();
@@ -266,7 +285,9 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         let whole = std::mem::take(&mut self.whole);
         let mut headers = std::mem::take(&mut self.headers);
         headers.clear();
-        let parsed = VirtioHeader::parse(&whole).ok().and_then(|(header, packet)| Some((header.gso?, packet)));
+        let parsed = VirtioHeader::parse(&whole)
+            .ok()
+            .and_then(|(header, packet)| Some((header.gso?, packet)));
         let split = parsed.and_then(|(gso, packet)| {
             let ip = IpHeader::parse(packet).ok()?;
             Some((gso, packet, SuperPacket::new(packet, ip, gso).ok()?))
@@ -281,10 +302,19 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             GsoKind::Udp => Merge { udp: false, ..merge },
         });
         let mut ranges = Vec::with_capacity(super_packet.segments());
-        super_packet.split(packet, &mut headers, |_, _| (), |_, header, payload| ranges.push((header, payload)));
+        super_packet.split(
+            packet,
+            &mut headers,
+            |_, _| (),
+            |_, header, payload| ranges.push((header, payload)),
+        );
         let plain = VirtioHeader::default().emit();
         for (header, payload) in ranges {
-            let pieces = [IoSlice::new(&plain), IoSlice::new(&headers[header]), IoSlice::new(&packet[payload])];
+            let pieces = [
+                IoSlice::new(&plain),
+                IoSlice::new(&headers[header]),
+                IoSlice::new(&packet[payload]),
+            ];
             match self.device.send(&pieces) {
                 Ok(()) => self.stats.count(Count::InboundFrames, 1),
                 Err(error) => self.refused(error, 1)?,
@@ -330,7 +360,10 @@ struct Errors {
 
 impl Errors {
     fn new(now: Instant) -> Self {
-        Self { limiter: ErrorLimiter::new(now), buffer: Box::new([0; icmp::MAX_LEN]) }
+        Self {
+            limiter: ErrorLimiter::new(now),
+            buffer: Box::new([0; icmp::MAX_LEN]),
+        }
     }
 
     fn answer<H: crate::dataplane::route::Hop>(
@@ -342,7 +375,9 @@ impl Errors {
         now: Instant,
     ) {
         let to: IpAddr = ip.addrs.src();
-        let Some(own) = routes.overlay().own_address(to) else { return };
+        let Some(own) = routes.overlay().own_address(to) else {
+            return;
+        };
         if !icmp::may_answer(ip, packet) {
             return;
         }
@@ -350,7 +385,9 @@ impl Errors {
             stats.count(Count::IcmpLimited, 1);
             return;
         }
-        let Some(len) = icmp::build(error, own, ip, packet, &mut self.buffer[..]) else { return };
+        let Some(len) = icmp::build(error, own, ip, packet, &mut self.buffer[..]) else {
+            return;
+        };
         if device.answer(&self.buffer[..len], to).is_ok() {
             stats.count(Count::IcmpSent, 1);
         }

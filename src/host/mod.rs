@@ -1,9 +1,14 @@
 //! What we ask of the kernel. Leases, stores and backends are unknown here.
 //!
-//! Every feature is asked for by doing it ([`tun::TunOffloads`], [`socket::SocketOffloads`]); the answers are plain values, printed in one line
-//! at start. All `unsafe` code of the project is in [`sys`].
+//! Every feature is asked for by doing it ([`tun::TunOffloads`], [`socket::SocketOffloads`]); the answers are plain
+//! values, printed in one line at start. All `unsafe` code of the project is in [`sys`], but for the one call in
+//! [`ethtool`], which only labs make. Links, addresses and routes go through [`netlink`].
 
+pub mod ethtool;
+pub mod interface;
+pub mod netlink;
 pub mod queues;
 pub mod socket;
 pub mod sys;
+pub mod sysctl;
 pub mod tun;

@@ -64,20 +64,43 @@ impl Queues {
         failed: mpsc::Sender<io::Error>,
     ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
-        let mut queues = Self { stop: Some(stop), threads: Vec::new(), stats: Vec::new() };
-        for (index, ((tun_out, tun_in), underlay)) in tun.into_queues()?.into_iter().zip(underlays).enumerate() {
+        let mut queues = Self {
+            stop: Some(stop),
+            threads: Vec::new(),
+            stats: Vec::new(),
+        };
+        for (index, ((tun_out, tun_in), underlay)) in
+            tun.into_queues()?.into_iter().zip(underlays).enumerate()
+        {
             let now = now();
             let mut stats = || {
                 let stats = Arc::<WorkerStats>::default();
                 queues.stats.push(Arc::clone(&stats));
                 (index, stats)
             };
-            let outbound =
-                Outbound::new(encap.clone(), (tun_out, underlay.try_clone()?), routes.reader(), stats(), now);
-            let inbound = Inbound::new(encap.clone(), (tun_in, underlay), routes.reader(), stats(), options, now);
+            let outbound = Outbound::new(
+                encap.clone(),
+                (tun_out, underlay.try_clone()?),
+                routes.reader(),
+                stats(),
+                now,
+            );
+            let inbound = Inbound::new(
+                encap.clone(),
+                (tun_in, underlay),
+                routes.reader(),
+                stats(),
+                options,
+                now,
+            );
             match layout {
                 Layout::Joined => {
-                    queues.spawn(format!("queue-{index}"), Joined { outbound, inbound }, &stopped, &failed)?;
+                    queues.spawn(
+                        format!("queue-{index}"),
+                        Joined { outbound, inbound },
+                        &stopped,
+                        &failed,
+                    )?;
                 }
                 Layout::Split => {
                     queues.spawn(format!("outbound-{index}"), outbound, &stopped, &failed)?;
@@ -174,7 +197,11 @@ impl<E: Encap> Work for Joined<E> {
     fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         let inbound = self.inbound.turn(now)?;
         let outbound = self.outbound.turn(now)?;
-        Ok(if (inbound, outbound) == (Turn::Idle, Turn::Idle) { Turn::Idle } else { Turn::Busy })
+        Ok(if (inbound, outbound) == (Turn::Idle, Turn::Idle) {
+            Turn::Idle
+        } else {
+            Turn::Busy
+        })
     }
 
     fn stats(&self) -> &WorkerStats {
@@ -183,7 +210,9 @@ impl<E: Encap> Work for Joined<E> {
 
     fn readable(&mut self) -> Vec<BorrowedFd<'_>> {
         let Self { outbound, inbound } = self;
-        std::iter::once(outbound.device().readable()).chain(inbound.underlay().readable()).collect()
+        std::iter::once(outbound.device().readable())
+            .chain(inbound.underlay().readable())
+            .collect()
     }
 }
 
@@ -212,7 +241,10 @@ fn run(work: &mut impl Work, stopped: &PipeReader) -> io::Result<()> {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the shell that reads the clock for the pure core")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shell that reads the clock for the pure core"
+)]
 fn now() -> Instant {
     Instant::now()
 }

@@ -160,10 +160,22 @@ impl Family {
             sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1200)?;
             sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 0)
         });
-        let gro = Probed::ask(options.gro, || sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1));
-        let pool_size = if options.source_ports > 1 { options.source_ports } else { 0 };
-        let pool = (0..pool_size).map(|_| bound(SocketAddr::new(ip, 0), options)).collect::<Result<_, _>>()?;
-        Ok(Self { recv, pool, offloads: SocketOffloads { gso, gro } })
+        let gro = Probed::ask(options.gro, || {
+            sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1)
+        });
+        let pool_size = if options.source_ports > 1 {
+            options.source_ports
+        } else {
+            0
+        };
+        let pool = (0..pool_size)
+            .map(|_| bound(SocketAddr::new(ip, 0), options))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            recv,
+            pool,
+            offloads: SocketOffloads { gso, gro },
+        })
     }
 
     /// The socket that stands for a place in the pool.
@@ -172,38 +184,56 @@ impl Family {
     }
 
     fn try_clone(&self) -> io::Result<Self> {
-        let pool = self.pool.iter().map(Socket::try_clone).collect::<io::Result<_>>()?;
-        Ok(Self { recv: self.recv.try_clone()?, pool, offloads: self.offloads })
+        let pool = self
+            .pool
+            .iter()
+            .map(Socket::try_clone)
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            recv: self.recv.try_clone()?,
+            pool,
+            offloads: self.offloads,
+        })
     }
 }
 
 /// Opens and binds one socket.
 fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, UnderlayError> {
     let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
-    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))
-        .map_err(failed("open"))?;
+    let socket = Socket::new(
+        Domain::for_address(addr),
+        Type::DGRAM.nonblocking().cloexec(),
+        Some(Protocol::UDP),
+    )
+    .map_err(failed("open"))?;
     let fd = socket.as_fd();
     if addr.is_ipv6() {
         socket.set_only_v6(true).map_err(failed("restrict to IPv6"))?;
-        sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, PMTUDISC_WANT).map_err(failed("set MTU discovery of"))?;
+        sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, PMTUDISC_WANT)
+            .map_err(failed("set MTU discovery of"))?;
     } else {
-        sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, PMTUDISC_WANT).map_err(failed("set MTU discovery of"))?;
+        sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, PMTUDISC_WANT)
+            .map_err(failed("set MTU discovery of"))?;
     }
     if options.queues > 1 && addr.port() != 0 {
         socket.set_reuse_port(true).map_err(failed("share the port of"))?;
     }
     // The forced forms pass the sysctl limits and need CAP_NET_ADMIN; the plain ones are capped silently.
     if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECV_BUFFER).is_err() {
-        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, RECV_BUFFER).map_err(failed("size the receive buffer of"))?;
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, RECV_BUFFER)
+            .map_err(failed("size the receive buffer of"))?;
     }
     if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER).is_err() {
-        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER).map_err(failed("size the send buffer of"))?;
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER)
+            .map_err(failed("size the send buffer of"))?;
     }
     // Counting overflows is for show; a kernel without it loses nothing.
     let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
     match socket.bind(&addr.into()) {
         Ok(()) => Ok(socket),
-        Err(source) if source.kind() == io::ErrorKind::AddrInUse => Err(UnderlayError::PortTaken { addr, source }),
+        Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
+            Err(UnderlayError::PortTaken { addr, source })
+        }
         Err(source) => Err(failed("bind")(source)),
     }
 }
@@ -227,8 +257,14 @@ impl UdpUnderlay {
     /// # Errors
     /// See [`UnderlayError`].
     pub fn open(options: &UnderlayOptions) -> Result<Self, UnderlayError> {
-        let v4 = options.v4.map(|ip| Family::open(ip.into(), options)).transpose()?;
-        let v6 = options.v6.map(|ip| Family::open(ip.into(), options)).transpose()?;
+        let v4 = options
+            .v4
+            .map(|ip| Family::open(ip.into(), options))
+            .transpose()?;
+        let v6 = options
+            .v6
+            .map(|ip| Family::open(ip.into(), options))
+            .transpose()?;
         Ok(Self::of(v4, v6, options.source_ports.max(1)))
     }
 
@@ -255,8 +291,14 @@ impl UdpUnderlay {
 
     /// Which offloads are in use; of the first family there is.
     pub fn offloads(&self) -> SocketOffloads {
-        let missing = SocketOffloads { gso: Probed::Missing, gro: Probed::Missing };
-        self.v4.as_ref().or(self.v6.as_ref()).map_or(missing, |family| family.offloads)
+        let missing = SocketOffloads {
+            gso: Probed::Missing,
+            gro: Probed::Missing,
+        };
+        self.v4
+            .as_ref()
+            .or(self.v6.as_ref())
+            .map_or(missing, |family| family.offloads)
     }
 
     /// What to wait for before receiving.
@@ -265,7 +307,11 @@ impl UdpUnderlay {
     }
 
     fn family(&self, to: SocketAddr) -> Option<&Family> {
-        if to.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
+        if to.is_ipv4() {
+            self.v4.as_ref()
+        } else {
+            self.v6.as_ref()
+        }
     }
 
     /// Ends holidays that are over.
@@ -278,10 +324,26 @@ impl UdpUnderlay {
 
     /// Sends messages from `at` on that leave from one socket; gives how many were sent.
     fn send_from(&mut self, at: Place, plan: &SendPlan, batch: &PacketBatch) -> io::Result<usize> {
-        let Self { v4, v6, holidays, send_scratch, .. } = self;
-        let family_of = |run: &Run| if run.to.is_ipv4() { v4.as_ref() } else { v6.as_ref() };
-        let Some(run) = plan.runs().get(at.run) else { return Ok(0) };
-        let Some(family) = family_of(run) else { return Err(io::Error::from_raw_os_error(libc::ENETUNREACH)) };
+        let Self {
+            v4,
+            v6,
+            holidays,
+            send_scratch,
+            ..
+        } = self;
+        let family_of = |run: &Run| {
+            if run.to.is_ipv4() {
+                v4.as_ref()
+            } else {
+                v6.as_ref()
+            }
+        };
+        let Some(run) = plan.runs().get(at.run) else {
+            return Ok(0);
+        };
+        let Some(family) = family_of(run) else {
+            return Err(io::Error::from_raw_os_error(libc::ENETUNREACH));
+        };
         let socket = family.sender(run.port);
         let mut next = at;
         let messages = std::iter::from_fn(|| {
@@ -293,9 +355,16 @@ impl UdpUnderlay {
             let taken = if whole { run.segments } else { 1 };
             let pieces = plan.segments(run, batch).skip(next.segment).take(taken);
             let pieces = pieces.flat_map(|(header, payload)| [header, payload]);
-            let size = (whole && run.segments > 1).then_some(u16::try_from(run.segment_size).unwrap_or(u16::MAX));
+            let size =
+                (whole && run.segments > 1).then_some(u16::try_from(run.segment_size).unwrap_or(u16::MAX));
             next = next.after(run, taken);
-            Some((MessageTo { to: run.to, segment_size: size }, pieces))
+            Some((
+                MessageTo {
+                    to: run.to,
+                    segment_size: size,
+                },
+                pieces,
+            ))
         });
         sys::send_messages(socket.as_fd(), messages, send_scratch)
     }
@@ -311,8 +380,14 @@ struct Place {
 impl Place {
     fn after(self, run: &Run, segments: usize) -> Self {
         match self.segment + segments {
-            next if next >= run.segments => Self { run: self.run + 1, segment: 0 },
-            next => Self { run: self.run, segment: next },
+            next if next >= run.segments => Self {
+                run: self.run + 1,
+                segment: 0,
+            },
+            next => Self {
+                run: self.run,
+                segment: next,
+            },
         }
     }
 }
@@ -330,7 +405,9 @@ impl Underlay for UdpUnderlay {
             let Some(family) = family else { continue };
             match sys::recv_datagrams(family.recv.as_fd(), batch, scratch, slots) {
                 Ok(_) => {}
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => return Err(error),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
+                    return Err(error);
+                }
                 // What the network says of earlier datagrams (ENETDOWN, ECONNREFUSED, …) is reported once and passes.
                 Err(_) => {}
             }
@@ -353,13 +430,17 @@ impl Underlay for UdpUnderlay {
         let mut at = Place { run: 0, segment: 0 };
         let mut waits = 0;
         while let Some(run) = plan.runs().get(at.run) {
-            let whole = self.family(run.to).is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
+            let whole = self
+                .family(run.to)
+                .is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
             let segments = if whole { run.segments } else { 1 };
             let error = match self.send_from(at, plan, batch) {
                 Ok(sent) => {
                     for _ in 0..sent.max(1) {
                         let Some(run) = plan.runs().get(at.run) else { break };
-                        let whole = self.family(run.to).is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
+                        let whole = self
+                            .family(run.to)
+                            .is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
                         at = at.after(run, if whole { run.segments } else { 1 });
                     }
                     waits = 0;
@@ -384,7 +465,11 @@ impl Underlay for UdpUnderlay {
                     self.holidays.push((run.to, now() + GSO_HOLIDAY));
                     continue;
                 }
-                error => failures.push(SendFailure { run: at.run, segments, error }),
+                error => failures.push(SendFailure {
+                    run: at.run,
+                    segments,
+                    error,
+                }),
             }
             waits = 0;
             at = at.after(run, segments);
@@ -395,7 +480,10 @@ impl Underlay for UdpUnderlay {
     fn limits(&self, to: SocketAddr) -> RunLimits {
         // IPv4: 65,535 less IP and UDP headers. IPv6: the payload length covers the UDP header only.
         let bytes = if to.is_ipv4() { 65_507 } else { 65_527 };
-        RunLimits { segments: MAX_SEGMENTS, bytes }
+        RunLimits {
+            segments: MAX_SEGMENTS,
+            bytes,
+        }
     }
 
     fn source_ports(&self) -> usize {
@@ -408,14 +496,19 @@ impl Underlay for UdpUnderlay {
 /// EIO: the device has no checksum offload (net/ipv4/udp.c, before 6.11). EINVAL: too many segments, or checksums off. EMSGSIZE: a segment
 /// above the route's MTU, which single datagrams survive by fragmentation.
 fn refuses_segmentation(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
+    )
 }
 
 /// What a failed send means for the packets in it.
 fn classify(error: &io::Error) -> SendError {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => SendError::Busy,
-        Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL) => SendError::Unreachable,
+        Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL) => {
+            SendError::Unreachable
+        }
         Some(libc::EPERM | libc::EACCES) => SendError::Denied,
         Some(libc::EMSGSIZE) => SendError::TooBig,
         _ => SendError::Refused,
@@ -449,7 +542,10 @@ mod tests {
     }
 
     /// Sends segments of the given sizes as one flow and gives what arrives: (length, segment size) of each message, and all bytes.
-    fn exchange(options: &UnderlayOptions, sizes: &[usize]) -> (Vec<(usize, Option<usize>)>, Vec<u8>, Vec<u8>) {
+    fn exchange(
+        options: &UnderlayOptions,
+        sizes: &[usize],
+    ) -> (Vec<(usize, Option<usize>)>, Vec<u8>, Vec<u8>) {
         let mut sender = UdpUnderlay::open(options).unwrap();
         let mut receiver = UdpUnderlay::open(options).unwrap();
         let to = addr(&receiver);
@@ -459,8 +555,19 @@ mod tests {
         for (index, &size) in sizes.iter().enumerate() {
             let payload: Vec<u8> = (0..size).map(|at| (at + index) as u8).collect();
             assert!(batch.push(VirtioHeader::default(), &payload));
-            let key = RunKey { to, port: 0, flow: 1, peer: 0 };
-            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), size), index);
+            let key = RunKey {
+                to,
+                port: 0,
+                flow: 1,
+                peer: 0,
+            };
+            plan.push(
+                key,
+                sender.limits(to),
+                0..0,
+                (batch.meta(index).offset(0), size),
+                index,
+            );
             sent.extend(payload);
         }
         let stats = WorkerStats::default();
@@ -472,7 +579,12 @@ mod tests {
         while received.len() < sent.len() {
             let mut incoming = DatagramBatch::new();
             let fds: Vec<_> = receiver.readable().collect();
-            assert!(sys::wait_readable(&fds, 2000).unwrap(), "only {} of {} bytes", received.len(), sent.len());
+            assert!(
+                sys::wait_readable(&fds, 2000).unwrap(),
+                "only {} of {} bytes",
+                received.len(),
+                sent.len()
+            );
             receiver.recv(&mut incoming).unwrap();
             for datagram in incoming.datagrams() {
                 let start = DatagramBatch::start(*datagram);
@@ -492,7 +604,10 @@ mod tests {
 
     #[test]
     fn without_gro_datagrams_arrive_one_by_one() {
-        let options = UnderlayOptions { gro: Switch::Off, ..OPTIONS };
+        let options = UnderlayOptions {
+            gro: Switch::Off,
+            ..OPTIONS
+        };
         let (messages, sent, received) = exchange(&options, &[1000, 1000, 400]);
         assert_eq!(received, sent);
         assert_eq!(messages, [(1000, None), (1000, None), (400, None)]);
@@ -500,7 +615,11 @@ mod tests {
 
     #[test]
     fn without_gso_every_segment_is_a_message() {
-        let options = UnderlayOptions { gso: Switch::Off, gro: Switch::Off, ..OPTIONS };
+        let options = UnderlayOptions {
+            gso: Switch::Off,
+            gro: Switch::Off,
+            ..OPTIONS
+        };
         let (messages, sent, received) = exchange(&options, &[1000, 1000, 1000, 400]);
         assert_eq!(received, sent);
         assert_eq!(messages.len(), 4);
@@ -508,7 +627,12 @@ mod tests {
 
     #[test]
     fn ipv6_and_a_pool_of_ports_work_alike() {
-        let options = UnderlayOptions { v4: None, v6: Some(Ipv6Addr::LOCALHOST), source_ports: 4, ..OPTIONS };
+        let options = UnderlayOptions {
+            v4: None,
+            v6: Some(Ipv6Addr::LOCALHOST),
+            source_ports: 4,
+            ..OPTIONS
+        };
         let (messages, sent, received) = exchange(&options, &[1200, 1200, 7]);
         assert_eq!(received, sent);
         assert_eq!(messages, [(2407, Some(1200))]);
@@ -519,25 +643,47 @@ mod tests {
         // Loopback's MTU is 65,536: a segment above it makes UDP_SEGMENT fail with EMSGSIZE; so does one above the limit of the
         // message. Force the fallback with a destination on holiday and see the same bytes arrive.
         let mut sender = UdpUnderlay::open(&OPTIONS).unwrap();
-        let mut receiver = UdpUnderlay::open(&UnderlayOptions { gro: Switch::Off, ..OPTIONS }).unwrap();
+        let mut receiver = UdpUnderlay::open(&UnderlayOptions {
+            gro: Switch::Off,
+            ..OPTIONS
+        })
+        .unwrap();
         let to = addr(&receiver);
         sender.holidays.push((to, now() + GSO_HOLIDAY));
         let mut batch = PacketBatch::new();
         let mut plan = SendPlan::new();
         for index in 0..5 {
             assert!(batch.push(VirtioHeader::default(), &[index as u8; 900]));
-            let key = RunKey { to, port: 0, flow: 1, peer: 0 };
-            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), 900), index);
+            let key = RunKey {
+                to,
+                port: 0,
+                flow: 1,
+                peer: 0,
+            };
+            plan.push(
+                key,
+                sender.limits(to),
+                0..0,
+                (batch.meta(index).offset(0), 900),
+                index,
+            );
         }
         assert_eq!(plan.runs().len(), 1);
-        sender.send(&plan, &batch, &WorkerStats::default(), &mut Vec::new()).unwrap();
+        sender
+            .send(&plan, &batch, &WorkerStats::default(), &mut Vec::new())
+            .unwrap();
         let mut got = Vec::new();
         while got.len() < 5 {
             let fds: Vec<_> = receiver.readable().collect();
             assert!(sys::wait_readable(&fds, 2000).unwrap());
             let mut incoming = DatagramBatch::new();
             receiver.recv(&mut incoming).unwrap();
-            got.extend(incoming.datagrams().iter().map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]));
+            got.extend(
+                incoming
+                    .datagrams()
+                    .iter()
+                    .map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]),
+            );
         }
         assert_eq!(got, [0, 1, 2, 3, 4], "in order");
     }
@@ -554,12 +700,28 @@ mod tests {
         let mut plan = SendPlan::new();
         for (index, to) in [bad, good, v6, good].into_iter().enumerate() {
             assert!(batch.push(VirtioHeader::default(), &[index as u8; 100]));
-            let key = RunKey { to, port: 0, flow: index as u32, peer: index as u32 };
-            plan.push(key, sender.limits(to), 0..0, (batch.meta(index).offset(0), 100), index);
+            let key = RunKey {
+                to,
+                port: 0,
+                flow: index as u32,
+                peer: index as u32,
+            };
+            plan.push(
+                key,
+                sender.limits(to),
+                0..0,
+                (batch.meta(index).offset(0), 100),
+                index,
+            );
         }
         let mut failures = Vec::new();
-        sender.send(&plan, &batch, &WorkerStats::default(), &mut failures).unwrap();
-        assert_eq!(failures.iter().map(|failure| failure.run).collect::<Vec<_>>(), [0, 2]);
+        sender
+            .send(&plan, &batch, &WorkerStats::default(), &mut failures)
+            .unwrap();
+        assert_eq!(
+            failures.iter().map(|failure| failure.run).collect::<Vec<_>>(),
+            [0, 2]
+        );
         assert_eq!(failures[1].error, SendError::Unreachable);
         let mut got = Vec::new();
         while got.len() < 2 {
@@ -567,7 +729,12 @@ mod tests {
             assert!(sys::wait_readable(&fds, 2000).unwrap());
             let mut incoming = DatagramBatch::new();
             receiver.recv(&mut incoming).unwrap();
-            got.extend(incoming.datagrams().iter().map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]));
+            got.extend(
+                incoming
+                    .datagrams()
+                    .iter()
+                    .map(|datagram| incoming.bytes()[DatagramBatch::start(*datagram)]),
+            );
         }
         assert_eq!(got, [1, 3]);
     }
@@ -575,7 +742,12 @@ mod tests {
     #[test]
     fn a_taken_port_is_named() {
         let first = UdpUnderlay::open(&OPTIONS).unwrap();
-        let error = UdpUnderlay::open(&UnderlayOptions { port: addr(&first).port(), ..OPTIONS }).err().unwrap();
+        let error = UdpUnderlay::open(&UnderlayOptions {
+            port: addr(&first).port(),
+            ..OPTIONS
+        })
+        .err()
+        .unwrap();
         assert!(error.to_string().contains("the port is taken"), "{error}");
     }
 }

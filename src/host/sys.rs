@@ -22,7 +22,11 @@ struct Control([u8; CONTROL_BYTES]);
 
 /// Turns -1 into the error of the call.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Sets an integer socket option.
@@ -52,7 +56,13 @@ pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
     let mut len = mem::size_of::<i32>() as libc::socklen_t;
     // SAFETY: the pointers describe `value` and `len`, which live through the call; the kernel writes at most `len` bytes.
     let result = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), level, name, ptr::from_mut(&mut value).cast(), &mut len)
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            ptr::from_mut(&mut value).cast(),
+            &mut len,
+        )
     };
     check(result).map(|_| value)
 }
@@ -68,7 +78,10 @@ impl RawAddr {
     fn zeroed() -> Self {
         // SAFETY: all-zero bytes are a valid `sockaddr_storage` (plain integers, family AF_UNSPEC).
         let storage = unsafe { mem::zeroed() };
-        Self { storage, len: mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t }
+        Self {
+            storage,
+            len: mem::size_of::<libc::sockaddr_storage>() as libc::socklen_t,
+        }
     }
 
     /// The address, if it is an IP one.
@@ -99,11 +112,17 @@ impl From<SocketAddr> for RawAddr {
                 let value = libc::sockaddr_in {
                     sin_family: libc::AF_INET as libc::sa_family_t,
                     sin_port: addr.port().to_be(),
-                    sin_addr: libc::in_addr { s_addr: addr.ip().to_bits().to_be() },
+                    sin_addr: libc::in_addr {
+                        s_addr: addr.ip().to_bits().to_be(),
+                    },
                     sin_zero: [0; 8],
                 };
                 // SAFETY: `sockaddr_storage` is larger than `sockaddr_in` and at least as aligned.
-                unsafe { ptr::from_mut(&mut raw.storage).cast::<libc::sockaddr_in>().write(value) };
+                unsafe {
+                    ptr::from_mut(&mut raw.storage)
+                        .cast::<libc::sockaddr_in>()
+                        .write(value)
+                };
                 raw.len = mem::size_of::<libc::sockaddr_in>() as libc::socklen_t;
             }
             SocketAddr::V6(addr) => {
@@ -111,11 +130,17 @@ impl From<SocketAddr> for RawAddr {
                     sin6_family: libc::AF_INET6 as libc::sa_family_t,
                     sin6_port: addr.port().to_be(),
                     sin6_flowinfo: addr.flowinfo(),
-                    sin6_addr: libc::in6_addr { s6_addr: addr.ip().octets() },
+                    sin6_addr: libc::in6_addr {
+                        s6_addr: addr.ip().octets(),
+                    },
                     sin6_scope_id: addr.scope_id(),
                 };
                 // SAFETY: as above, for `sockaddr_in6`.
-                unsafe { ptr::from_mut(&mut raw.storage).cast::<libc::sockaddr_in6>().write(value) };
+                unsafe {
+                    ptr::from_mut(&mut raw.storage)
+                        .cast::<libc::sockaddr_in6>()
+                        .write(value)
+                };
                 raw.len = mem::size_of::<libc::sockaddr_in6>() as libc::socklen_t;
             }
         }
@@ -141,7 +166,13 @@ impl Default for RecvScratch {
         let header: libc::mmsghdr = unsafe { mem::zeroed() };
         Self {
             headers: vec![header; DATAGRAM_SLOTS],
-            iovecs: vec![libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; DATAGRAM_SLOTS],
+            iovecs: vec![
+                libc::iovec {
+                    iov_base: ptr::null_mut(),
+                    iov_len: 0
+                };
+                DATAGRAM_SLOTS
+            ],
             addrs: vec![RawAddr::zeroed(); DATAGRAM_SLOTS],
             controls: vec![Control([0; CONTROL_BYTES]); DATAGRAM_SLOTS],
             overflows: 0,
@@ -197,7 +228,10 @@ pub fn recv_datagrams(
 ) -> io::Result<usize> {
     let mut wanted = 0;
     for (index, slot) in batch.slots().take(limit.min(DATAGRAM_SLOTS)).enumerate() {
-        scratch.iovecs[index] = libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: slot.len() };
+        scratch.iovecs[index] = libc::iovec {
+            iov_base: slot.as_mut_ptr().cast(),
+            iov_len: slot.len(),
+        };
         let header = &mut scratch.headers[index];
         header.msg_len = 0;
         header.msg_hdr.msg_name = ptr::from_mut(&mut scratch.addrs[index].storage).cast();
@@ -278,7 +312,11 @@ pub struct MessageTo {
 ///
 /// # Errors
 /// The kernel's, about the first message: if it fails, nothing was sent.
-pub fn send_messages<'a, M, P>(fd: BorrowedFd<'_>, messages: M, scratch: &mut SendScratch) -> io::Result<usize>
+pub fn send_messages<'a, M, P>(
+    fd: BorrowedFd<'_>,
+    messages: M,
+    scratch: &mut SendScratch,
+) -> io::Result<usize>
 where
     M: Iterator<Item = (MessageTo, P)>,
     P: Iterator<Item = &'a [u8]>,
@@ -290,7 +328,10 @@ where
     for (message, pieces) in messages.take(MAX_MESSAGES) {
         let first = scratch.iovecs.len();
         for piece in pieces.filter(|piece| !piece.is_empty()).take(MAX_PIECES) {
-            scratch.iovecs.push(libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() });
+            scratch.iovecs.push(libc::iovec {
+                iov_base: piece.as_ptr().cast_mut().cast(),
+                iov_len: piece.len(),
+            });
         }
         // SAFETY: all-zero bytes are a valid `mmsghdr`.
         let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
@@ -363,7 +404,11 @@ pub fn read_pieces(fd: BorrowedFd<'_>, pieces: &mut [IoSliceMut<'_>]) -> io::Res
     loop {
         // SAFETY: `IoSliceMut` has the layout of `iovec` by its documentation; the pieces are borrowed mutably through the call.
         let result = unsafe {
-            libc::readv(fd.as_raw_fd(), pieces.as_mut_ptr().cast::<libc::iovec>(), pieces.len() as libc::c_int)
+            libc::readv(
+                fd.as_raw_fd(),
+                pieces.as_mut_ptr().cast::<libc::iovec>(),
+                pieces.len() as libc::c_int,
+            )
         };
         match usize::try_from(result) {
             Ok(read) => return Ok(read),
@@ -383,7 +428,11 @@ pub fn write_pieces(fd: BorrowedFd<'_>, pieces: &[io::IoSlice<'_>]) -> io::Resul
     loop {
         // SAFETY: `IoSlice` has the layout of `iovec` by its documentation; the pieces are borrowed through the call.
         let result = unsafe {
-            libc::writev(fd.as_raw_fd(), pieces.as_ptr().cast::<libc::iovec>(), pieces.len() as libc::c_int)
+            libc::writev(
+                fd.as_raw_fd(),
+                pieces.as_ptr().cast::<libc::iovec>(),
+                pieces.len() as libc::c_int,
+            )
         };
         match usize::try_from(result) {
             Ok(written) => return Ok(written),
@@ -409,7 +458,9 @@ mod tun_ioctl {
 /// EINVAL for a combination this kernel does not know.
 pub fn tun_set_offload(fd: BorrowedFd<'_>, mask: u32) -> io::Result<()> {
     // SAFETY: the argument is an integer; the kernel checks that the descriptor is a TUN queue.
-    unsafe { tun_ioctl::set_offload(fd.as_raw_fd(), libc::c_ulong::from(mask)) }.map(drop).map_err(io::Error::from)
+    unsafe { tun_ioctl::set_offload(fd.as_raw_fd(), libc::c_ulong::from(mask)) }
+        .map(drop)
+        .map_err(io::Error::from)
 }
 
 /// Sets the length of the virtio header on the queue: TUNSETVNETHDRSZ.
@@ -418,7 +469,9 @@ pub fn tun_set_offload(fd: BorrowedFd<'_>, mask: u32) -> io::Result<()> {
 /// EINVAL below 10 bytes.
 pub fn tun_set_header_size(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
     // SAFETY: the pointer describes `bytes`, which lives through the call.
-    unsafe { tun_ioctl::set_vnet_hdr_size(fd.as_raw_fd(), &bytes) }.map(drop).map_err(io::Error::from)
+    unsafe { tun_ioctl::set_vnet_hdr_size(fd.as_raw_fd(), &bytes) }
+        .map(drop)
+        .map_err(io::Error::from)
 }
 
 /// `struct ifreq` as TUNSETIFF reads it: a name and flags.
@@ -436,13 +489,22 @@ const _: () = assert!(mem::size_of::<TunRequest>() == mem::size_of::<libc::ifreq
 /// # Errors
 /// ENOENT or ENODEV without /dev/net/tun, EPERM without CAP_NET_ADMIN, EBUSY if somebody has the device, EINVAL for a bad name.
 pub fn tun_open(name: &str, flags: i32) -> io::Result<OwnedFd> {
-    let mut request = TunRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
+    let mut request = TunRequest {
+        name: [0; libc::IFNAMSIZ],
+        flags: flags as libc::c_short,
+        rest: [0; 22],
+    };
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the path is a C string literal.
-    let fd = check(unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    let fd = check(unsafe {
+        libc::open(
+            c"/dev/net/tun".as_ptr(),
+            libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK,
+        )
+    })?;
     // SAFETY: `fd` was just opened and belongs to nobody else.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // TUNSETIFF is declared with an int argument, yet takes a pointer to `ifreq`.
@@ -483,7 +545,11 @@ pub fn wait_writable(fd: BorrowedFd<'_>, timeout_ms: i32) -> io::Result<bool> {
 const MAX_WAITED: usize = 8;
 
 fn wait(fds: &[BorrowedFd<'_>], events: libc::c_short, timeout_ms: i32) -> io::Result<bool> {
-    let mut polled = [libc::pollfd { fd: -1, events, revents: 0 }; MAX_WAITED];
+    let mut polled = [libc::pollfd {
+        fd: -1,
+        events,
+        revents: 0,
+    }; MAX_WAITED];
     for (slot, fd) in polled.iter_mut().zip(fds) {
         slot.fd = fd.as_raw_fd();
     }
@@ -513,7 +579,11 @@ mod tests {
     #[test]
     fn a_bad_device_name_is_refused_before_the_kernel_sees_it() {
         for name in ["", "a-name-of-more-than-fifteen-bytes"] {
-            assert_eq!(tun_open(name, 0).unwrap_err().raw_os_error(), Some(libc::EINVAL), "{name:?}");
+            assert_eq!(
+                tun_open(name, 0).unwrap_err().raw_os_error(),
+                Some(libc::EINVAL),
+                "{name:?}"
+            );
         }
     }
 }

@@ -121,7 +121,9 @@ impl Tun {
         let header = options.tso != Switch::Off;
         let queues = match options.queues {
             0 | 1 => vec![single_queue(&options.name, header).map_err(|source| named(source, "create"))?],
-            several => multi_queue(&options.name, header, several).map_err(|source| named(source, "create"))?,
+            several => {
+                multi_queue(&options.name, header, several).map_err(|source| named(source, "create"))?
+            }
         };
         let offloads = probe(&queues, options).map_err(|source| named(source, "set the offloads of"))?;
         Ok(Self { queues, offloads })
@@ -140,7 +142,12 @@ impl Tun {
         let offloads = self.offloads;
         self.queues
             .into_iter()
-            .map(|fd| Ok((TunQueue::new(fd.try_clone()?, offloads), TunQueue::new(fd, offloads))))
+            .map(|fd| {
+                Ok((
+                    TunQueue::new(fd.try_clone()?, offloads),
+                    TunQueue::new(fd, offloads),
+                ))
+            })
             .collect()
     }
 }
@@ -166,15 +173,24 @@ fn single_queue(name: &str, header: bool) -> io::Result<OwnedFd> {
 fn multi_queue(name: &str, header: bool, count: usize) -> io::Result<Vec<OwnedFd>> {
     let header = if header { libc::IFF_VNET_HDR } else { 0 };
     let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | header;
-    (0..count).map(|index| sys::tun_open(name, if index == 0 { flags | IFF_TUN_EXCL } else { flags })).collect()
+    (0..count)
+        .map(|index| sys::tun_open(name, if index == 0 { flags | IFF_TUN_EXCL } else { flags }))
+        .collect()
 }
 
 /// Asks for the largest set of offloads the kernel grants.
 fn probe(queues: &[OwnedFd], options: &TunOptions) -> io::Result<TunOffloads> {
     if options.tso == Switch::Off {
-        return Ok(TunOffloads { tso: Probed::Forced, uso: Probed::Forced });
+        return Ok(TunOffloads {
+            tso: Probed::Forced,
+            uso: Probed::Forced,
+        });
     }
-    let all = |mask: u32| queues.iter().try_for_each(|fd| sys::tun_set_offload(fd.as_fd(), mask));
+    let all = |mask: u32| {
+        queues
+            .iter()
+            .try_for_each(|fd| sys::tun_set_offload(fd.as_fd(), mask))
+    };
     for fd in queues {
         sys::tun_set_header_size(fd.as_fd(), VirtioHeader::LEN as i32)?;
     }
@@ -187,7 +203,10 @@ fn probe(queues: &[OwnedFd], options: &TunOptions) -> io::Result<TunOffloads> {
         return Ok(TunOffloads { tso: Probed::On, uso });
     }
     all(0)?;
-    Ok(TunOffloads { tso: Probed::Missing, uso })
+    Ok(TunOffloads {
+        tso: Probed::Missing,
+        uso,
+    })
 }
 
 /// One queue, for one direction.
@@ -203,7 +222,10 @@ impl TunQueue {
         Self {
             fd,
             header: offloads.tso != Probed::Forced,
-            merge: Merge { tcp: offloads.tso.is_on(), udp: offloads.uso.is_on() },
+            merge: Merge {
+                tcp: offloads.tso.is_on(),
+                udp: offloads.uso.is_on(),
+            },
             raw: RawSockets::default(),
         }
     }
@@ -231,7 +253,11 @@ impl Device for TunQueue {
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
                 Err(error) => return Err(error),
             };
-            let len = if self.header { read.saturating_sub(VirtioHeader::LEN) } else { read };
+            let len = if self.header {
+                read.saturating_sub(VirtioHeader::LEN)
+            } else {
+                read
+            };
             if read == 0 {
                 return Ok(());
             }
@@ -246,7 +272,11 @@ impl Device for TunQueue {
 
     fn send(&mut self, frame: &[IoSlice<'_>]) -> Result<(), DeviceError> {
         // Without virtio headers nothing is merged, and the first piece is the empty header of a plain packet.
-        let frame = if self.header { frame } else { frame.get(1..).unwrap_or(&[]) };
+        let frame = if self.header {
+            frame
+        } else {
+            frame.get(1..).unwrap_or(&[])
+        };
         match sys::write_pieces(self.fd.as_fd(), frame) {
             Ok(_) => Ok(()),
             Err(error) => Err(match error.raw_os_error() {
@@ -286,7 +316,11 @@ impl RawSockets {
             Some(socket) => socket,
             None => {
                 // IPPROTO_RAW: the packet carries its own IP header, and nothing is received.
-                let socket = Socket::new(domain, Type::RAW.nonblocking().cloexec(), Some(Protocol::from(libc::IPPROTO_RAW)))?;
+                let socket = Socket::new(
+                    domain,
+                    Type::RAW.nonblocking().cloexec(),
+                    Some(Protocol::from(libc::IPPROTO_RAW)),
+                )?;
                 slot.insert(socket)
             }
         };

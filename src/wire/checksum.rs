@@ -27,7 +27,10 @@ impl Sum {
             }
         }
         let (words, rest) = rest.as_chunks::<4>();
-        let mut tail: u64 = words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum();
+        let mut tail: u64 = words
+            .iter()
+            .map(|word| u64::from(u32::from_ne_bytes(*word)))
+            .sum();
         if !rest.is_empty() {
             let mut last = [0u8; 4];
             for (to, from) in last.iter_mut().zip(rest) {

@@ -50,7 +50,13 @@ pub fn may_answer(header: &IpHeader, packet: &[u8]) -> bool {
 /// Builds the error about `packet` into `out`, with `source` (ours) as sender; gives its length.
 ///
 /// `None` if the families of `source` and `packet` differ or the error does not fit `out`.
-pub fn build(error: IcmpError, source: std::net::IpAddr, header: &IpHeader, packet: &[u8], out: &mut [u8]) -> Option<usize> {
+pub fn build(
+    error: IcmpError,
+    source: std::net::IpAddr,
+    header: &IpHeader,
+    packet: &[u8],
+    out: &mut [u8],
+) -> Option<usize> {
     let mut cursor = std::io::Cursor::new(out);
     match (header.addrs, source) {
         (Addrs::V4 { src, .. }, std::net::IpAddr::V4(from)) => {
@@ -61,10 +67,15 @@ pub fn build(error: IcmpError, source: std::net::IpAddr, header: &IpHeader, pack
                     Icmpv4Type::TimeExceeded(etherparse::icmpv4::TimeExceededCode::TtlExceededInTransit)
                 }
                 IcmpError::TooBig(next_hop_mtu) => {
-                    Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu })
+                    Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
+                        next_hop_mtu,
+                    })
                 }
             };
-            PacketBuilder::ipv4(from.octets(), src.octets(), TTL).icmpv4(kind).write(&mut cursor, quoted).ok()?;
+            PacketBuilder::ipv4(from.octets(), src.octets(), TTL)
+                .icmpv4(kind)
+                .write(&mut cursor, quoted)
+                .ok()?;
         }
         (Addrs::V6 { src, .. }, std::net::IpAddr::V6(from)) => {
             let quoted = packet.get(..packet.len().min(MAX_LEN - V6_LEN - ICMP_LEN))?;
@@ -73,9 +84,14 @@ pub fn build(error: IcmpError, source: std::net::IpAddr, header: &IpHeader, pack
                 IcmpError::TimeExceeded => Icmpv6Type::TimeExceeded(TimeExceededV6::HopLimitExceeded),
                 IcmpError::TooBig(mtu) => Icmpv6Type::PacketTooBig { mtu: u32::from(mtu) },
             };
-            PacketBuilder::ipv6(from.octets(), src.octets(), TTL).icmpv6(kind).write(&mut cursor, quoted).ok()?;
+            PacketBuilder::ipv6(from.octets(), src.octets(), TTL)
+                .icmpv6(kind)
+                .write(&mut cursor, quoted)
+                .ok()?;
         }
-        (Addrs::V4 { .. }, std::net::IpAddr::V6(_)) | (Addrs::V6 { .. }, std::net::IpAddr::V4(_)) => return None,
+        (Addrs::V4 { .. }, std::net::IpAddr::V6(_)) | (Addrs::V6 { .. }, std::net::IpAddr::V4(_)) => {
+            return None;
+        }
     }
     usize::try_from(cursor.position()).ok()
 }
@@ -100,7 +116,14 @@ mod tests {
         let offender = udp_packet(1000);
         let header = IpHeader::parse(&offender).unwrap();
         let mut out = [0; MAX_LEN];
-        let len = build(IcmpError::NoRoute, "10.244.1.0".parse().unwrap(), &header, &offender, &mut out).unwrap();
+        let len = build(
+            IcmpError::NoRoute,
+            "10.244.1.0".parse().unwrap(),
+            &header,
+            &offender,
+            &mut out,
+        )
+        .unwrap();
         assert_eq!(len, MAX_LEN_V4);
         let error = &out[..len];
         let outer = IpHeader::parse(error).unwrap();
@@ -116,20 +139,41 @@ mod tests {
         let offender = udp_packet(600);
         let header = IpHeader::parse(&offender).unwrap();
         let mut out = [0; MAX_LEN];
-        let len = build(IcmpError::TooBig(1400), "10.244.1.0".parse().unwrap(), &header, &offender, &mut out).unwrap();
+        let len = build(
+            IcmpError::TooBig(1400),
+            "10.244.1.0".parse().unwrap(),
+            &header,
+            &offender,
+            &mut out,
+        )
+        .unwrap();
         assert_eq!(&out[20..22], &[3, 4]);
         assert_eq!(&out[26..28], &1400u16.to_be_bytes());
         assert!(len <= MAX_LEN_V4);
 
         let mut offender = Vec::new();
-        PacketBuilder::ipv6([0xfd; 16], [0xfc; 16], 64).udp(1, 2).write(&mut offender, &[0; 1400]).unwrap();
+        PacketBuilder::ipv6([0xfd; 16], [0xfc; 16], 64)
+            .udp(1, 2)
+            .write(&mut offender, &[0; 1400])
+            .unwrap();
         let header = IpHeader::parse(&offender).unwrap();
-        let len = build(IcmpError::TooBig(1300), "fd00::1".parse().unwrap(), &header, &offender, &mut out).unwrap();
+        let len = build(
+            IcmpError::TooBig(1300),
+            "fd00::1".parse().unwrap(),
+            &header,
+            &offender,
+            &mut out,
+        )
+        .unwrap();
         assert_eq!(len, MAX_LEN);
         assert_eq!(&out[40..42], &[2, 0]);
         assert_eq!(&out[44..48], &1300u32.to_be_bytes());
         let answer = IpHeader::parse(&out[..len]).unwrap();
-        assert_eq!((answer.pseudo(len - 40) + Sum::of(&out[40..len])).fold(), 0xffff, "ICMPv6 checksum");
+        assert_eq!(
+            (answer.pseudo(len - 40) + Sum::of(&out[40..len])).fold(),
+            0xffff,
+            "ICMPv6 checksum"
+        );
     }
 
     #[test]
@@ -139,20 +183,39 @@ mod tests {
             .icmpv4(Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Host))
             .write(&mut error, &[0; 28])
             .unwrap();
-        assert!(!may_answer(&IpHeader::parse(&error).unwrap(), &error), "an ICMP error");
+        assert!(
+            !may_answer(&IpHeader::parse(&error).unwrap(), &error),
+            "an ICMP error"
+        );
 
         let mut ping = Vec::new();
-        PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64).icmpv4_echo_request(1, 1).write(&mut ping, &[]).unwrap();
-        assert!(may_answer(&IpHeader::parse(&ping).unwrap(), &ping), "an echo request");
+        PacketBuilder::ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+            .icmpv4_echo_request(1, 1)
+            .write(&mut ping, &[])
+            .unwrap();
+        assert!(
+            may_answer(&IpHeader::parse(&ping).unwrap(), &ping),
+            "an echo request"
+        );
 
         let mut fragment = udp_packet(100);
         fragment[7] = 5;
-        assert!(!may_answer(&IpHeader::parse(&fragment).unwrap(), &fragment), "a later fragment");
+        assert!(
+            !may_answer(&IpHeader::parse(&fragment).unwrap(), &fragment),
+            "a later fragment"
+        );
 
-        for (source, what) in [([224, 0, 0, 1], "multicast"), ([0, 0, 0, 0], "unspecified"), ([127, 0, 0, 1], "loopback")] {
+        for (source, what) in [
+            ([224, 0, 0, 1], "multicast"),
+            ([0, 0, 0, 0], "unspecified"),
+            ([127, 0, 0, 1], "loopback"),
+        ] {
             let mut packet = udp_packet(100);
             packet[12..16].copy_from_slice(&source);
-            assert!(!may_answer(&IpHeader::parse(&packet).unwrap(), &packet), "from {what}");
+            assert!(
+                !may_answer(&IpHeader::parse(&packet).unwrap(), &packet),
+                "from {what}"
+            );
         }
     }
 
@@ -160,6 +223,15 @@ mod tests {
     fn families_are_not_mixed() {
         let offender = udp_packet(100);
         let header = IpHeader::parse(&offender).unwrap();
-        assert_eq!(build(IcmpError::NoRoute, "fd00::1".parse().unwrap(), &header, &offender, &mut [0; 1280]), None);
+        assert_eq!(
+            build(
+                IcmpError::NoRoute,
+                "fd00::1".parse().unwrap(),
+                &header,
+                &offender,
+                &mut [0; 1280]
+            ),
+            None
+        );
     }
 }

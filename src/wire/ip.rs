@@ -164,7 +164,10 @@ impl IpHeader {
         src.copy_from_slice(&header[8..24]);
         dst.copy_from_slice(&header[24..40]);
         Ok(Self {
-            addrs: Addrs::V6 { src: src.into(), dst: dst.into() },
+            addrs: Addrs::V6 {
+                src: src.into(),
+                dst: dst.into(),
+            },
             l4,
             total_len,
             protocol,
@@ -200,13 +203,19 @@ fn walk_extensions(packet: &[u8], first: u8) -> Result<(u8, usize, Fragment), Ma
         match next {
             // Hop-by-hop, routing, destination options: length in 8-byte units, not counting the first.
             0 | 43 | 60 => {
-                let header = packet.get(at..).and_then(|rest| rest.first_chunk::<2>()).ok_or(Malformed::Truncated)?;
+                let header = packet
+                    .get(at..)
+                    .and_then(|rest| rest.first_chunk::<2>())
+                    .ok_or(Malformed::Truncated)?;
                 next = header[0];
                 at += 8 + usize::from(header[1]) * 8;
             }
             // Fragment header, RFC 8200 §4.5.
             44 => {
-                let header = packet.get(at..).and_then(|rest| rest.first_chunk::<8>()).ok_or(Malformed::Truncated)?;
+                let header = packet
+                    .get(at..)
+                    .and_then(|rest| rest.first_chunk::<8>())
+                    .ok_or(Malformed::Truncated)?;
                 next = header[0];
                 at += 8;
                 let offset_and_more = u16::from_be_bytes([header[2], header[3]]);
@@ -310,8 +319,9 @@ mod tests {
 
     /// `udp-v4.pcap` packet 1, inner: an ICMP echo request with TTL 62.
     const ECHO: [u8; 36] = [
-        0x45, 0x00, 0x00, 0x24, 0x06, 0x6d, 0x40, 0x00, 0x3e, 0x01, 0x1d, 0x81, 0x0a, 0xf4, 0x01, 0x02, 0x0a, 0xf4, 0x02,
-        0x02, 0x08, 0x00, 0x76, 0x7c, 0x75, 0x72, 0x00, 0x01, 0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07,
+        0x45, 0x00, 0x00, 0x24, 0x06, 0x6d, 0x40, 0x00, 0x3e, 0x01, 0x1d, 0x81, 0x0a, 0xf4, 0x01, 0x02, 0x0a,
+        0xf4, 0x02, 0x02, 0x08, 0x00, 0x76, 0x7c, 0x75, 0x72, 0x00, 0x01, 0x00, 0x01, 0x02, 0x03, 0x04, 0x05,
+        0x06, 0x07,
     ];
 
     #[test]
@@ -319,7 +329,10 @@ mod tests {
         let header = IpHeader::parse(&ECHO).unwrap();
         assert_eq!(header.addrs.src(), "10.244.1.2".parse::<IpAddr>().unwrap());
         assert_eq!(header.addrs.dst(), "10.244.2.2".parse::<IpAddr>().unwrap());
-        assert_eq!((header.l4, header.total_len, header.protocol, header.ttl), (20, 36, 1, 62));
+        assert_eq!(
+            (header.l4, header.total_len, header.protocol, header.ttl),
+            (20, 36, 1, 62)
+        );
         assert!(header.dont_fragment);
         assert!(verify_v4_header(&ECHO[..20]));
     }
@@ -344,7 +357,11 @@ mod tests {
         packet[0] = 0x44;
         assert_eq!(IpHeader::parse(&packet), Err(Malformed::HeaderLength));
         packet[0] = 0x4a;
-        assert_eq!(IpHeader::parse(&packet), Err(Malformed::TotalLength), "options longer than the packet");
+        assert_eq!(
+            IpHeader::parse(&packet),
+            Err(Malformed::TotalLength),
+            "options longer than the packet"
+        );
         packet[0] = 0x55;
         assert_eq!(IpHeader::parse(&packet), Err(Malformed::Version));
     }
@@ -368,7 +385,10 @@ mod tests {
         packet.extend([17, 0, 0, 1, 0, 0, 0, 9]); // offset 0, more fragments
         packet.extend([0; 8]);
         let header = IpHeader::parse(&packet).unwrap();
-        assert_eq!((header.protocol, header.l4, header.fragment), (17, 56, Fragment::First));
+        assert_eq!(
+            (header.protocol, header.l4, header.fragment),
+            (17, 56, Fragment::First)
+        );
     }
 
     #[test]

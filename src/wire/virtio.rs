@@ -65,7 +65,9 @@ impl VirtioHeader {
     /// # Errors
     /// `Truncated` below 10 bytes; `TotalLength` for a segment size of 0; `Version` for a kind of super-packet we never asked for.
     pub fn parse(bytes: &[u8]) -> Result<(Self, &[u8]), Malformed> {
-        let (header, rest) = bytes.split_first_chunk::<{ Self::LEN }>().ok_or(Malformed::Truncated)?;
+        let (header, rest) = bytes
+            .split_first_chunk::<{ Self::LEN }>()
+            .ok_or(Malformed::Truncated)?;
         let [flags, kind, h0, h1, s0, s1, c0, c1, o0, o1] = *header;
         let checksum = (flags & NEEDS_CSUM != 0).then(|| PartialChecksum {
             start: u16::from_ne_bytes([c0, c1]),
@@ -86,7 +88,11 @@ impl VirtioHeader {
                     return Err(Malformed::TotalLength);
                 }
                 let header_len = u16::from_ne_bytes([h0, h1]);
-                Some(Gso { kind, size, header_len })
+                Some(Gso {
+                    kind,
+                    size,
+                    header_len,
+                })
             }
         };
         Ok((Self { checksum, gso }, rest))
@@ -101,7 +107,12 @@ impl VirtioHeader {
             out[6..8].copy_from_slice(&start.to_ne_bytes());
             out[8..10].copy_from_slice(&offset.to_ne_bytes());
         }
-        if let Some(Gso { kind, size, header_len }) = self.gso {
+        if let Some(Gso {
+            kind,
+            size,
+            header_len,
+        }) = self.gso
+        {
             out[1] = match kind {
                 GsoKind::TcpV4 => 1,
                 GsoKind::TcpV6 => 4,
@@ -121,8 +132,15 @@ mod tests {
     #[test]
     fn a_header_survives_emit_and_parse() {
         let header = VirtioHeader {
-            checksum: Some(PartialChecksum { start: 20, offset: 16 }),
-            gso: Some(Gso { kind: GsoKind::TcpV4, size: 1420, header_len: 52 }),
+            checksum: Some(PartialChecksum {
+                start: 20,
+                offset: 16,
+            }),
+            gso: Some(Gso {
+                kind: GsoKind::TcpV4,
+                size: 1420,
+                header_len: 52,
+            }),
         };
         let bytes = header.emit();
         assert_eq!(VirtioHeader::parse(&bytes), Ok((header, &[][..])));

@@ -1,0 +1,22 @@
+//! What every test in real namespaces needs.
+
+use nix::unistd::Uid;
+
+/// Whether this process may make namespaces.
+///
+/// Says so in one line if not, for the test to return; under `CI=true` that is a failure, as nobody reads skips there.
+///
+/// # Panics
+/// Under `CI=true`, if we are not root.
+#[expect(clippy::print_stderr, reason = "a test that is skipped has to say so")]
+pub(crate) fn require_root(test: &str) -> bool {
+    if Uid::effective().is_root() {
+        return true;
+    }
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{test} needs root, and CI must run it"
+    );
+    eprintln!("skipped: {test} needs root to make network namespaces");
+    false
+}

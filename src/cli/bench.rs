@@ -1,0 +1,573 @@
+//! `kersey bench`: kersey measured against what it stands in for.
+//!
+//! Two runs that follow one another closely see the same machine; two that lie minutes apart may not. So contestants
+//! take turns: one round measures each once, the order turning with every round, and what is reported is the ratio
+//! within a round, its median over all rounds and its spread.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::addr::Mtu;
+use crate::cli::progress::{Progress, grouped, table};
+use crate::host::ethtool::Switch;
+use crate::lab::contestant::{self, Contestant};
+use crate::lab::interrupt;
+use crate::lab::topology::{Plan, Wiring};
+use crate::lab::traffic::cpu::MachineCpu;
+use crate::lab::traffic::tcp::{self, Bulk};
+use crate::lab::traffic::udp::Flood;
+use crate::lab::traffic::{End, latency};
+
+/// Largest distance between rounds at which a median says something, relative to it.
+const TRUSTED_SPREAD: f64 = 0.05;
+/// Share of the machine others may use while it is measured.
+const TRUSTED_BUSY_PERCENT: f64 = 5.0;
+/// Share of time a host may take away from its guest before its measurements say more about the host.
+const TRUSTED_STEAL_PERCENT: f64 = 2.0;
+
+/// Measure kersey against other ways of carrying packets.
+#[derive(Debug, Args)]
+pub struct BenchOptions {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Against the kernel's VXLAN as flannel sets it up, over one veth pair
+    VsKernel(VsKernel),
+}
+
+#[derive(Debug, Args)]
+struct VsKernel {
+    /// Rounds; each measures every contestant once
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pairs: usize,
+    /// Seconds of each measurement
+    #[arg(long, default_value_t = 10.0, value_name = "S")]
+    seconds: f64,
+    /// Seconds before each TCP measurement
+    #[arg(long, default_value_t = 3.0, value_name = "S")]
+    warmup: f64,
+    /// Numbers of TCP streams
+    #[arg(long, default_value = "1,4", value_delimiter = ',', value_name = "N,…")]
+    streams: Vec<usize>,
+    /// TCP congestion controls
+    #[arg(
+        long,
+        default_value = "cubic,bbr",
+        value_delimiter = ',',
+        value_name = "NAME,…"
+    )]
+    cc: Vec<String>,
+    /// Kersey's offloads, towards the kernel and towards the network
+    #[arg(long, default_value = "on", value_delimiter = ',', value_parser = switch, value_name = "on,off")]
+    offloads: Vec<Switch>,
+    /// Checksum and segmentation offload of the veth; off behaves like a wire
+    #[arg(long, default_value = "on", value_delimiter = ',', value_parser = switch, value_name = "on,off")]
+    underlay_offloads: Vec<Switch>,
+    /// MTU of the veth, bytes
+    #[arg(long, default_value_t = 1500)]
+    mtu: u16,
+    /// Who is measured against the kernel's VXLAN
+    #[arg(long, value_enum, default_value_t = Contestant::Kersey, hide = true)]
+    contender: Contestant,
+    /// Measure the veth without any tunnel too
+    #[arg(long)]
+    with_veth: bool,
+    /// A further argument for the daemons; may be repeated
+    #[arg(long = "daemon-arg", value_name = "ARG", allow_hyphen_values = true)]
+    daemon_args: Vec<String>,
+    /// Write everything measured to a file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Two rounds of one second, cubic only: a look, not a result
+    #[arg(long)]
+    quick: bool,
+}
+
+fn switch(text: &str) -> Result<Switch, &'static str> {
+    match text {
+        "on" => Ok(Switch::On),
+        "off" => Ok(Switch::Off),
+        _ => Err("neither on nor off"),
+    }
+}
+
+fn word(switch: Switch) -> &'static str {
+    match switch {
+        Switch::On => "on",
+        Switch::Off => "off",
+    }
+}
+
+/// Runs `kersey bench`.
+///
+/// # Errors
+/// We are not root, or a contestant cannot be set up or measured.
+pub fn run(options: BenchOptions) -> Result<ExitCode> {
+    ensure!(
+        nix::unistd::Uid::effective().is_root(),
+        "a bench needs root, to make network namespaces"
+    );
+    interrupt::catch()?;
+    match options.what {
+        What::VsKernel(options) => vs_kernel(options),
+    }
+}
+
+/// Everything measured, for the JSON file.
+#[derive(Debug, Serialize)]
+struct Report {
+    command: Vec<String>,
+    kernel: String,
+    processors: usize,
+    link_mtu: u16,
+    pairs: usize,
+    seconds: f64,
+    warmup_s: f64,
+    /// What the machine did before any traffic.
+    busy_before_percent: f64,
+    scenarios: Vec<Scenario>,
+}
+
+/// One combination of switches.
+#[derive(Debug, Serialize)]
+struct Scenario {
+    underlay_offloads: Switch,
+    kersey_offloads: Switch,
+    steal_percent: f64,
+    metrics: Vec<Metric>,
+    /// Each measurement as it came.
+    raw: Vec<Raw>,
+}
+
+#[derive(Debug, Serialize)]
+struct Raw {
+    round: usize,
+    contestant: Contestant,
+    test: String,
+    report: serde_json::Value,
+}
+
+/// One number, from every contestant in every round.
+#[derive(Debug, Serialize)]
+struct Metric {
+    name: String,
+    unit: Unit,
+    samples: Vec<(Contestant, Vec<f64>)>,
+    /// Contender over kernel VXLAN, round by round.
+    ratio: Option<Spread>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+enum Unit {
+    #[serde(rename = "Gbit/s")]
+    GbitPerS,
+    #[serde(rename = "packets/s")]
+    PacketsPerS,
+    #[serde(rename = "us")]
+    Us,
+    #[serde(rename = "CPU-s/GB")]
+    CpuSPerGb,
+    #[serde(rename = "CPU-us/packet")]
+    CpuUsPerPacket,
+    #[serde(rename = "segments")]
+    Segments,
+}
+
+impl Unit {
+    fn show(self, value: f64) -> String {
+        match self {
+            Self::GbitPerS => format!("{value:.2} Gbit/s"),
+            Self::PacketsPerS => format!("{} packets/s", grouped(value as u64)),
+            Self::Us => format!("{value:.1} µs"),
+            Self::CpuSPerGb => format!("{value:.3} CPU-s/GB"),
+            Self::CpuUsPerPacket => format!("{value:.1} CPU-µs/packet"),
+            Self::Segments => format!("{value:.0} resent"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    /// Whether rounds differ more than a result may.
+    fn is_wide(self) -> bool {
+        self.max - self.min > TRUSTED_SPREAD * self.median
+    }
+
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.retain(|value| value.is_finite());
+        values.sort_by(f64::total_cmp);
+        let (&min, &max) = (values.first()?, values.last()?);
+        let upper = values.len() / 2;
+        let lower = (values.len() - 1) / 2;
+        let median = f64::midpoint(values[lower], values[upper]);
+        Some(Self { median, min, max })
+    }
+}
+
+/// One measurement: a number for each metric it gives.
+type Sample = (String, Unit, f64);
+
+#[expect(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "the report is for the person who asked"
+)]
+fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
+    if options.quick {
+        (options.pairs, options.seconds, options.warmup) = (2, 1.0, 0.3);
+        options.cc.truncate(1);
+    }
+    for name in &options.cc {
+        tcp::has_congestion_control(name)?;
+    }
+    let mut contestants = vec![Contestant::KernelVxlan, options.contender];
+    if options.with_veth {
+        contestants.push(Contestant::Veth);
+    }
+    contestants.dedup();
+    let folder = tempfile::Builder::new()
+        .prefix("kersey-bench-")
+        .tempdir()
+        .context("cannot make a folder")?;
+    let mut report = Report {
+        command: std::env::args().collect(),
+        kernel: nix::sys::utsname::uname()?
+            .release()
+            .to_string_lossy()
+            .into_owned(),
+        processors: std::thread::available_parallelism()?.get(),
+        link_mtu: options.mtu,
+        pairs: options.pairs,
+        seconds: options.seconds,
+        warmup_s: options.warmup,
+        busy_before_percent: 0.0,
+        scenarios: Vec::new(),
+    };
+    eprintln!(
+        "kersey bench vs-kernel · Linux {} · {} processors · MTU {} · {} rounds · about {} min\n",
+        report.kernel,
+        report.processors,
+        options.mtu,
+        options.pairs,
+        options.minutes(contestants.len()).ceil()
+    );
+    let progress = Progress::new();
+    progress.check("this machine, left alone", || {
+        let before = MachineCpu::now()?;
+        interrupt::sleep(Duration::from_secs(1))?;
+        let cpu = MachineCpu::now()? - before;
+        let outcome = format!("{:.0} % busy", cpu.busy_percent());
+        report.busy_before_percent = cpu.busy_percent();
+        let quiet = cpu.busy_percent() <= TRUSTED_BUSY_PERCENT;
+        Ok((
+            (),
+            if quiet {
+                Ok(outcome)
+            } else {
+                Err(format!("{outcome}: results will say little"))
+            },
+        ))
+    })?;
+    for &underlay_offloads in &options.underlay_offloads {
+        for &kersey_offloads in &options.offloads {
+            let scenario = options.scenario(
+                &contestants,
+                underlay_offloads,
+                kersey_offloads,
+                folder.path(),
+                &progress,
+                report.scenarios.len(),
+            )?;
+            println!("\n{}", options.text(&scenario, &contestants));
+            report.scenarios.push(scenario);
+        }
+    }
+    if let Some(path) = &options.json {
+        let json = serde_json::to_vec_pretty(&report)?;
+        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        eprintln!("everything measured: {}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl VsKernel {
+    fn minutes(&self, contestants: usize) -> f64 {
+        let tcp = (self.streams.len() * self.cc.len()) as f64 * (self.warmup + self.seconds);
+        let rest = 3.0 * self.seconds;
+        let rounds = self.pairs * contestants * self.offloads.len() * self.underlay_offloads.len();
+        (tcp + rest) * rounds as f64 / 60.0
+    }
+
+    fn scenario(
+        &self,
+        contestants: &[Contestant],
+        underlay_offloads: Switch,
+        kersey_offloads: Switch,
+        folder: &Path,
+        progress: &Progress,
+        nth: usize,
+    ) -> Result<Scenario> {
+        let mut plan = Plan::private(&format!("bench{nth}"), 2);
+        plan.wiring = Wiring::Pair;
+        plan.mtu = Mtu::new(self.mtu.into())?;
+        plan.offloads = underlay_offloads;
+        let topology = plan.build()?;
+        contestant::add_kernel_vxlan(&topology)?;
+        let mut arguments = self.daemon_args.clone();
+        if kersey_offloads == Switch::Off {
+            for flag in ["--tun-tso", "--tun-uso", "--udp-gso", "--udp-gro"] {
+                arguments.extend([flag.to_owned(), "off".to_owned()]);
+            }
+        }
+
+        let mut scenario = Scenario {
+            underlay_offloads,
+            kersey_offloads,
+            steal_percent: 0.0,
+            metrics: Vec::new(),
+            raw: Vec::new(),
+        };
+        let cpu = MachineCpu::now()?;
+        for round in 1..=self.pairs {
+            let mut order = contestants.to_vec();
+            order.rotate_left((round - 1) % contestants.len());
+            for contestant in order {
+                let name = format!("round {round}, {}", contestant.name());
+                let samples = progress.step(&name, || {
+                    let folder = tempfile::tempdir_in(folder)?;
+                    let running = contestant::start(contestant, &topology, folder.path(), &arguments)?;
+                    let (one, two) = running.ends(&topology).context("a comparison takes 2 nodes")?;
+                    let samples = self.measure(one, two, |test, report| {
+                        let test = test.to_owned();
+                        scenario.raw.push(Raw {
+                            round,
+                            contestant,
+                            test,
+                            report,
+                        });
+                    })?;
+                    let outcome = samples
+                        .first()
+                        .map(|(_, unit, value)| unit.show(*value))
+                        .unwrap_or_default();
+                    Ok((samples, outcome))
+                })?;
+                scenario.take(contestant, samples, contestants);
+            }
+        }
+        scenario.steal_percent = (MachineCpu::now()? - cpu).steal_percent();
+        for metric in &mut scenario.metrics {
+            metric.ratio = metric.ratio_of(self.contender, Contestant::KernelVxlan);
+        }
+        drop(topology);
+        Ok(scenario)
+    }
+
+    /// Everything there is to measure about one contestant.
+    fn measure(
+        &self,
+        one: End<'_>,
+        two: End<'_>,
+        mut raw: impl FnMut(&str, serde_json::Value),
+    ) -> Result<Vec<Sample>> {
+        let duration = Duration::try_from_secs_f64(self.seconds).context("--seconds")?;
+        let warmup = Duration::try_from_secs_f64(self.warmup).context("--warmup")?;
+        let mut samples = Vec::new();
+        for congestion in &self.cc {
+            for &streams in &self.streams {
+                let plural = if streams == 1 { "" } else { "s" };
+                let test = format!("TCP {streams} stream{plural}, {congestion}");
+                let bulk = Bulk {
+                    streams,
+                    warmup,
+                    duration,
+                    congestion: Some(congestion.clone()),
+                };
+                let report = bulk.run(one, two).with_context(|| test.clone())?;
+                raw(&test, serde_json::to_value(&report)?);
+                samples.push((test.clone(), Unit::GbitPerS, report.gbit_per_s));
+                samples.push((
+                    test.clone(),
+                    Unit::CpuSPerGb,
+                    report.cpu_s_per_gb.unwrap_or(f64::NAN),
+                ));
+                samples.push((test, Unit::Segments, report.retransmits as f64));
+            }
+        }
+        for payload_bytes in [64, 1400] {
+            let test = format!("UDP {payload_bytes} B");
+            let flood = Flood {
+                payload_bytes,
+                rate: None,
+                duration,
+            };
+            let report = flood.run(one, two).with_context(|| test.clone())?;
+            raw(&test, serde_json::to_value(&report)?);
+            samples.push((test.clone(), Unit::PacketsPerS, report.received_per_s));
+            samples.push((
+                test,
+                Unit::CpuUsPerPacket,
+                report.cpu_us_per_packet.unwrap_or(f64::NAN),
+            ));
+        }
+        let report = latency::measure(one, two, duration).context("round trip")?;
+        raw("round trip", serde_json::to_value(&report)?);
+        samples.push(("UDP 64 B and back, p50".to_owned(), Unit::Us, report.p50_us));
+        samples.push(("UDP 64 B and back, p99".to_owned(), Unit::Us, report.p99_us));
+        Ok(samples)
+    }
+
+    fn text(&self, scenario: &Scenario, contestants: &[Contestant]) -> String {
+        let mut text = format!(
+            "underlay offloads {} · kersey offloads {} · median of {} rounds of {} s · steal {:.1} %\n\n",
+            word(scenario.underlay_offloads),
+            word(scenario.kersey_offloads),
+            self.pairs,
+            self.seconds,
+            scenario.steal_percent
+        );
+        let contender = self.contender.name();
+        let median = |metric: &Metric, contestant| {
+            let spread = metric
+                .samples_of(contestant)
+                .and_then(|samples| Spread::of(samples.to_vec()));
+            spread.map_or_else(|| "–".to_owned(), |spread| metric.unit.show(spread.median))
+        };
+        let mut last = "";
+        let rows = scenario.metrics.iter().map(|metric| {
+            let name = if metric.name == last {
+                String::new()
+            } else {
+                metric.name.clone()
+            };
+            last = &metric.name;
+            let (ratio, spread) = match metric.ratio {
+                Some(ratio) => {
+                    let mark = if ratio.is_wide() { "~ " } else { "" };
+                    (
+                        format!("{mark}{:.2}", ratio.median),
+                        format!("{:.2} to {:.2}", ratio.min, ratio.max),
+                    )
+                }
+                None => ("–".to_owned(), "–".to_owned()),
+            };
+            [
+                name,
+                median(metric, Contestant::KernelVxlan),
+                median(metric, self.contender),
+                ratio,
+                spread,
+                median(metric, Contestant::Veth),
+            ]
+        });
+        let rows: Vec<_> = rows.collect();
+        let head = ["", "kernel vxlan", contender, "ratio", "min to max", "plain veth"];
+        if contestants.contains(&Contestant::Veth) && self.contender != Contestant::Veth {
+            text += &table(head, &rows);
+        } else {
+            let [a, b, c, d, e, _] = head;
+            let rows: Vec<_> = rows
+                .into_iter()
+                .map(|[a, b, c, d, e, _]| [a, b, c, d, e])
+                .collect();
+            text += &table([a, b, c, d, e], &rows);
+        }
+        text += &format!(
+            "\n  ratio: {contender} over kernel vxlan within a round; for time and CPU less is better\n  \
+             ~ rounds differ by more than {} %\n",
+            TRUSTED_SPREAD * 100.0
+        );
+        if scenario.steal_percent > TRUSTED_STEAL_PERCENT {
+            text += "  the host took processor time away: measure again\n";
+        }
+        text
+    }
+}
+
+impl Scenario {
+    fn take(&mut self, contestant: Contestant, samples: Vec<Sample>, contestants: &[Contestant]) {
+        for (nth, (name, unit, value)) in samples.into_iter().enumerate() {
+            if self.metrics.len() <= nth {
+                self.metrics.push(Metric {
+                    name,
+                    unit,
+                    samples: contestants
+                        .iter()
+                        .map(|&contestant| (contestant, Vec::new()))
+                        .collect(),
+                    ratio: None,
+                });
+            }
+            let mut columns = self.metrics[nth].samples.iter_mut();
+            if let Some((_, column)) = columns.find(|(of, _)| *of == contestant) {
+                column.push(value);
+            }
+        }
+    }
+}
+
+impl Metric {
+    fn samples_of(&self, contestant: Contestant) -> Option<&[f64]> {
+        let column = self.samples.iter().find(|(of, _)| *of == contestant);
+        column.map(|(_, samples)| samples.as_slice())
+    }
+
+    /// Resent segments are no ratio's business: the good case is zero.
+    fn ratio_of(&self, above: Contestant, below: Contestant) -> Option<Spread> {
+        if self.unit == Unit::Segments {
+            return None;
+        }
+        let (above, below) = (self.samples_of(above)?, self.samples_of(below)?);
+        Spread::of(
+            above
+                .iter()
+                .zip(below)
+                .map(|(above, below)| above / below)
+                .collect(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_number_lies_between() {
+        let spread = Spread::of(vec![4.0, 1.0, f64::NAN, 2.0, 3.0]).unwrap();
+        assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.5, 4.0));
+        assert_eq!(Spread::of(vec![f64::NAN]), None);
+    }
+
+    #[test]
+    fn ratios_are_taken_within_a_round() {
+        let metric = Metric {
+            name: "TCP".to_owned(),
+            unit: Unit::GbitPerS,
+            samples: vec![
+                (Contestant::KernelVxlan, vec![10.0, 20.0]),
+                (Contestant::Kersey, vec![5.0, 10.0]),
+            ],
+            ratio: None,
+        };
+        let ratio = metric
+            .ratio_of(Contestant::Kersey, Contestant::KernelVxlan)
+            .unwrap();
+        assert_eq!((ratio.min, ratio.max), (0.5, 0.5));
+    }
+}

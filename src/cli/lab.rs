@@ -1,0 +1,467 @@
+//! `kersey lab`: a cluster in namespaces on this machine, tried out and taken down again.
+
+mod standing;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::addr::Mtu;
+use crate::cli::progress::{Progress, grouped, table};
+use crate::lab::cluster::{Cluster, ClusterPlan, StoreKind};
+use crate::lab::interrupt;
+use crate::lab::netns::Namespace;
+use crate::lab::topology::{Plan, Topology};
+use crate::lab::traffic::latency::{self, LatencyReport};
+use crate::lab::traffic::ping::Ping;
+use crate::lab::traffic::tcp::{Bulk, BulkReport, Verified, VerifiedReport};
+use crate::lab::traffic::udp::{Flood, FloodReport};
+use crate::status::Status;
+
+/// Try kersey out: nodes in network namespaces, a store, a daemon each, and traffic between them.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct LabOptions {
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    shape: Shape,
+    /// Seconds each measurement takes
+    #[arg(long, default_value_t = 2.0, value_name = "S")]
+    duration: f64,
+    /// Print the results as JSON
+    #[arg(long)]
+    json: bool,
+    /// Leave logs and files of the daemons in place, and say where
+    #[arg(long)]
+    keep: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Start a lab that stays, for exploring
+    Up(Shape),
+    /// Run a command on a node of the lab that stays: 1, 2, …, or hub
+    Exec {
+        /// The node
+        node: String,
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Show the nodes of the lab that stays
+    Status,
+    /// Take down the lab that stays, and what killed labs left behind
+    Down,
+}
+
+/// What a lab is made of.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Shape {
+    /// How many nodes
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    nodes: usize,
+    /// Where leases are kept: by node 1 itself, or in an etcd of the lab's own
+    #[arg(long, value_enum, default_value_t = StoreKind::Embedded)]
+    store: StoreKind,
+    /// How packets are carried, as in the network configuration's Backend.Type
+    #[arg(long, default_value = "udp", value_name = "TYPE")]
+    backend: String,
+    /// Give every node an IPv6 subnet too
+    #[arg(long)]
+    dual_stack: bool,
+    /// MTU of the underlay, bytes
+    #[arg(long, default_value_t = 1500, value_name = "M")]
+    mtu: u16,
+    /// A further argument for every daemon; may be repeated
+    #[arg(long = "daemon-arg", value_name = "ARG", allow_hyphen_values = true)]
+    daemon_args: Vec<String>,
+    /// Another kersey to run on the nodes
+    #[arg(long, value_name = "FILE", hide = true)]
+    program: Option<PathBuf>,
+}
+
+impl Shape {
+    fn topology(&self, prefix: String) -> Result<Plan> {
+        ensure!(self.nodes >= 2, "a lab takes at least 2 nodes");
+        let mut plan = Plan::new(prefix, self.nodes);
+        plan.mtu = Mtu::new(self.mtu.into())?;
+        Ok(plan)
+    }
+
+    fn cluster(&self, folder: PathBuf) -> Result<ClusterPlan> {
+        Ok(ClusterPlan {
+            program: match &self.program {
+                Some(program) => program.clone(),
+                None => std::env::current_exe().context("cannot find our own program")?,
+            },
+            folder,
+            store: self.store,
+            network: ClusterPlan::network(&self.backend, self.dual_stack),
+            arguments: self.daemon_args.clone(),
+        })
+    }
+}
+
+/// Runs `kersey lab`.
+///
+/// # Errors
+/// We are not root, or something did not start. Checks that fail are in the report and the exit code.
+pub fn run(options: LabOptions) -> Result<ExitCode> {
+    if let Some(Action::Exec { node, command }) = &options.action {
+        return standing::exec(node, command);
+    }
+    ensure!(
+        nix::unistd::Uid::effective().is_root(),
+        "a lab needs root, to make network namespaces"
+    );
+    interrupt::catch()?;
+    match &options.action {
+        None => once(&options),
+        Some(Action::Up(shape)) => standing::up(shape),
+        Some(Action::Status) => standing::status(),
+        Some(Action::Down) => standing::down(),
+        Some(Action::Exec { .. }) => unreachable!("handled above"),
+    }
+}
+
+/// What a lab found out.
+#[derive(Debug, Serialize)]
+struct Report {
+    passed: bool,
+    failures: Vec<String>,
+    nodes: usize,
+    store: StoreKind,
+    backend: String,
+    link_mtu: u16,
+    inner_mtu: u16,
+    pings: Vec<PairPing>,
+    transfer: VerifiedReport,
+    tcp: Vec<BulkReport>,
+    udp: Vec<(usize, FloodReport)>,
+    latency: LatencyReport,
+    status: Vec<Status>,
+}
+
+#[derive(Debug, Serialize)]
+struct PairPing {
+    from: String,
+    to: String,
+    sent: u16,
+    received: u16,
+    mean_ms: f64,
+}
+
+#[expect(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "the report is for the person who asked"
+)]
+fn once(options: &LabOptions) -> Result<ExitCode> {
+    let shape = &options.shape;
+    eprintln!(
+        "kersey lab · {} nodes · {} backend · {} store · underlay MTU {}\n",
+        shape.nodes,
+        shape.backend,
+        shape.store.name(),
+        shape.mtu
+    );
+    let mut folder = tempfile::Builder::new()
+        .prefix("kersey-lab-")
+        .tempdir()
+        .context("cannot make a folder")?;
+    folder.disable_cleanup(options.keep);
+    let progress = Progress::new();
+    let plan = shape.topology(format!("kersey-{}", std::process::id()))?;
+    let topology = progress.step("namespaces and links", || {
+        let topology = plan.build()?;
+        let names = topology.names().join(" ");
+        Ok((topology, names))
+    })?;
+    let cluster_plan = shape.cluster(folder.path().to_owned())?;
+    let cluster = progress.step("store, daemons, leases, routes", || {
+        let cluster = cluster_plan.start(&topology)?;
+        let subnets: Vec<_> = cluster
+            .daemons
+            .iter()
+            .map(|daemon| daemon.status.node.subnets.join(" "))
+            .collect();
+        Ok((cluster, subnets.join("  ")))
+    })?;
+    let report =
+        measure(options, &progress, &topology, &cluster).map_err(|error| with_logs(&error, &cluster))?;
+    progress.step("everything taken down", || {
+        cluster.stop()?;
+        drop(topology);
+        let left = Namespace::names(&format!("{}-", plan.prefix))?;
+        ensure!(left.is_empty(), "left behind: {}", left.join(" "));
+        Ok(((), "nothing left behind".to_owned()))
+    })?;
+
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        eprintln!();
+        print!("{}", report.text());
+    }
+    if options.keep {
+        eprintln!("\nlogs and files of the daemons: {}", folder.path().display());
+    }
+    Ok(if report.passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What the daemons wrote last is the best hint there is; not so if the user ended it all.
+fn with_logs(error: &anyhow::Error, cluster: &Cluster) -> anyhow::Error {
+    if interrupt::raised() {
+        return anyhow::anyhow!("interrupted");
+    }
+    let logs: Vec<_> = cluster
+        .daemons
+        .iter()
+        .map(|daemon| daemon.child.log_end())
+        .collect();
+    anyhow::anyhow!("{error:#}\n{}", logs.join("\n"))
+}
+
+fn measure(
+    options: &LabOptions,
+    progress: &Progress,
+    topology: &Topology,
+    cluster: &Cluster,
+) -> Result<Report> {
+    /// Enough for every window and buffer on the way to fill many times.
+    const TRANSFER: u64 = 64 << 20;
+    let duration = Duration::try_from_secs_f64(options.duration).context("--duration")?;
+    let (one, two) = (cluster.pod(topology, 1)?, cluster.pod(topology, 2)?);
+    let mut failures = Vec::new();
+
+    let pings = progress.check("ping, every pair", || {
+        let pings = ping_all(topology, cluster)?;
+        let silent: Vec<_> = pings
+            .iter()
+            .filter(|ping| ping.received < ping.sent)
+            .map(|ping| format!("{} does not hear all from {}", ping.from, ping.to))
+            .collect();
+        failures.extend(silent.iter().cloned());
+        let outcome = if silent.is_empty() {
+            Ok(format!("{} of {} answered", pings.len(), pings.len()))
+        } else {
+            Err(silent.join("; "))
+        };
+        Ok((pings, outcome))
+    })?;
+    let transfer = progress.check("64 MiB, every byte checked", || {
+        let transfer = Verified {
+            bytes: TRANSFER,
+            seed: rand::random(),
+            patience: Duration::from_secs(5),
+        };
+        let report = transfer.run(one, two)?;
+        let outcome = if report.intact {
+            Ok(format!("SHA-256 {}… at both ends", &report.sha256[..12]))
+        } else {
+            failures.push("the transfer did not arrive as it was sent".to_owned());
+            Err(format!("SHA-256 differs after {} bytes", report.bytes))
+        };
+        Ok((report, outcome))
+    })?;
+    let mut tcp = Vec::new();
+    for streams in [1, 4] {
+        let report = progress.step(&tcp_name(streams), || {
+            let bulk = Bulk {
+                streams,
+                warmup: Duration::from_millis(300),
+                duration,
+                congestion: None,
+            };
+            let report = bulk.run(one, two)?;
+            let outcome = format!("{:.2} Gbit/s", report.gbit_per_s);
+            Ok((report, outcome))
+        })?;
+        if report.stream_bytes.contains(&0) {
+            failures.push(format!("{}: a stream stood still", tcp_name(streams)));
+        }
+        tcp.push(report);
+    }
+    let mut udp = Vec::new();
+    for payload_bytes in [1400, 64] {
+        let report = progress.step(&udp_name(payload_bytes), || {
+            let flood = Flood {
+                payload_bytes,
+                rate: None,
+                duration,
+            };
+            let report = flood.run(one, two)?;
+            let outcome = format!("{} packets/s", grouped(report.received_per_s as u64));
+            Ok((report, outcome))
+        })?;
+        if report.counts.received == 0 || report.counts.corrupted > 0 {
+            let counts = &report.counts;
+            failures.push(format!(
+                "{}: {} received, {} corrupted",
+                udp_name(payload_bytes),
+                counts.received,
+                counts.corrupted
+            ));
+        }
+        udp.push((payload_bytes, report));
+    }
+    let latency = progress.step("request and response, UDP 64 B", || {
+        let report = latency::measure(one, two, duration.min(Duration::from_secs(2)))?;
+        let outcome = format!("p50 {:.0} µs", report.p50_us);
+        Ok((report, outcome))
+    })?;
+    let status = now(cluster);
+    Ok(Report {
+        passed: failures.is_empty(),
+        failures,
+        nodes: topology.nodes.len(),
+        store: options.shape.store,
+        backend: options.shape.backend.clone(),
+        link_mtu: options.shape.mtu,
+        inner_mtu: status.first().map_or(0, |status| status.node.inner_mtu),
+        pings,
+        transfer,
+        tcp,
+        udp,
+        latency,
+        status,
+    })
+}
+
+fn ping_all(topology: &Topology, cluster: &Cluster) -> Result<Vec<PairPing>> {
+    let mut pings = Vec::new();
+    for from_nth in 1..=topology.nodes.len() {
+        for to_nth in (1..=topology.nodes.len()).filter(|&nth| nth != from_nth) {
+            for from in cluster.pods(topology, from_nth)? {
+                for to in cluster.pods(topology, to_nth)? {
+                    if from.addr.is_ipv4() == to.addr.is_ipv4() {
+                        let report = Ping::default().run(from, to.addr)?;
+                        pings.push(PairPing {
+                            from: from.addr.to_string(),
+                            to: to.addr.to_string(),
+                            sent: report.sent,
+                            received: report.received,
+                            mean_ms: report.mean_ms,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(pings)
+}
+
+/// The daemons' status as it is, or as it last was where a daemon does not answer.
+fn now(cluster: &Cluster) -> Vec<Status> {
+    let daemons = cluster.daemons.iter();
+    let ask = |socket: &PathBuf| crate::lab::daemon::status(socket).ok().flatten();
+    daemons
+        .map(|daemon| ask(&daemon.socket).unwrap_or_else(|| daemon.status.clone()))
+        .collect()
+}
+
+fn tcp_name(streams: usize) -> String {
+    format!("TCP, {streams} stream{}", if streams == 1 { "" } else { "s" })
+}
+
+fn udp_name(payload_bytes: usize) -> String {
+    format!("UDP, {payload_bytes} B")
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let none = || "–".to_owned();
+        let mut rows = Vec::new();
+        for (streams, report) in [1, 4].iter().zip(&self.tcp) {
+            rows.push([
+                tcp_name(*streams),
+                format!("{:.2} Gbit/s", report.gbit_per_s),
+                none(),
+                format!("{} resent", report.retransmits),
+                report
+                    .cpu_s_per_gb
+                    .map_or_else(none, |seconds| format!("{seconds:.2} s/GB")),
+            ]);
+        }
+        for (payload_bytes, report) in &self.udp {
+            rows.push([
+                udp_name(*payload_bytes),
+                format!("{:.2} Gbit/s", report.gbit_per_s),
+                grouped(report.received_per_s as u64),
+                format!("{:.1} % lost", report.lost_percent),
+                report
+                    .cpu_us_per_packet
+                    .map_or_else(none, |us| format!("{us:.1} µs/packet")),
+            ]);
+        }
+        let mut text = table(
+            ["node 1 → node 2", "throughput", "packets/s", "loss", "CPU"],
+            &rows,
+        );
+        let rtt = &self.latency;
+        text += &format!(
+            "\n  round trip    p50 {:.0} µs · p99 {:.0} µs · p99.9 {:.0} µs · {} of {} lost\n",
+            rtt.p50_us,
+            rtt.p99_us,
+            rtt.p999_us,
+            rtt.lost,
+            grouped(rtt.answered + rtt.lost)
+        );
+        text += &format!(
+            "  integrity     64 MiB, SHA-256 {}\n",
+            if self.transfer.intact { "ok" } else { "WRONG" }
+        );
+        text += &format!(
+            "  MTU           {} outside, {} inside\n",
+            self.link_mtu, self.inner_mtu
+        );
+        text += &format!("  offloads      {}\n", self.offloads());
+        text += &format!("  drops         {}\n", self.drops());
+        text += &match self.failures.as_slice() {
+            [] => "\n  All checks passed.\n".to_owned(),
+            failures => format!("\n  FAILED: {}\n", failures.join("\n          ")),
+        };
+        text
+    }
+
+    fn offloads(&self) -> String {
+        let first = self.status.first().map(|status| &status.device.offloads);
+        let words: Vec<_> = first
+            .into_iter()
+            .flatten()
+            .map(|(name, state)| format!("{} {state}", name.replace('_', "-")))
+            .collect();
+        if words.is_empty() {
+            "none reported".to_owned()
+        } else {
+            words.join(" · ")
+        }
+    }
+
+    fn drops(&self) -> String {
+        let mut words = Vec::new();
+        for (nth, status) in (1..).zip(&self.status) {
+            for (reason, count) in status.drops.iter().filter(|(_, count)| **count > 0) {
+                words.push(format!(
+                    "node {nth}: {} {}",
+                    grouped(*count),
+                    reason.replace('_', " ")
+                ));
+            }
+        }
+        if words.is_empty() {
+            "none".to_owned()
+        } else {
+            words.join(" · ")
+        }
+    }
+}

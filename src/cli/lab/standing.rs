@@ -1,0 +1,232 @@
+//! A lab that stays: `kersey lab up`, `exec`, `status`, `down`.
+//!
+//! `/run/kersey-lab` holds everything about it: `state.json` with what was made, and the daemons' files. A process is
+//! ended only if its command line names that folder.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::{fs, io};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Shape;
+use crate::cli::progress::{Progress, table};
+use crate::lab::cluster::end_processes;
+use crate::lab::daemon;
+use crate::lab::netns::Namespace;
+
+const FOLDER: &str = "/run/kersey-lab";
+const PREFIX: &str = "kersey";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    namespaces: Vec<String>,
+    nodes: Vec<NodeState>,
+    /// All processes, daemons first.
+    pids: Vec<u32>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct NodeState {
+    namespace: String,
+    socket: PathBuf,
+    log: PathBuf,
+    pods: Vec<std::net::IpAddr>,
+}
+
+#[expect(clippy::print_stdout, reason = "tells what to do next")]
+pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
+    ensure!(
+        load()?.is_none(),
+        "a lab is up already\n  hint: kersey lab status, or kersey lab down"
+    );
+    let progress = Progress::new();
+    let plan = shape.topology(PREFIX.to_owned())?;
+    let mut topology = progress.step("namespaces and links", || {
+        let topology = plan
+            .build()
+            .context("hint: kersey lab down removes what an earlier lab left")?;
+        let names = topology.names().join(" ");
+        Ok((topology, names))
+    })?;
+    fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
+    let started = progress.step("store, daemons, leases, routes", || {
+        let cluster = shape.cluster(FOLDER.into())?.start(&topology)?;
+        let subnets: Vec<_> = cluster
+            .daemons
+            .iter()
+            .map(|daemon| daemon.status.node.subnets.join(" "))
+            .collect();
+        Ok((cluster, subnets.join("  ")))
+    });
+    let mut cluster = match started {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            remove_folder()?;
+            return Err(error);
+        }
+    };
+    let nodes = topology
+        .nodes
+        .iter()
+        .zip(&cluster.daemons)
+        .map(|(node, daemon)| NodeState {
+            namespace: node.namespace.name().to_owned(),
+            socket: daemon.socket.clone(),
+            log: daemon.child.log().to_owned(),
+            pods: daemon.pods.clone(),
+        });
+    let children = cluster
+        .daemons
+        .iter()
+        .map(|daemon| &daemon.child)
+        .chain(&cluster.store);
+    let state = State {
+        namespaces: topology.names(),
+        nodes: nodes.collect(),
+        pids: children.map(daemon::Child::pid).collect(),
+    };
+    fs::write(state_file(), serde_json::to_vec_pretty(&state)?).context("cannot write the lab's state")?;
+    cluster.keep();
+    topology.keep();
+    let to = state
+        .nodes
+        .get(1)
+        .and_then(|node| node.pods.first())
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    println!("\nThe lab is up. Try:\n");
+    println!("  kersey lab status");
+    println!("  kersey lab exec 1 ping -c 3 {to}");
+    println!("  kersey lab exec 1 ip route");
+    println!("  kersey lab down");
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
+    let name = if node.starts_with(PREFIX) {
+        node.to_owned()
+    } else {
+        format!("{PREFIX}-{node}")
+    };
+    let namespace = Namespace::existing(&name).map_err(|error| hint(&error, "kersey lab up starts a lab"))?;
+    let (program, arguments) = command.split_first().context("no command given")?;
+    namespace.run(|| {
+        // The thread that steps inside becomes the new program.
+        let error = Command::new(program).args(arguments).exec();
+        Err(error).with_context(|| format!("cannot run {program:?}"))
+    })
+}
+
+#[expect(clippy::print_stdout, reason = "this is what was asked for")]
+pub(super) fn status() -> Result<ExitCode> {
+    let Some(state) = load()? else {
+        println!("no lab is up");
+        return Ok(ExitCode::FAILURE);
+    };
+    let mut all_ready = true;
+    let rows: Vec<_> = state
+        .nodes
+        .iter()
+        .map(|node| {
+            let status = daemon::status(&node.socket).ok().flatten();
+            all_ready &= status.as_ref().is_some_and(|status| status.ready);
+            let Some(status) = status else {
+                let log = node.log.display().to_string();
+                return [
+                    node.namespace.clone(),
+                    "down".into(),
+                    String::new(),
+                    String::new(),
+                    log,
+                ];
+            };
+            [
+                node.namespace.clone(),
+                if status.ready {
+                    "ready".into()
+                } else {
+                    "starting".into()
+                },
+                status.node.subnets.join(" "),
+                status.node.public_ips.join(" "),
+                status.peers.len().to_string(),
+            ]
+        })
+        .collect();
+    print!(
+        "{}",
+        table(["node", "state", "subnet", "underlay", "peers"], &rows)
+    );
+    Ok(if all_ready {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+#[expect(clippy::print_stdout, reason = "says what was done")]
+pub(super) fn down() -> Result<ExitCode> {
+    let state = load()?;
+    let mut namespaces = leftovers()?;
+    let mut ended = 0;
+    if let Some(state) = state {
+        ended = end_processes(&state.pids, FOLDER)?;
+        namespaces.extend(state.namespaces);
+    }
+    namespaces.sort();
+    namespaces.dedup();
+    for name in &namespaces {
+        Namespace::remove(name)?;
+    }
+    remove_folder()?;
+    if namespaces.is_empty() && ended == 0 {
+        println!("no lab is up");
+    } else {
+        println!("ended {ended} processes, removed {}", namespaces.join(" "));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Namespaces of labs whose process is gone, and of a standing lab without state.
+fn leftovers() -> Result<Vec<String>> {
+    let mut names = Namespace::names(&format!("{PREFIX}-"))?;
+    names.retain(|name| match name.split('-').collect::<Vec<_>>()[..] {
+        [_, "hub"] => true,
+        [_, number] => number.parse::<u32>().is_ok(),
+        [_, pid, ..] => pid
+            .parse::<u32>()
+            .is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()),
+        _ => false,
+    });
+    Ok(names)
+}
+
+fn hint(error: &anyhow::Error, advice: &str) -> anyhow::Error {
+    anyhow::anyhow!("{error:#}\n  hint: {advice}")
+}
+
+fn load() -> Result<Option<State>> {
+    match fs::read(state_file()) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .context("the lab's state is damaged"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("cannot read the lab's state"),
+    }
+}
+
+fn remove_folder() -> Result<()> {
+    match fs::remove_dir_all(FOLDER) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {FOLDER}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn state_file() -> PathBuf {
+    Path::new(FOLDER).join("state.json")
+}

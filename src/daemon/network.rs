@@ -1,0 +1,284 @@
+//! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+
+use anyhow::{Context, Result};
+use tokio::sync::mpsc;
+
+use crate::addr::{Mtu, Prefix};
+use crate::backend::{Backend, Underlay};
+use crate::control::config::NetworkConfig;
+use crate::control::peers::PeerTable;
+use crate::dataplane::Encap;
+use crate::dataplane::forward::IngressCheck;
+use crate::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
+use crate::dataplane::stats::PeerStats;
+use crate::dataplane::worker::InboundOptions;
+use crate::host::interface::UnderlayInterface;
+use crate::host::netlink::{Netlink, Route};
+use crate::host::queues::{Layout, Queues};
+use crate::host::socket::{SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
+use crate::host::sysctl;
+use crate::host::tun::{Tun, TunOffloads, TunOptions};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
+use crate::options::{self, InnerChecksums, Offload, PacketPathOptions, ThreadLayout};
+
+/// What stays the same for as long as the daemon runs.
+pub(super) struct Setup<'a, B> {
+    pub(super) options: &'a PacketPathOptions,
+    pub(super) backend: B,
+    pub(super) config: &'a NetworkConfig,
+    pub(super) interface: &'a UnderlayInterface,
+    pub(super) inner_mtu: Mtu,
+    pub(super) netlink: Netlink,
+}
+
+impl<B> Setup<'_, B> {
+    pub(super) fn underlay(&self) -> Underlay {
+        Underlay {
+            v4: self.interface.v4,
+            v6: self.interface.v6,
+        }
+    }
+}
+
+/// A running data plane; dropping it takes device, routes and sockets away.
+pub(super) struct DataPlane<B: Backend> {
+    backend: B,
+    underlay: Underlay,
+    inner_mtu: Mtu,
+    routes: SharedRoutes<<B::Encap as Encap>::Hop>,
+    pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
+    pub(super) queues: Queues,
+    pub(super) queue_count: usize,
+    pub(super) tun_offloads: TunOffloads,
+    pub(super) socket_offloads: SocketOffloads,
+}
+
+/// A peer whose routes are in the table.
+#[derive(Clone)]
+pub(super) struct InstalledPeer {
+    attrs: LeaseAttrs,
+    pub(super) endpoints: Vec<String>,
+    pub(super) stats: PeerStats,
+}
+
+impl<B: Backend> DataPlane<B> {
+    /// Makes the device, opens the sockets, starts the threads, and puts address and routes in.
+    pub(super) async fn start(
+        setup: &Setup<'_, B>,
+        lease: &Lease,
+        failed: mpsc::Sender<std::io::Error>,
+    ) -> Result<Self> {
+        let options = setup.options;
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let queue_count = options
+            .queues
+            .map_or_else(|| default_queues(cores), NonZeroUsize::get);
+        let layout = match options.threads {
+            ThreadLayout::Auto => Layout::for_cores(cores),
+            ThreadLayout::Joined => Layout::Joined,
+            ThreadLayout::Split => Layout::Split,
+        };
+        let tun = Tun::create(&TunOptions {
+            name: options.device.clone(),
+            queues: queue_count,
+            tso: switch(options.tun_tso),
+            uso: switch(options.tun_uso),
+        })?;
+        let underlay_options = UnderlayOptions {
+            v4: setup.interface.v4,
+            v6: setup.interface.v6,
+            port: setup.backend.port(),
+            source_ports: options.source_ports.map_or(1, |ports| usize::from(ports.get())),
+            queues: queue_count,
+            gso: switch(options.udp_gso),
+            gro: switch(options.udp_gro),
+        };
+        let underlays = (0..queue_count)
+            .map(|_| UdpUnderlay::open(&underlay_options))
+            .collect::<Result<Vec<_>, _>>()?;
+        let tun_offloads = tun.offloads();
+        let socket_offloads = underlays.first().context("no queue")?.offloads();
+        let routes = SharedRoutes::new(RouteTable::new(overlay(setup.config, lease.subnet)));
+        let inbound = InboundOptions {
+            check: match options.ingress_check {
+                options::IngressCheck::Strict => IngressCheck::Strict,
+                options::IngressCheck::Loose => IngressCheck::Loose,
+                options::IngressCheck::Off => IngressCheck::Off,
+            },
+            verify_inner: options.inner_checksums == InnerChecksums::Verify,
+        };
+        let queues = Queues::start(
+            setup.backend.encap(),
+            tun,
+            underlays,
+            &routes,
+            (layout, inbound),
+            failed,
+        )?;
+        let plane = Self {
+            backend: setup.backend.clone(),
+            underlay: setup.underlay(),
+            inner_mtu: setup.inner_mtu,
+            routes,
+            peers: BTreeMap::new(),
+            queues,
+            queue_count,
+            tun_offloads,
+            socket_offloads,
+        };
+        configure_device(setup, lease.subnet).await?;
+        tracing::info!(
+            device = options.device,
+            queues = queue_count,
+            threads = plane.queues.threads(),
+            tun_tso = tun_offloads.tso.describe(),
+            tun_uso = tun_offloads.uso.describe(),
+            udp_gso = socket_offloads.gso.describe(),
+            udp_gro = socket_offloads.gro.describe(),
+            ingress_check = inbound.check.name(),
+            backend = setup.backend.name(),
+            port = setup.backend.port(),
+            "data plane up"
+        );
+        Ok(plane)
+    }
+
+    /// Makes the route table that of `table`; what did not change keeps its counters.
+    pub(super) fn follow(&mut self, table: &PeerTable) {
+        let mut routes = (*self.routes.current()).clone();
+        let gone: Vec<Subnet> = self
+            .peers
+            .keys()
+            .filter(|subnet| table.get(**subnet).is_none())
+            .copied()
+            .collect();
+        for subnet in &gone {
+            for prefix in prefixes(*subnet) {
+                routes.remove(prefix);
+            }
+            self.peers.remove(subnet);
+        }
+        let mut changed = 0;
+        for (subnet, attrs) in table.iter() {
+            let known = self.peers.get(&subnet);
+            if known.is_some_and(|known| known.attrs == *attrs) {
+                continue;
+            }
+            changed += 1;
+            let stats = known.map_or_else(|| PeerStats::new(self.queue_count), |known| known.stats.clone());
+            let mut endpoints = Vec::new();
+            for prefix in prefixes(subnet) {
+                let Some(hop) = self.backend.hop(prefix, attrs, self.underlay) else {
+                    routes.remove(prefix);
+                    tracing::warn!(%subnet, %prefix, "the peer has no address that this node's underlay can reach");
+                    continue;
+                };
+                let endpoint = crate::dataplane::route::Hop::endpoint(&hop).to_string();
+                if !endpoints.contains(&endpoint) {
+                    endpoints.push(endpoint);
+                }
+                routes.insert(
+                    prefix,
+                    Peer {
+                        hop,
+                        inner_mtu: self.inner_mtu,
+                        stats: stats.clone(),
+                    },
+                );
+            }
+            self.peers.insert(
+                subnet,
+                InstalledPeer {
+                    attrs: attrs.clone(),
+                    endpoints,
+                    stats,
+                },
+            );
+        }
+        if changed > 0 || !gone.is_empty() {
+            tracing::info!(
+                peers = self.peers.len(),
+                changed,
+                removed = gone.len(),
+                "routes published"
+            );
+            self.routes.publish(routes);
+        }
+    }
+}
+
+/// Half the cores from four on, at most eight; more queues on few cores cost throughput.
+fn default_queues(cores: usize) -> usize {
+    if cores < 4 { 1 } else { (cores / 2).min(8) }
+}
+
+fn switch(offload: Offload) -> Switch {
+    match offload {
+        Offload::Auto => Switch::Auto,
+        Offload::Off => Switch::Off,
+    }
+}
+
+fn overlay(config: &NetworkConfig, own: Subnet) -> Overlay {
+    let v4 = config.v4.zip(own.ipv4());
+    let v6 = config.v6.zip(own.v6);
+    Overlay {
+        v4: v4.map(|(range, own)| Network {
+            prefix: range.network,
+            subnet_len: range.subnet_len(),
+            own,
+        }),
+        v6: v6.map(|(range, own)| Network {
+            prefix: range.network,
+            subnet_len: range.subnet_len(),
+            own,
+        }),
+    }
+}
+
+/// The prefixes of a subnet, one a family.
+pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
+    subnet
+        .ipv4()
+        .map(Prefix::V4)
+        .into_iter()
+        .chain(subnet.v6.map(Prefix::V6))
+}
+
+/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it.
+async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<()> {
+    let name = &setup.options.device;
+    let netlink = &setup.netlink;
+    // Packets of the kernel's own making (router solicitations, multicast reports) have no place in a tunnel.
+    let quiet = if setup.config.v6.is_some() {
+        sysctl::no_link_local_address(name)
+    } else {
+        sysctl::disable_ipv6(name)
+    };
+    if let Err(error) = quiet {
+        tracing::warn!(%error, "the kernel may send link-local packets into the device; they are dropped and counted");
+    }
+    let index = netlink.link(name).await?.index;
+    netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;
+    netlink.set_up(index).await?;
+    for prefix in prefixes(own) {
+        let host_len = match prefix {
+            Prefix::V4(_) => 32,
+            Prefix::V6(_) => 128,
+        };
+        let addr: IpAddr = prefix.addr();
+        netlink.add_address(index, addr, host_len).await?;
+    }
+    let networks = setup.config.v4.map(|range| Prefix::V4(range.network));
+    let networks = networks
+        .into_iter()
+        .chain(setup.config.v6.map(|range| Prefix::V6(range.network)));
+    for network in networks {
+        netlink.replace_route(&Route::direct(network, index)).await?;
+    }
+    Ok(())
+}

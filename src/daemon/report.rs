@@ -1,0 +1,188 @@
+//! What the daemon tells of itself: gathers the status document from the running parts.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::time::Instant;
+
+use crate::backend::Backend;
+use crate::control::Published;
+use crate::control::store::Store;
+use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
+use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::lease::Subnet;
+use crate::options::RunOptions;
+use crate::status::{self, Status};
+
+/// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
+pub(super) struct Report {
+    started: Instant,
+    parts: Mutex<Parts>,
+}
+
+#[derive(Default)]
+struct Parts {
+    fixed: Status,
+    store: Option<Arc<dyn Store>>,
+    published: Option<Published>,
+    peers: BTreeMap<Subnet, InstalledPeer>,
+    workers: Vec<Arc<WorkerStats>>,
+}
+
+impl Report {
+    pub(super) fn new(options: &RunOptions) -> Self {
+        let fixed = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            device: status::DeviceStatus {
+                name: options.packet_path.device.clone(),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        Self {
+            started: Instant::now(),
+            parts: Mutex::new(Parts {
+                fixed,
+                ..Parts::default()
+            }),
+        }
+    }
+
+    fn edit(&self, edit: impl FnOnce(&mut Parts)) {
+        edit(&mut self.parts.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn set_store(&self, place: String) {
+        self.edit(|parts| parts.fixed.store.place = place);
+    }
+
+    pub(super) fn set_node<B: Backend>(
+        &self,
+        setup: &Setup<'_, B>,
+        published: &Published,
+        store: Arc<dyn Store>,
+    ) {
+        let interface = setup.interface;
+        let check = match setup.options.ingress_check {
+            crate::options::IngressCheck::Strict => "strict",
+            crate::options::IngressCheck::Loose => "loose",
+            crate::options::IngressCheck::Off => "off",
+        };
+        self.edit(|parts| {
+            parts.fixed.node = status::Node {
+                networks: setup
+                    .config
+                    .v4
+                    .map(|range| range.network.to_string())
+                    .into_iter()
+                    .chain(setup.config.v6.map(|range| range.network.to_string()))
+                    .collect(),
+                subnets: Vec::new(),
+                interface: interface.name.clone(),
+                public_ips: interface
+                    .public_v4
+                    .map(|addr| addr.to_string())
+                    .into_iter()
+                    .chain(interface.public_v6.map(|addr| addr.to_string()))
+                    .collect(),
+                link_mtu: interface.mtu.bytes(),
+                inner_mtu: setup.inner_mtu.bytes(),
+            };
+            parts.fixed.backend = status::Backend {
+                name: setup.backend.name().to_owned(),
+                reason: "the network config says so".to_owned(),
+                port: Some(setup.backend.port()),
+                ingress_check: check.to_owned(),
+            };
+            parts.store = Some(store);
+            parts.published = Some(published.clone());
+        });
+    }
+
+    pub(super) fn set_plane<B: Backend>(&self, plane: &DataPlane<B>) {
+        let offloads = [
+            ("tun_tso", plane.tun_offloads.tso),
+            ("tun_uso", plane.tun_offloads.uso),
+            ("udp_gso", plane.socket_offloads.gso),
+            ("udp_gro", plane.socket_offloads.gro),
+        ];
+        self.edit(|parts| {
+            parts.fixed.device.queues = plane.queue_count;
+            parts.fixed.device.threads = plane.queues.threads();
+            parts.fixed.device.offloads = offloads
+                .iter()
+                .map(|(name, probed)| ((*name).to_owned(), probed.describe().to_owned()))
+                .collect();
+            parts.peers = plane.peers.clone();
+            parts.workers = plane.queues.stats().to_vec();
+        });
+    }
+
+    pub(super) fn set_ready(&self) {
+        self.edit(|parts| parts.fixed.ready = true);
+    }
+
+    pub(super) fn not_ready(&self) {
+        self.edit(|parts| parts.fixed.ready = false);
+    }
+
+    /// The document as of now.
+    pub(super) fn status(&self) -> Status {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = parts.fixed.clone();
+        status.uptime_s = self.started.elapsed().as_secs_f64();
+        for count in Count::ALL {
+            let total = parts.workers.iter().map(|worker| worker.counted(*count)).sum();
+            status.counters.insert(count.name().to_owned(), total);
+        }
+        status.drops = nonzero(|reason| parts.workers.iter().map(|worker| worker.dropped(reason)).sum());
+        status.peers = parts
+            .peers
+            .iter()
+            .map(|(subnet, peer)| peer_status(*subnet, peer))
+            .collect();
+        if let Some(published) = &parts.published {
+            let lease = published.lease.borrow();
+            status.node.subnets = prefixes(lease.subnet).map(|prefix| prefix.to_string()).collect();
+            let health = published.health.borrow();
+            status.store.connected = health.connected;
+            status.store.since_s = health.since.elapsed().as_secs_f64();
+            status.store.error.clone_from(&health.last_error);
+            let rejected = published.peers.borrow().rejected();
+            status.rejected_leases = rejected
+                .into_iter()
+                .map(|(reason, n)| (reason.to_owned(), n))
+                .collect();
+        }
+        if let Some(skipped) = parts
+            .store
+            .as_ref()
+            .map(|store| store.skipped())
+            .filter(|&skipped| skipped > 0)
+        {
+            status.rejected_leases.insert("unreadable".to_owned(), skipped);
+        }
+        status
+    }
+}
+
+fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
+    let (outbound_packets, outbound_bytes, inbound_packets, inbound_bytes) = peer.stats.totals();
+    status::Peer {
+        subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
+        endpoints: peer.endpoints.clone(),
+        outbound_packets,
+        outbound_bytes,
+        inbound_packets,
+        inbound_bytes,
+        drops: nonzero(|reason| peer.stats.dropped(reason)),
+    }
+}
+
+/// The reasons that occurred, by name.
+fn nonzero(dropped: impl Fn(DropReason) -> u64) -> BTreeMap<String, u64> {
+    let counted = DropReason::ALL
+        .iter()
+        .map(|reason| (reason.name().to_owned(), dropped(*reason)));
+    counted.filter(|(_, n)| *n > 0).collect()
+}

@@ -1,0 +1,600 @@
+//! Which interface carries the underlay, and with which addresses.
+//!
+//! The order is flannel's. Options that name an interface are tried first to last, and the first that leads to a
+//! usable interface wins; without any, the interface holding the public address is taken, or else the one of the
+//! first default route. Usable means: it has an address of every family wanted, and an MTU.
+//!
+//! [`InterfaceRequest::choose`] reads the links, addresses and routes once and decides on that picture; the answer
+//! holds for the life of the process.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_route::address::AddressFlags;
+use regex::Regex;
+
+use crate::addr::{AddrError, Mtu};
+use crate::host::netlink::{Link, LinkAddr, Netlink, NetlinkError, Route, RouteLookup};
+
+/// The address families the underlay has to carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+    /// Both, on one interface.
+    Dual,
+}
+
+impl Families {
+    /// Whether IPv4 is wanted.
+    pub fn v4(self) -> bool {
+        matches!(self, Self::V4 | Self::Dual)
+    }
+
+    /// Whether IPv6 is wanted.
+    pub fn v6(self) -> bool {
+        matches!(self, Self::V6 | Self::Dual)
+    }
+}
+
+/// What the operator asked for.
+#[derive(Clone, Debug)]
+pub struct InterfaceRequest {
+    /// `--iface`: names or addresses, in order of preference.
+    pub ifaces: Vec<String>,
+    /// `--iface-regex`: patterns over addresses and names, tried after `ifaces`.
+    pub iface_regexes: Vec<String>,
+    /// `--iface-can-reach`: tried last.
+    pub can_reach: Option<IpAddr>,
+    /// `--public-ip`: what peers send to, if it is not the interface's own address.
+    pub public_ip: Option<Ipv4Addr>,
+    /// `--public-ipv6`.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// The families the network needs.
+    pub families: Families,
+}
+
+/// The interface chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnderlayInterface {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub index: u32,
+    /// Its MTU.
+    pub mtu: Mtu,
+    /// Its IPv4 address, if IPv4 is wanted.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address, if IPv6 is wanted.
+    pub v6: Option<Ipv6Addr>,
+    /// The IPv4 address peers send to.
+    pub public_v4: Option<Ipv4Addr>,
+    /// The IPv6 address peers send to.
+    pub public_v6: Option<Ipv6Addr>,
+}
+
+/// No interface could be chosen.
+#[derive(Debug, thiserror::Error)]
+pub enum InterfaceError {
+    /// The kernel would not tell.
+    #[error("cannot read this host's interfaces")]
+    Netlink(#[from] NetlinkError),
+    /// Every option given was tried.
+    #[error("no usable network interface: {}; this host has {present}", list(.tried))]
+    NoneUsable {
+        /// What was tried, and why it did not do.
+        tried: Vec<Attempt>,
+        /// The interfaces there are.
+        present: String,
+    },
+}
+
+/// One way of finding an interface that led nowhere.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The option, as the operator wrote it.
+    pub what: String,
+    /// Why it did not do.
+    pub miss: Miss,
+}
+
+/// Why an interface was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum Miss {
+    /// No interface has the name.
+    #[error("no interface has that name")]
+    NoSuchName,
+    /// No interface has the address.
+    #[error("no interface has that address")]
+    NoSuchAddress,
+    /// The pattern fits neither an address nor a name.
+    #[error("it matches no address and no name")]
+    NoMatch,
+    /// The pattern is no pattern.
+    #[error("{0}")]
+    Pattern(Box<regex::Error>),
+    /// The kernel has no route there.
+    #[error("{}: {}", .0, cause(.0))]
+    NoRoute(NetlinkError),
+    /// There is no default route of a family wanted.
+    #[error("there is no {0} default route; name an interface with --iface")]
+    NoDefaultRoute(&'static str),
+    /// The two default routes leave by different interfaces.
+    #[error("the IPv4 and IPv6 default routes leave by different interfaces, {v4} and {v6}; use --iface")]
+    DefaultRoutesDiffer {
+        /// Where IPv4 goes.
+        v4: String,
+        /// Where IPv6 goes.
+        v6: String,
+    },
+    /// The interface lacks an address.
+    #[error("{link} has no {family} address")]
+    NoAddress {
+        /// The interface.
+        link: String,
+        /// The family.
+        family: &'static str,
+    },
+    /// The interface cannot carry packets.
+    #[error("{link} has no usable MTU: {source}")]
+    NoMtu {
+        /// The interface.
+        link: String,
+        /// What is wrong with it.
+        source: AddrError,
+    },
+}
+
+fn cause(error: &dyn std::error::Error) -> String {
+    error.source().map(ToString::to_string).unwrap_or_default()
+}
+
+fn list(tried: &[Attempt]) -> String {
+    let tried: Vec<_> = tried
+        .iter()
+        .map(|attempt| format!("{} ({})", attempt.what, attempt.miss))
+        .collect();
+    tried.join(", ")
+}
+
+impl InterfaceRequest {
+    /// Chooses.
+    ///
+    /// # Errors
+    /// No interface is usable; the error says for each option why.
+    pub async fn choose(&self, netlink: &Netlink) -> Result<UnderlayInterface, InterfaceError> {
+        let mut host = Host {
+            links: netlink.links().await?,
+            addresses: netlink.addresses().await?,
+            defaults: netlink.default_routes().await?,
+            reach: None,
+        };
+        if let Some(addr) = self.can_reach {
+            host.reach = Some((addr, netlink.route_to(addr).await));
+        }
+        self.choose_on(host)
+    }
+
+    fn choose_on(&self, mut host: Host) -> Result<UnderlayInterface, InterfaceError> {
+        let mut tried = Vec::new();
+        let mut usable = |what: String, found: Result<Match, Miss>, host: &Host| match found
+            .and_then(|found| self.complete(host, found))
+        {
+            Ok(interface) => Some(interface),
+            Err(miss) => {
+                tracing::debug!(option = %what, reason = %miss, "interface not usable");
+                tried.push(Attempt { what, miss });
+                None
+            }
+        };
+
+        for iface in &self.ifaces {
+            if let Some(done) = usable(format!("--iface {iface}"), host.named(iface), &host) {
+                return Ok(done);
+            }
+        }
+        for pattern in &self.iface_regexes {
+            let found = host.matching(pattern, self.families);
+            if let Some(done) = usable(format!("--iface-regex {pattern}"), found, &host) {
+                return Ok(done);
+            }
+        }
+        if let Some((addr, reach)) = host.reach.take() {
+            let found = host.reaching(reach);
+            if let Some(done) = usable(format!("--iface-can-reach {addr}"), found, &host) {
+                return Ok(done);
+            }
+        } else if self.ifaces.is_empty() && self.iface_regexes.is_empty() {
+            let (what, found) = if let Some(addr) = self.public_ip.filter(|_| self.families.v4()) {
+                (format!("--public-ip {addr}"), host.holding(addr.into()))
+            } else if let Some(addr) = self.public_ipv6.filter(|_| self.families.v6()) {
+                (format!("--public-ipv6 {addr}"), host.holding(addr.into()))
+            } else {
+                (
+                    "the default route".to_owned(),
+                    host.by_default_route(self.families),
+                )
+            };
+            if let Some(done) = usable(what, found, &host) {
+                return Ok(done);
+            }
+        }
+        Err(InterfaceError::NoneUsable {
+            tried,
+            present: host.to_string(),
+        })
+    }
+
+    /// Fills in the addresses a match did not settle.
+    fn complete(&self, host: &Host, found: Match) -> Result<UnderlayInterface, Miss> {
+        let link = host.link(found.index).ok_or(Miss::NoSuchName)?;
+        let missing = |family| Miss::NoAddress {
+            link: link.name.clone(),
+            family,
+        };
+        let candidates = host.candidates(link.index);
+        let (mut v4, mut v6) = (None, None);
+        if self.families.v4() {
+            let first = candidates.iter().find_map(|&addr| as_v4(addr));
+            v4 = Some(found.v4.or(first).ok_or_else(|| missing("IPv4"))?);
+        }
+        if self.families.v6() {
+            let first = candidates.iter().find_map(|&addr| as_v6(addr));
+            v6 = Some(found.v6.or(first).ok_or_else(|| missing("IPv6"))?);
+        }
+        // Loopback's 65,536 is one more than an IP packet can have.
+        let mtu = Mtu::new(link.mtu_bytes.min(u32::from(u16::MAX))).map_err(|source| Miss::NoMtu {
+            link: link.name.clone(),
+            source,
+        })?;
+        Ok(UnderlayInterface {
+            name: link.name.clone(),
+            index: link.index,
+            mtu,
+            v4,
+            v6,
+            public_v4: v4.map(|own| self.public_ip.unwrap_or(own)),
+            public_v6: v6.map(|own| self.public_ipv6.unwrap_or(own)),
+        })
+    }
+}
+
+/// An interface found, with the addresses that the way of finding it settled.
+struct Match {
+    index: u32,
+    v4: Option<Ipv4Addr>,
+    v6: Option<Ipv6Addr>,
+}
+
+impl Match {
+    fn link(index: u32) -> Self {
+        Self {
+            index,
+            v4: None,
+            v6: None,
+        }
+    }
+
+    fn address(index: u32, addr: IpAddr) -> Self {
+        Self {
+            index,
+            v4: as_v4(addr),
+            v6: as_v6(addr),
+        }
+    }
+}
+
+/// This host, as it was when we looked.
+struct Host {
+    links: Vec<Link>,
+    addresses: Vec<LinkAddr>,
+    defaults: Vec<Route>,
+    reach: Option<(IpAddr, Result<RouteLookup, NetlinkError>)>,
+}
+
+impl Host {
+    fn link(&self, index: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.index == index)
+    }
+
+    fn name(&self, index: u32) -> String {
+        self.link(index)
+            .map_or_else(|| format!("interface {index}"), |link| link.name.clone())
+    }
+
+    fn named(&self, text: &str) -> Result<Match, Miss> {
+        if let Ok(addr) = text.parse() {
+            return self.holding(addr);
+        }
+        let link = self
+            .links
+            .iter()
+            .find(|link| link.name == text)
+            .ok_or(Miss::NoSuchName)?;
+        Ok(Match::link(link.index))
+    }
+
+    fn holding(&self, addr: IpAddr) -> Result<Match, Miss> {
+        let holder = self
+            .addresses
+            .iter()
+            .find(|held| held.addr == addr)
+            .ok_or(Miss::NoSuchAddress)?;
+        Ok(Match::address(holder.index, addr))
+    }
+
+    /// Addresses first, over all interfaces; then names.
+    fn matching(&self, pattern: &str, families: Families) -> Result<Match, Miss> {
+        let pattern = Regex::new(pattern).map_err(|error| Miss::Pattern(Box::new(error)))?;
+        for link in &self.links {
+            let mut fitting = self.candidates(link.index);
+            fitting.retain(|addr| pattern.is_match(&addr.to_string()));
+            let found = Match {
+                index: link.index,
+                v4: fitting
+                    .iter()
+                    .find_map(|&addr| as_v4(addr))
+                    .filter(|_| families.v4()),
+                v6: fitting
+                    .iter()
+                    .find_map(|&addr| as_v6(addr))
+                    .filter(|_| families.v6()),
+            };
+            if found.v4.is_some() == families.v4() && found.v6.is_some() == families.v6() {
+                return Ok(found);
+            }
+        }
+        let link = self
+            .links
+            .iter()
+            .find(|link| pattern.is_match(&link.name))
+            .ok_or(Miss::NoMatch)?;
+        Ok(Match::link(link.index))
+    }
+
+    fn reaching(&self, reach: Result<RouteLookup, NetlinkError>) -> Result<Match, Miss> {
+        let reach = reach.map_err(Miss::NoRoute)?;
+        Ok(match reach.source {
+            Some(source) => Match::address(reach.index, source),
+            None => Match::link(reach.index),
+        })
+    }
+
+    fn by_default_route(&self, families: Families) -> Result<Match, Miss> {
+        let leaves_by = |family, wanted: fn(IpAddr) -> bool| {
+            let route = self
+                .defaults
+                .iter()
+                .find(|route| wanted(route.destination.addr()));
+            route.map(|route| route.index).ok_or(Miss::NoDefaultRoute(family))
+        };
+        let v4 = || leaves_by("IPv4", |addr| addr.is_ipv4());
+        let v6 = || leaves_by("IPv6", |addr| addr.is_ipv6());
+        match families {
+            Families::V4 => v4().map(Match::link),
+            Families::V6 => v6().map(Match::link),
+            Families::Dual => {
+                let (v4, v6) = (v4()?, v6()?);
+                if v4 != v6 {
+                    return Err(Miss::DefaultRoutesDiffer {
+                        v4: self.name(v4),
+                        v6: self.name(v6),
+                    });
+                }
+                Ok(Match::link(v4))
+            }
+        }
+    }
+
+    /// A link's addresses that may carry the underlay, best first; equals stay in the kernel's order.
+    fn candidates(&self, index: u32) -> Vec<IpAddr> {
+        let mut held: Vec<_> = self
+            .addresses
+            .iter()
+            .filter(|held| held.index == index && !held.flags.contains(AddressFlags::Deprecated))
+            .filter(|held| {
+                !held.addr.is_loopback() && !held.addr.is_multicast() && !held.addr.is_unspecified()
+            })
+            .collect();
+        held.sort_by_key(|held| {
+            // Linux gives IFA_F_SECONDARY and IFA_F_TEMPORARY one bit: v4 secondary, v6 privacy address.
+            let temporary = held.flags.contains(AddressFlags::Secondary);
+            (
+                is_link_local(held.addr),
+                !held.flags.contains(AddressFlags::Permanent),
+                temporary,
+            )
+        });
+        held.into_iter().map(|held| held.addr).collect()
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, link) in self.links.iter().enumerate() {
+            let separator = if nth == 0 { "" } else { ", " };
+            let addresses: Vec<_> = self
+                .candidates(link.index)
+                .iter()
+                .map(ToString::to_string)
+                .collect();
+            write!(f, "{separator}{}", link.name)?;
+            if !addresses.is_empty() {
+                write!(f, " ({})", addresses.join(" "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn as_v4(addr: IpAddr) -> Option<Ipv4Addr> {
+    match addr {
+        IpAddr::V4(addr) => Some(addr),
+        IpAddr::V6(_) => None,
+    }
+}
+
+fn as_v6(addr: IpAddr) -> Option<Ipv6Addr> {
+    match addr {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(addr) => Some(addr),
+    }
+}
+
+fn is_link_local(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(addr) => addr.is_link_local(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::link::LinkFlags;
+
+    use super::*;
+
+    #[test]
+    fn without_options_the_default_route_decides() {
+        let chosen = request().choose_on(host()).unwrap();
+        assert_eq!((chosen.name.as_str(), chosen.mtu.bytes()), ("eth0", 1500));
+        assert_eq!((chosen.v4, chosen.v6), (Some(v4("192.0.2.1")), None));
+        assert_eq!(chosen.public_v4, chosen.v4);
+    }
+
+    #[test]
+    fn the_first_name_that_works_wins_and_an_address_names_its_holder() {
+        let mut request = request();
+        request.ifaces = vec!["eth9".into(), "198.51.100.2".into(), "eth0".into()];
+        let chosen = request.choose_on(host()).unwrap();
+        assert_eq!(
+            (chosen.name.as_str(), chosen.v4),
+            ("eth1", Some(v4("198.51.100.2")))
+        );
+    }
+
+    #[test]
+    fn a_pattern_tries_addresses_before_names() {
+        let mut request = request();
+        request.iface_regexes = vec!["1.*51".into()];
+        assert_eq!(request.choose_on(host()).unwrap().name, "eth1");
+        request.iface_regexes = vec!["h0$".into()];
+        assert_eq!(request.choose_on(host()).unwrap().name, "eth0");
+    }
+
+    #[test]
+    fn a_public_address_nobody_holds_needs_a_named_interface() {
+        let mut request = request();
+        request.public_ip = Some(v4("203.0.113.9"));
+        let error = request.choose_on(host()).unwrap_err().to_string();
+        assert!(
+            error.contains("--public-ip 203.0.113.9 (no interface has that address)"),
+            "{error}"
+        );
+        request.ifaces = vec!["eth0".into()];
+        let chosen = request.choose_on(host()).unwrap();
+        assert_eq!(
+            (chosen.v4, chosen.public_v4),
+            (Some(v4("192.0.2.1")), Some(v4("203.0.113.9")))
+        );
+    }
+
+    #[test]
+    fn every_miss_is_named() {
+        let mut request = request();
+        request.ifaces = vec!["eth9".into(), "lo".into()];
+        request.iface_regexes = vec!["(".into(), "wlan".into()];
+        let error = request.choose_on(host()).unwrap_err().to_string();
+        for part in [
+            "--iface eth9 (no interface has that name)",
+            "lo has no IPv4",
+            "--iface-regex wlan (",
+            "eth1 (",
+        ] {
+            assert!(error.contains(part), "{part:?} is not in {error}");
+        }
+    }
+
+    #[test]
+    fn dual_stack_wants_both_default_routes_on_one_interface() {
+        let mut request = request();
+        request.families = Families::Dual;
+        let chosen = request.choose_on(host()).unwrap();
+        assert_eq!(chosen.v6, Some("2001:db8:1::1".parse().unwrap()));
+        let mut split = host();
+        split.defaults[1].index = 3;
+        let error = request.choose_on(split).unwrap_err().to_string();
+        assert!(error.contains("eth0 and eth1"), "{error}");
+    }
+
+    #[test]
+    fn an_explicit_loopback_address_is_taken() {
+        let mut request = request();
+        request.ifaces = vec!["127.0.0.1".into()];
+        let chosen = request.choose_on(host()).unwrap();
+        assert_eq!((chosen.name.as_str(), chosen.mtu.bytes()), ("lo", 65_535));
+    }
+
+    fn request() -> InterfaceRequest {
+        InterfaceRequest {
+            ifaces: Vec::new(),
+            iface_regexes: Vec::new(),
+            can_reach: None,
+            public_ip: None,
+            public_ipv6: None,
+            families: Families::V4,
+        }
+    }
+
+    /// lo; eth0 with the default routes, a deprecated address first and a link-local one before the global one;
+    /// eth1 with IPv4 alone.
+    fn host() -> Host {
+        let permanent = AddressFlags::Permanent;
+        Host {
+            links: vec![
+                link(1, "lo", 65_536),
+                link(2, "eth0", 1500),
+                link(3, "eth1", 9000),
+            ],
+            addresses: vec![
+                addr(1, "127.0.0.1", permanent),
+                addr(2, "192.0.2.77", AddressFlags::Deprecated | permanent),
+                addr(2, "192.0.2.1", permanent),
+                addr(2, "fe80::1", permanent),
+                addr(2, "2001:db8:1::1", permanent),
+                addr(3, "198.51.100.2", permanent),
+            ],
+            defaults: vec![
+                Route::direct("0.0.0.0/0".parse().map(crate::addr::Prefix::V4).unwrap(), 2),
+                Route::direct("::/0".parse().map(crate::addr::Prefix::V6).unwrap(), 2),
+            ],
+            reach: None,
+        }
+    }
+
+    fn link(index: u32, name: &str, mtu_bytes: u32) -> Link {
+        Link {
+            index,
+            name: name.to_owned(),
+            mtu_bytes,
+            flags: LinkFlags::Up,
+            tx_queue_len: 1000,
+            mac: None,
+        }
+    }
+
+    fn addr(index: u32, text: &str, flags: AddressFlags) -> LinkAddr {
+        LinkAddr {
+            index,
+            addr: text.parse().unwrap(),
+            prefix_len: 24,
+            flags,
+        }
+    }
+
+    fn v4(text: &str) -> Ipv4Addr {
+        text.parse().unwrap()
+    }
+}

@@ -1,0 +1,297 @@
+//! What the kernel's messages about links, addresses and routes mean to us.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+};
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_core::NetlinkPayload;
+
+use crate::addr::{Ipv4Prefix, Ipv6Prefix, Prefix};
+
+/// Marks our routes: `proto 75` in `ip route`. 75 is `K`, and free in iproute2's `rt_protos`.
+pub const KERSEY_PROTOCOL: u8 = b'K';
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its number.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// MTU in bytes; loopback's 65,536 is why this is no [`crate::addr::Mtu`].
+    pub mtu_bytes: u32,
+    /// `IFF_*` flags.
+    pub flags: LinkFlags,
+    /// Transmit queue length in packets.
+    pub tx_queue_len: u32,
+    /// Ethernet address, on links that have one.
+    pub mac: Option<[u8; 6]>,
+}
+
+impl Link {
+    /// Whether the link is set up.
+    pub fn is_up(&self) -> bool {
+        self.flags.contains(LinkFlags::Up)
+    }
+
+    /// Whether it is up and its carrier is there.
+    pub fn is_running(&self) -> bool {
+        self.flags.contains(LinkFlags::Up | LinkFlags::LowerUp)
+    }
+
+    /// Whether it is a loopback.
+    pub fn is_loopback(&self) -> bool {
+        self.flags.contains(LinkFlags::Loopback)
+    }
+}
+
+/// An address on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkAddr {
+    /// The link's number.
+    pub index: u32,
+    /// The address.
+    pub addr: IpAddr,
+    /// Prefix length.
+    pub prefix_len: u8,
+    /// `IFA_F_*` flags.
+    pub flags: AddressFlags,
+}
+
+/// Where a route leads on its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gateway {
+    /// The destinations are on the link.
+    Direct,
+    /// Through a neighbour that another route reaches.
+    Via(IpAddr),
+    /// Through a neighbour that is on this link, whatever its address.
+    OnLink(IpAddr),
+}
+
+/// A route in the main table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Where to.
+    pub destination: Prefix,
+    /// Number of the link it leaves by.
+    pub index: u32,
+    /// How it gets there.
+    pub gateway: Gateway,
+    /// MTU metric in bytes, if it differs from the link's.
+    pub mtu_bytes: Option<u32>,
+    /// Source address for sockets that have not chosen one.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    /// A route to destinations on the link.
+    pub fn direct(destination: Prefix, index: u32) -> Self {
+        Self {
+            destination,
+            index,
+            gateway: Gateway::Direct,
+            mtu_bytes: None,
+            source: None,
+        }
+    }
+
+    pub(super) fn message(&self) -> RouteMessage {
+        let mut message = match self.destination {
+            Prefix::V4(prefix) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(prefix.addr(), prefix.len())
+                .build(),
+            Prefix::V6(prefix) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(prefix.addr(), prefix.len())
+                .build(),
+        };
+        message.header.protocol = RouteProtocol::Other(KERSEY_PROTOCOL);
+        message.attributes.push(RouteAttribute::Oif(self.index));
+        match self.gateway {
+            Gateway::Direct => {
+                // fib_check_nh wants an IPv4 route without a gateway to have link scope; IPv6 ignores the field.
+                if matches!(self.destination, Prefix::V4(_)) {
+                    message.header.scope = RouteScope::Link;
+                }
+            }
+            Gateway::Via(addr) => message.attributes.push(RouteAttribute::Gateway(addr.into())),
+            Gateway::OnLink(addr) => {
+                message.header.flags.insert(RouteFlags::Onlink);
+                message.attributes.push(RouteAttribute::Gateway(addr.into()));
+            }
+        }
+        if let Some(mtu) = self.mtu_bytes {
+            message
+                .attributes
+                .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+        }
+        if let Some(source) = self.source {
+            message.attributes.push(RouteAttribute::PrefSource(source.into()));
+        }
+        message
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on interface {}", self.destination, self.index)?;
+        match self.gateway {
+            Gateway::Direct => Ok(()),
+            Gateway::Via(addr) => write!(f, " via {addr}"),
+            Gateway::OnLink(addr) => write!(f, " via {addr} onlink"),
+        }
+    }
+}
+
+/// How the kernel would send to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouteLookup {
+    /// Number of the link.
+    pub index: u32,
+    /// The next router, if any.
+    pub gateway: Option<IpAddr>,
+    /// The source address it would pick.
+    pub source: Option<IpAddr>,
+}
+
+/// Something about links or addresses changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkChange {
+    /// A link appeared or changed; this is how it is now.
+    Link(Link),
+    /// A link is gone.
+    LinkGone(Link),
+    /// An address appeared or changed.
+    Address(LinkAddr),
+    /// An address is gone.
+    AddressGone(LinkAddr),
+    /// The kernel had to throw changes away: look at everything again.
+    Overrun,
+}
+
+pub(super) fn link(message: LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mtu_bytes: 0,
+        flags: message.header.flags,
+        tx_queue_len: 0,
+        mac: None,
+    };
+    for attribute in message.attributes {
+        if let LinkAttribute::IfName(name) = attribute {
+            link.name = name;
+        } else if let LinkAttribute::Mtu(mtu) = attribute {
+            link.mtu_bytes = mtu;
+        } else if let LinkAttribute::TxQueueLen(packets) = attribute {
+            link.tx_queue_len = packets;
+        } else if let LinkAttribute::Address(mac) = attribute {
+            link.mac = mac.try_into().ok();
+        }
+    }
+    link
+}
+
+pub(super) fn link_addr(message: &AddressMessage) -> Option<LinkAddr> {
+    let mut address = None;
+    let mut local = None;
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        if let AddressAttribute::Address(addr) = attribute {
+            address = Some(*addr);
+        } else if let AddressAttribute::Local(addr) = attribute {
+            local = Some(*addr);
+        } else if let AddressAttribute::Flags(all) = attribute {
+            flags = *all;
+        }
+    }
+    // On a point-to-point link IFA_ADDRESS is the far end, and only IFA_LOCAL is ours.
+    Some(LinkAddr {
+        index: message.header.index,
+        addr: local.or(address)?,
+        prefix_len: message.header.prefix_len,
+        flags,
+    })
+}
+
+pub(super) fn route(message: &RouteMessage) -> Option<Route> {
+    let len = message.header.destination_prefix_length;
+    let mut destination = None;
+    let mut via = None;
+    let mut route = Route::direct(unspecified(message)?, 0);
+    for attribute in &message.attributes {
+        if let RouteAttribute::Destination(addr) = attribute {
+            destination = ip(addr);
+        } else if let RouteAttribute::Oif(index) = attribute {
+            route.index = *index;
+        } else if let RouteAttribute::Gateway(addr) = attribute {
+            via = ip(addr);
+        } else if let RouteAttribute::PrefSource(addr) = attribute {
+            route.source = ip(addr);
+        } else if let RouteAttribute::Metrics(metrics) = attribute {
+            route.mtu_bytes = metrics.iter().find_map(|metric| {
+                if let RouteMetric::Mtu(mtu) = metric {
+                    Some(*mtu)
+                } else {
+                    None
+                }
+            });
+        }
+    }
+    if let Some(addr) = destination {
+        route.destination = match addr {
+            IpAddr::V4(addr) => Prefix::V4(Ipv4Prefix::new(addr, len).ok()?),
+            IpAddr::V6(addr) => Prefix::V6(Ipv6Prefix::new(addr, len).ok()?),
+        };
+    }
+    route.gateway = match via {
+        None => Gateway::Direct,
+        Some(addr) if message.header.flags.contains(RouteFlags::Onlink) => Gateway::OnLink(addr),
+        Some(addr) => Gateway::Via(addr),
+    };
+    Some(route)
+}
+
+/// A default route carries no destination attribute; this is what it means.
+fn unspecified(message: &RouteMessage) -> Option<Prefix> {
+    if message.header.address_family == netlink_packet_route::AddressFamily::Inet {
+        Ipv4Prefix::new(Ipv4Addr::UNSPECIFIED, 0).ok().map(Prefix::V4)
+    } else {
+        Ipv6Prefix::new(Ipv6Addr::UNSPECIFIED, 0).ok().map(Prefix::V6)
+    }
+}
+
+pub(super) fn ip(addr: &RouteAddress) -> Option<IpAddr> {
+    if let RouteAddress::Inet(addr) = addr {
+        Some((*addr).into())
+    } else if let RouteAddress::Inet6(addr) = addr {
+        Some((*addr).into())
+    } else {
+        None
+    }
+}
+
+pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<LinkChange> {
+    let message = match payload {
+        NetlinkPayload::InnerMessage(message) => message,
+        NetlinkPayload::Overrun(_) => return Some(LinkChange::Overrun),
+        NetlinkPayload::Done(_) | NetlinkPayload::Error(_) | NetlinkPayload::Noop | _ => return None,
+    };
+    if let RouteNetlinkMessage::NewLink(message) = message {
+        Some(LinkChange::Link(link(message)))
+    } else if let RouteNetlinkMessage::DelLink(message) = message {
+        Some(LinkChange::LinkGone(link(message)))
+    } else if let RouteNetlinkMessage::NewAddress(message) = message {
+        link_addr(&message).map(LinkChange::Address)
+    } else if let RouteNetlinkMessage::DelAddress(message) = message {
+        link_addr(&message).map(LinkChange::AddressGone)
+    } else {
+        None
+    }
+}

@@ -1,0 +1,168 @@
+//! Ways of carrying packets between the two nodes of a pair, set up side by side on one veth.
+//!
+//! ```text
+//!   node 1                                   node 2
+//!   lo        10.244.a.2   kersey pod        lo        10.244.b.2
+//!   flannel0               kersey's TUN      flannel0
+//!   flannel.1 10.245.1.0   kernel VXLAN      flannel.1 10.245.2.0
+//!   eth0      192.0.2.1 ------ veth -------- eth0      192.0.2.2
+//! ```
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::addr::Ipv4Prefix;
+use crate::host::netlink::{Gateway, Route, Vxlan};
+use crate::host::sysctl;
+use crate::lab::cluster::{Cluster, ClusterPlan, StoreKind};
+use crate::lab::topology::{INTERFACE, Node, Topology};
+use crate::lab::traffic::End;
+
+/// What flannel subtracts: outer IPv4, UDP and VXLAN headers, and the inner Ethernet header.
+const VXLAN_OVERHEAD: u32 = 20 + 8 + 8 + 14;
+/// Linux's VXLAN port, which flannel keeps.
+const VXLAN_PORT: u16 = 8472;
+
+/// A way of carrying packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Contestant {
+    /// Two kersey daemons, UDP backend.
+    Kersey,
+    /// The kernel's VXLAN, as flannel sets it up.
+    KernelVxlan,
+    /// No tunnel at all.
+    Veth,
+}
+
+impl Contestant {
+    /// What it is called in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kersey => "kersey",
+            Self::KernelVxlan => "kernel vxlan",
+            Self::Veth => "plain veth",
+        }
+    }
+}
+
+/// A contestant in place; dropping it ends its processes.
+#[derive(Debug)]
+pub struct Running {
+    addrs: [std::net::IpAddr; 2],
+    _cluster: Option<Cluster>,
+}
+
+impl Running {
+    /// The ends traffic goes between.
+    pub fn ends<'a>(&self, topology: &'a Topology) -> Option<(End<'a>, End<'a>)> {
+        let [one, two] = topology.nodes.as_slice() else {
+            return None;
+        };
+        Some((
+            End::new(&one.namespace, self.addrs[0]),
+            End::new(&two.namespace, self.addrs[1]),
+        ))
+    }
+}
+
+/// Makes flannel's VXLAN device on both nodes, once for the life of the topology.
+///
+/// # Errors
+/// This kernel has no VXLAN, or the topology is no pair.
+pub fn add_kernel_vxlan(topology: &Topology) -> Result<()> {
+    let [one, two] = topology.nodes.as_slice() else {
+        anyhow::bail!("a comparison takes 2 nodes");
+    };
+    let macs = [vxlan_device(one, 1)?, vxlan_device(two, 2)?];
+    join_vxlan(one, 2, macs[1], two.v4)?;
+    join_vxlan(two, 1, macs[0], one.v4)
+}
+
+fn vxlan_device(node: &Node, nth: u8) -> Result<[u8; 6]> {
+    node.namespace
+        .netlink(async |netlink| {
+            let underlay = netlink.link(INTERFACE).await?;
+            let vxlan = Vxlan {
+                name: "flannel.1",
+                vni: 1,
+                underlay_index: underlay.index,
+                local: node.v4.into(),
+                port: VXLAN_PORT,
+                mtu_bytes: underlay.mtu_bytes - VXLAN_OVERHEAD,
+            };
+            netlink.add_vxlan(&vxlan).await?;
+            sysctl::no_link_local_address(vxlan.name)?;
+            let link = netlink.link(vxlan.name).await?;
+            netlink
+                .add_address(link.index, vxlan_subnet(nth)?.addr().into(), 32)
+                .await?;
+            netlink.set_up(link.index).await?;
+            link.mac.context("a VXLAN device has an Ethernet address")
+        })
+        .context("cannot set up the kernel's VXLAN")
+}
+
+fn join_vxlan(node: &Node, peer: u8, mac: [u8; 6], underlay: Ipv4Addr) -> Result<()> {
+    let subnet = vxlan_subnet(peer)?;
+    node.namespace.netlink(async |netlink| {
+        let index = netlink.link("flannel.1").await?.index;
+        netlink.set_neighbour(index, subnet.addr().into(), mac).await?;
+        netlink.set_fdb(index, mac, underlay.into()).await?;
+        let mut route = Route::direct(subnet.into(), index);
+        route.gateway = Gateway::OnLink(subnet.addr().into());
+        Ok(netlink.replace_route(&route).await?)
+    })
+}
+
+fn vxlan_subnet(nth: u8) -> Result<Ipv4Prefix> {
+    Ok(Ipv4Prefix::new(Ipv4Addr::new(10, 245, nth, 0), 24)?)
+}
+
+/// Puts a contestant in place. Kersey's daemons are started afresh each time: what they found out about the kernel
+/// and gave up on holds until they end.
+///
+/// # Errors
+/// The daemons do not get ready.
+pub fn start(
+    contestant: Contestant,
+    topology: &Topology,
+    folder: &Path,
+    arguments: &[String],
+) -> Result<Running> {
+    let underlay = |nth: usize| {
+        topology
+            .nodes
+            .get(nth)
+            .map(|node| node.v4)
+            .context("a comparison takes 2 nodes")
+    };
+    let (addrs, cluster) = match contestant {
+        Contestant::Veth => ([underlay(0)?.into(), underlay(1)?.into()], None),
+        Contestant::KernelVxlan => (
+            [vxlan_subnet(1)?.addr().into(), vxlan_subnet(2)?.addr().into()],
+            None,
+        ),
+        Contestant::Kersey => {
+            let plan = ClusterPlan {
+                program: std::env::current_exe().context("cannot find our own program")?,
+                folder: folder.to_owned(),
+                store: StoreKind::Embedded,
+                network: ClusterPlan::network("udp", false),
+                arguments: arguments.to_vec(),
+            };
+            let cluster = plan.start(topology)?;
+            (
+                [cluster.pod(topology, 1)?.addr, cluster.pod(topology, 2)?.addr],
+                Some(cluster),
+            )
+        }
+    };
+    Ok(Running {
+        addrs,
+        _cluster: cluster,
+    })
+}
