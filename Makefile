@@ -1,0 +1,70 @@
+# Each target does all its set-up: on a Debian with Rust, `make lab` is the first thing one needs to type.
+#
+#   make lab     build kersey and try it out: a cluster in network namespaces, traffic, a report, nothing left behind
+#   make test    all tests, those in network namespaces included
+#   make check   format, lints, documentation, licences of dependencies
+#   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
+#   make fuzz    each fuzz target for FUZZ_SECONDS (20)
+#   make deps    only install what is missing
+#
+# ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := lab
+
+ARGS ?=
+FUZZ_SECONDS ?= 20
+# Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
+export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
+
+# Making network namespaces takes root. Only the programs that make them get it: what cargo builds stays the user's.
+ifeq ($(shell id -u),0)
+AS_ROOT :=
+RUNNER :=
+else
+AS_ROOT := sudo -E
+RUNNER := --config "target.'cfg(unix)'.runner=['sudo','-E']"
+endif
+
+.PHONY: lab test check bench fuzz deps build-deps build
+
+lab: build
+	$(AS_ROOT) target/release/kersey lab $(ARGS)
+
+test: deps
+	@if [ -n "$(AS_ROOT)" ]; then echo 'the tests make network namespaces; sudo may ask for your password'; sudo -v; fi
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run --locked $(RUNNER) $(ARGS); \
+	else \
+	    cargo test --locked $(RUNNER) $(ARGS); \
+	fi
+
+check: deps
+	cargo fmt --check
+	cargo clippy --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --locked
+	.ci/licences.py
+
+bench: build
+	cargo bench --locked
+	mkdir -p target/bench
+	$(AS_ROOT) target/release/kersey bench vs-kernel --json target/bench/vs-kernel.json $(ARGS)
+
+fuzz: build-deps
+	@if ! cargo fuzz --version >/dev/null 2>&1; then \
+	    echo 'cargo-fuzz is missing: rustup toolchain install nightly && cargo install cargo-fuzz' >&2; \
+	    exit 1; \
+	fi
+	for target in $$(cargo +nightly fuzz list); do \
+	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS); \
+	done
+
+build: build-deps
+	cargo build --release --locked
+
+build-deps:
+	@.ci/deps build
+
+deps:
+	@.ci/deps build test
