@@ -36,16 +36,33 @@ fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
         for merge in [Merge { tcp: true, udp: true }, Merge::NONE] {
             for sends in [Sends::Segments, Sends::SuperPackets] {
                 for receives in [Receives::Datagrams, Receives::Runs] {
-                    let wire = Impairment { receives, ..Impairment::CLEAN };
-                    let outcome = Transfer { family, merge, sends, wire, ..Transfer::default() }.run();
+                    let wire = Impairment {
+                        receives,
+                        ..Impairment::CLEAN
+                    };
+                    let outcome = Transfer {
+                        family,
+                        merge,
+                        sends,
+                        wire,
+                        ..Transfer::default()
+                    }
+                    .run();
                     let case = format!("{family:?} {merge:?} {sends:?} {receives:?}");
                     let merged = outcome.counted(Count::InboundSuperPackets);
                     assert_eq!(merged > 0, merge.tcp, "{case}: {merged} merged");
                     let split = outcome.counted(Count::OutboundSuperPackets);
                     assert_eq!(split > 0, sends == Sends::SuperPackets, "{case}: {split} split");
                     let sent = outcome.counted(Count::OutboundPackets);
-                    assert_eq!(sent, outcome.counted(Count::InboundPackets), "{case}: all that left arrived");
-                    assert!(outcome.nodes.iter().all(|node| node.drops().is_empty()), "{case}: drops");
+                    assert_eq!(
+                        sent,
+                        outcome.counted(Count::InboundPackets),
+                        "{case}: all that left arrived"
+                    );
+                    assert!(
+                        outcome.nodes.iter().all(|node| node.drops().is_empty()),
+                        "{case}: drops"
+                    );
                 }
             }
         }
@@ -55,7 +72,10 @@ fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
 #[test]
 fn super_packets_leave_in_long_runs() {
     let outcome = Transfer::default().run();
-    let (packets, runs) = (outcome.nodes[0].counted(Count::OutboundPackets), outcome.nodes[0].counted(Count::OutboundRuns));
+    let (packets, runs) = (
+        outcome.nodes[0].counted(Count::OutboundPackets),
+        outcome.nodes[0].counted(Count::OutboundRuns),
+    );
     assert!(packets / runs >= 10, "{packets} packets in {runs} runs");
     let frames = outcome.nodes[1].counted(Count::InboundFrames);
     assert!(packets / frames >= 10, "{packets} packets in {frames} frames");
@@ -66,8 +86,25 @@ fn loss_costs_time_but_no_byte() {
     for lost_per_mille in [10, 50, 200] {
         for family in FAMILIES {
             for sends in [Sends::Segments, Sends::SuperPackets] {
-                let wire = Impairment { lost_per_mille, ..Impairment::CLEAN };
-                Transfer { family, sends, wire, seed: lost_per_mille, ..Transfer::default() }.run();
+                let wire = Impairment {
+                    lost_per_mille,
+                    ..Impairment::CLEAN
+                };
+                let clean = Transfer {
+                    family,
+                    sends,
+                    ..Transfer::default()
+                }
+                .run();
+                let lossy = Transfer {
+                    family,
+                    sends,
+                    wire,
+                    seed: lost_per_mille,
+                    ..Transfer::default()
+                }
+                .run();
+                assert!(lossy.took > clean.took, "{lost_per_mille} of a thousand lost");
             }
         }
     }
@@ -75,13 +112,27 @@ fn loss_costs_time_but_no_byte() {
 
 #[test]
 fn reordering_and_duplicates_cost_no_byte() {
-    let reordered = Impairment { jitter: Duration::from_micros(300), ..Impairment::CLEAN };
-    let doubled = Impairment { doubled_per_mille: 100, ..Impairment::CLEAN };
-    let both = Impairment { doubled_per_mille: 100, ..reordered };
+    let reordered = Impairment {
+        jitter: Duration::from_micros(300),
+        ..Impairment::CLEAN
+    };
+    let doubled = Impairment {
+        doubled_per_mille: 100,
+        ..Impairment::CLEAN
+    };
+    let both = Impairment {
+        doubled_per_mille: 100,
+        ..reordered
+    };
     for wire in [reordered, doubled, both] {
         for receives in [Receives::Datagrams, Receives::Runs] {
             for family in FAMILIES {
-                Transfer { family, wire: Impairment { receives, ..wire }, ..Transfer::default() }.run();
+                Transfer {
+                    family,
+                    wire: Impairment { receives, ..wire },
+                    ..Transfer::default()
+                }
+                .run();
             }
         }
     }
@@ -96,9 +147,28 @@ fn a_bad_network_costs_no_byte_in_either_direction() {
         jitter: Duration::from_millis(50),
         ..Impairment::CLEAN
     };
-    for (seed, merge) in [(1, Merge { tcp: true, udp: true }), (2, Merge::NONE), (3, Merge { tcp: true, udp: false })] {
+    for (seed, merge) in [
+        (1, Merge { tcp: true, udp: true }),
+        (2, Merge::NONE),
+        (
+            3,
+            Merge {
+                tcp: true,
+                udp: false,
+            },
+        ),
+    ] {
         for family in FAMILIES {
-            Transfer { family, merge, wire, seed, forth: 300_000, back: 200_000, ..Transfer::default() }.run();
+            Transfer {
+                family,
+                merge,
+                wire,
+                seed,
+                forth: 300_000,
+                back: 200_000,
+                ..Transfer::default()
+            }
+            .run();
         }
     }
 }
@@ -116,8 +186,18 @@ fn every_inner_mtu_fits_the_wire_it_is_made_for() {
     ] {
         for sends in [Sends::Segments, Sends::SuperPackets] {
             // The wire takes not a byte more than the tunnel says it needs.
-            let wire = Impairment { longest: usize::from(inner_mtu), ..Impairment::CLEAN };
-            let outcome = Transfer { family, inner_mtu, sends, wire, ..Transfer::default() }.run();
+            let wire = Impairment {
+                longest: usize::from(inner_mtu),
+                ..Impairment::CLEAN
+            };
+            let outcome = Transfer {
+                family,
+                inner_mtu,
+                sends,
+                wire,
+                ..Transfer::default()
+            }
+            .run();
             assert_eq!(outcome.wire.too_long, 0, "{family:?} {inner_mtu}");
         }
     }
@@ -126,13 +206,29 @@ fn every_inner_mtu_fits_the_wire_it_is_made_for() {
 #[test]
 fn datagrams_cut_on_the_way_are_counted_and_never_delivered() {
     // Segments of 1472 bytes never pass; smaller ones (handshake, the last of the transfer) do.
-    let wire = Impairment { longest: 1400, too_long: TooLong::Cut, ..Impairment::CLEAN };
-    let outcome = Transfer { forth: 1200, wire, ..Transfer::default() }.run();
+    let wire = Impairment {
+        longest: 1400,
+        too_long: TooLong::Cut,
+        ..Impairment::CLEAN
+    };
+    let outcome = Transfer {
+        forth: 1200,
+        wire,
+        ..Transfer::default()
+    }
+    .run();
     assert_eq!(outcome.wire.too_long, 0);
 
-    let mut nodes = [node::Node::new(1, node::Kind::default(), &[2]), node::Node::new(2, node::Kind::default(), &[1])];
+    let mut nodes = [
+        node::Node::new(1, node::Kind::default(), &[2]),
+        node::Node::new(2, node::Kind::default(), &[1]),
+    ];
     let mut wire = wire::Wire::new(wire, 1);
-    let packet = packets::Packet { payload: 1444, ..packets::Packet::new(node::v4(1, 2), node::v4(2, 2)) }.udp();
+    let packet = packets::Packet {
+        payload: 1444,
+        ..packets::Packet::new(node::v4(1, 2), node::v4(2, 2))
+    }
+    .udp();
     for message in nodes[0].send(vec![(Default::default(), packet)], node::start()) {
         wire.carry(Duration::ZERO, nodes[0].underlay(), &message);
     }
@@ -150,15 +246,30 @@ fn a_device_that_refuses_super_packets_gets_every_segment_in_order() {
             GsoKind::TcpV6 => &[GsoKind::TcpV6],
             GsoKind::Udp => &[GsoKind::Udp],
         };
-        let outcome = Transfer { family, refuses, ..Transfer::default() }.run();
+        let outcome = Transfer {
+            family,
+            refuses,
+            ..Transfer::default()
+        }
+        .run();
         let node = &outcome.nodes[1];
         assert!(node.counted(Count::DeviceFallbacks) > 0, "{family:?}");
         assert_eq!(node.counted(Count::InboundSuperPackets), 0, "{family:?}");
-        assert_eq!(node.counted(Count::InboundFrames), node.counted(Count::InboundPackets), "{family:?}: one by one");
+        assert_eq!(
+            node.counted(Count::InboundFrames),
+            node.counted(Count::InboundPackets),
+            "{family:?}: one by one"
+        );
         assert!(node.drops().is_empty(), "{family:?}");
         // On a clean wire nothing was sent twice: no byte was missed and none came out of order.
         let sent = outcome.nodes[0].counted(Count::OutboundPackets);
-        let least = Transfer { family, ..Transfer::default() }.run().nodes[0].counted(Count::OutboundPackets);
+        let least = Transfer {
+            family,
+            ..Transfer::default()
+        }
+        .run()
+        .nodes[0]
+            .counted(Count::OutboundPackets);
         assert_eq!(sent, least, "{family:?}: retransmissions");
     }
 }

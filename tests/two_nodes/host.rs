@@ -48,7 +48,11 @@ const PORT: u16 = 5201;
 impl Host {
     /// A host behind a link of `mtu` bytes, ready to receive.
     pub(crate) fn new(address: IpAddr, mtu: usize, sends: Sends) -> Self {
-        let mut link = Link { incoming: VecDeque::new(), outgoing: Vec::new(), mtu };
+        let mut link = Link {
+            incoming: VecDeque::new(),
+            outgoing: Vec::new(),
+            mtu,
+        };
         let mut interface = Interface::new(Config::new(HardwareAddress::Ip), &mut link, Instant::ZERO);
         interface.update_ip_addrs(|addresses| addresses.push(IpCidr::new(address.into(), 0)).unwrap());
         let buffer = || smol_tcp::SocketBuffer::new(vec![0; BUFFER_BYTES]);
@@ -74,7 +78,9 @@ impl Host {
     pub(crate) fn send_to(&mut self, to: IpAddr, bytes: &[u8]) {
         self.to_send.extend(bytes);
         let client = self.sockets.get_mut::<smol_tcp::Socket>(self.client);
-        client.connect(self.interface.context(), (to, PORT), 40_000).unwrap();
+        client
+            .connect(self.interface.context(), (to, PORT), 40_000)
+            .unwrap();
     }
 
     /// Takes a packet from the overlay.
@@ -92,14 +98,19 @@ impl Host {
         self.interface.poll(at(now), &mut self.link, &mut self.sockets);
         let segments = std::mem::take(&mut self.link.outgoing);
         match self.sends {
-            Sends::Segments => segments.into_iter().map(|packet| (VirtioHeader::default(), packet)).collect(),
+            Sends::Segments => segments
+                .into_iter()
+                .map(|packet| (VirtioHeader::default(), packet))
+                .collect(),
             Sends::SuperPackets => super_packets(segments),
         }
     }
 
     /// When the stack wants to run again without being given a packet.
     pub(crate) fn next_poll(&mut self, now: Duration) -> Option<Duration> {
-        self.interface.poll_delay(at(now), &self.sockets).map(|delay| now + Duration::from_micros(delay.total_micros()))
+        self.interface
+            .poll_delay(at(now), &self.sockets)
+            .map(|delay| now + Duration::from_micros(delay.total_micros()))
     }
 
     /// Whether the other end has closed and everything was read.
@@ -185,7 +196,9 @@ pub(crate) fn super_packets(segments: Vec<Vec<u8>>) -> Vec<(VirtioHeader, Vec<u8
     let mut joined: Vec<Growing> = Vec::new();
     let mut out = Vec::new();
     for segment in segments {
-        let Some(next) = Growing::of(segment) else { continue };
+        let Some(next) = Growing::of(segment) else {
+            continue;
+        };
         match joined.last_mut() {
             Some(last) if last.takes(&next) => last.take(&next),
             Some(_) | None => joined.push(next),
@@ -211,11 +224,20 @@ struct Growing {
 impl Growing {
     /// `None` if it is no TCP packet, which a host with a TCP socket only never sends.
     fn of(bytes: Vec<u8>) -> Option<Self> {
-        let ip = IpHeader::parse(&bytes).ok().filter(|ip| ip.protocol == protocol::TCP)?;
+        let ip = IpHeader::parse(&bytes)
+            .ok()
+            .filter(|ip| ip.protocol == protocol::TCP)?;
         let header_len = ip.l4 + tcp_header_len(&bytes[ip.l4..]).ok()?;
         let flags = bytes[ip.l4 + tcp::FLAGS];
         let size = bytes.len() - header_len;
-        Some(Self { ip, header_len, size, segments: 1, open: flags == tcp::ACK_FLAG && size > 0, bytes })
+        Some(Self {
+            ip,
+            header_len,
+            size,
+            segments: 1,
+            open: flags == tcp::ACK_FLAG && size > 0,
+            bytes,
+        })
     }
 
     fn seq(&self) -> u32 {
@@ -266,7 +288,10 @@ impl Growing {
         };
         let pseudo = self.ip.pseudo(total - l4).fold();
         self.bytes[l4..][tcp::CHECKSUM].copy_from_slice(&pseudo.to_be_bytes());
-        let checksum = Some(PartialChecksum { start: l4 as u16, offset: tcp::CHECKSUM.start as u16 });
+        let checksum = Some(PartialChecksum {
+            start: l4 as u16,
+            offset: tcp::CHECKSUM.start as u16,
+        });
         let gso = (self.segments > 1).then_some(Gso {
             kind,
             size: self.size as u16,

@@ -39,7 +39,11 @@ pub(crate) struct Kind {
 
 impl Default for Kind {
     fn default() -> Self {
-        Self { check: IngressCheck::Strict, merge: Merge { tcp: true, udp: true }, inner_mtu: 1472 }
+        Self {
+            check: IngressCheck::Strict,
+            merge: Merge { tcp: true, udp: true },
+            inner_mtu: 1472,
+        }
     }
 }
 
@@ -60,14 +64,27 @@ impl Node {
         };
         let mut table = RouteTable::new(overlay);
         for &peer in peers {
-            let entry = || Peer { hop: UdpHop(underlay(peer)), inner_mtu: mtu(kind.inner_mtu), stats: PeerStats::new(1) };
-            table.insert(Prefix::V4(format!("10.244.{peer}.0/24").parse().unwrap()), entry());
-            table.insert(Prefix::V6(format!("fd00:244:0:{peer:x}::/64").parse().unwrap()), entry());
+            let entry = || Peer {
+                hop: UdpHop(underlay(peer)),
+                inner_mtu: mtu(kind.inner_mtu),
+                stats: PeerStats::new(1),
+            };
+            table.insert(
+                Prefix::V4(format!("10.244.{peer}.0/24").parse().unwrap()),
+                entry(),
+            );
+            table.insert(
+                Prefix::V6(format!("fd00:244:0:{peer:x}::/64").parse().unwrap()),
+                entry(),
+            );
         }
         let routes = SharedRoutes::new(table);
         let edges = || (MemoryDevice::new(kind.merge), MemoryUnderlay::new());
         let stats = || (0, Arc::new(WorkerStats::default()));
-        let options = InboundOptions { check: kind.check, verify_inner: false };
+        let options = InboundOptions {
+            check: kind.check,
+            verify_inner: false,
+        };
         let start = start();
         Self {
             number,
@@ -90,7 +107,11 @@ impl Node {
     }
 
     /// Receives messages until nothing waits; gives what its host gets.
-    pub(crate) fn receive(&mut self, messages: impl IntoIterator<Item = Message>, now: Instant) -> Vec<(VirtioHeader, Vec<u8>)> {
+    pub(crate) fn receive(
+        &mut self,
+        messages: impl IntoIterator<Item = Message>,
+        now: Instant,
+    ) -> Vec<(VirtioHeader, Vec<u8>)> {
         self.inbound.underlay().incoming.extend(messages);
         while self.inbound.turn(now).unwrap() == Turn::Busy {}
         self.inbound.device().to_host.drain(..).collect()
@@ -105,7 +126,9 @@ impl Node {
     /// The same, of the route over `peer` that has `inner`.
     pub(crate) fn peer_drops(&self, inner: IpAddr) -> Vec<(DropReason, u64)> {
         let routes = self.routes.current();
-        let Some(peer) = routes.lookup(inner).and_then(|index| routes.peer(index)) else { return Vec::new() };
+        let Some(peer) = routes.lookup(inner).and_then(|index| routes.peer(index)) else {
+            return Vec::new();
+        };
         named(|reason| peer.stats.dropped(reason))
     }
 
@@ -123,7 +146,11 @@ impl Node {
 }
 
 fn named(dropped: impl Fn(DropReason) -> u64) -> Vec<(DropReason, u64)> {
-    DropReason::ALL.iter().map(|&reason| (reason, dropped(reason))).filter(|&(_, n)| n > 0).collect()
+    DropReason::ALL
+        .iter()
+        .map(|&reason| (reason, dropped(reason)))
+        .filter(|&(_, n)| n > 0)
+        .collect()
 }
 
 /// The underlay address of node `number`.
@@ -147,7 +174,10 @@ pub(crate) fn mtu(bytes: u16) -> Mtu {
 }
 
 /// The moment simulated time counts from.
-#[expect(clippy::disallowed_methods, reason = "an Instant cannot be made otherwise; only differences to it matter")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an Instant cannot be made otherwise; only differences to it matter"
+)]
 pub(crate) fn start() -> Instant {
     static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
     *START

@@ -27,7 +27,13 @@ pub(crate) struct Packet {
 impl Packet {
     /// A short packet between addresses of one family.
     pub(crate) fn new(src: IpAddr, dst: IpAddr) -> Self {
-        Self { src, dst, ttl: 64, payload: 32, port: 1000 }
+        Self {
+            src,
+            dst,
+            ttl: 64,
+            payload: 32,
+            port: 1000,
+        }
     }
 
     /// As UDP, without DF.
@@ -66,7 +72,11 @@ pub(crate) fn refresh_v4(packet: &mut [u8]) {
 
 /// A datagram as it comes from the node of number `from`.
 pub(crate) fn from_peer(from: u8, packet: &[u8]) -> Message {
-    Message { addr: underlay(from), bytes: packet.to_vec(), segment_size: packet.len() }
+    Message {
+        addr: underlay(from),
+        bytes: packet.to_vec(),
+        segment_size: packet.len(),
+    }
 }
 
 /// Whether header and L4 checksums of a TCP, UDP or ICMPv6 packet are right.

@@ -81,14 +81,19 @@ const DEADLINE: Duration = Duration::from_secs(4 * 3600);
 impl Transfer {
     /// Carries the bytes, and panics if they do not all arrive as they were sent.
     pub(crate) fn run(self) -> Outcome {
-        let kind = Kind { merge: self.merge, inner_mtu: self.inner_mtu, ..Kind::default() };
+        let kind = Kind {
+            merge: self.merge,
+            inner_mtu: self.inner_mtu,
+            ..Kind::default()
+        };
         let mut nodes = [Node::new(1, kind, &[2]), Node::new(2, kind, &[1])];
         nodes[1].inbound.device().refuses = self.refuses.to_vec();
         let address = |number| match self.family {
             Family::V4 => v4(number, 2),
             Family::V6 => v6(number, 2),
         };
-        let mut hosts: [Host; 2] = [1, 2].map(|number| Host::new(address(number), usize::from(self.inner_mtu), self.sends));
+        let mut hosts: [Host; 2] =
+            [1, 2].map(|number| Host::new(address(number), usize::from(self.inner_mtu), self.sends));
         let mut random = Random(self.seed);
         let mut data = |len| (0..len).map(|_| random.below(256) as u8).collect::<Vec<u8>>();
         let (forth, back) = (data(self.forth), data(self.back));
@@ -118,7 +123,11 @@ impl Transfer {
         }
         assert!(hosts[1].received == forth, "bytes forth differ: {self:?}");
         assert!(hosts[0].received == back, "bytes back differ: {self:?}");
-        Outcome { nodes, wire, took: now }
+        Outcome {
+            nodes,
+            wire,
+            took: now,
+        }
     }
 }
 
@@ -136,7 +145,10 @@ fn step(now: Duration, nodes: &mut [Node; 2], hosts: &mut [Host; 2], wire: &mut 
         for message in node.send(packets, start() + now) {
             wire.carry(now, node.underlay(), &message);
         }
-        assert!(node.outbound.device().answers.is_empty() && node.inbound.device().answers.is_empty(), "an ICMP error");
+        assert!(
+            node.outbound.device().answers.is_empty() && node.inbound.device().answers.is_empty(),
+            "an ICMP error"
+        );
     }
     moved
 }

@@ -75,7 +75,13 @@ struct Flying {
 impl Wire {
     /// An empty wire; equal seeds give equal fates.
     pub(crate) fn new(impairment: Impairment, seed: u64) -> Self {
-        Self { impairment, random: Random(seed), flying: BTreeMap::new(), serial: 0, too_long: 0 }
+        Self {
+            impairment,
+            random: Random(seed),
+            flying: BTreeMap::new(),
+            serial: 0,
+            too_long: 0,
+        }
     }
 
     /// Takes a message on its way.
@@ -97,18 +103,30 @@ impl Wire {
                 let jitter_us = self.random.below(self.impairment.jitter.as_micros() as u64 + 1);
                 let at = now + self.impairment.delay + Duration::from_micros(jitter_us);
                 self.serial += 1;
-                self.flying.insert((at, self.serial), Flying { from, to: message.addr, bytes: bytes.clone() });
+                self.flying.insert(
+                    (at, self.serial),
+                    Flying {
+                        from,
+                        to: message.addr,
+                        bytes: bytes.clone(),
+                    },
+                );
             }
         }
     }
 
     /// Takes off what has arrived at `node` by `now`.
     pub(crate) fn arrivals(&mut self, now: Duration, node: SocketAddr) -> VecDeque<Message> {
-        let due = self.flying.range(..=(now, u64::MAX)).filter(|(_, flying)| flying.to == node);
+        let due = self
+            .flying
+            .range(..=(now, u64::MAX))
+            .filter(|(_, flying)| flying.to == node);
         let keys: Vec<_> = due.map(|(&key, _)| key).collect();
         let mut messages: VecDeque<Message> = VecDeque::new();
         for key in keys {
-            let Some(Flying { from, bytes, .. }) = self.flying.remove(&key) else { continue };
+            let Some(Flying { from, bytes, .. }) = self.flying.remove(&key) else {
+                continue;
+            };
             if let Some(run) = messages.back_mut()
                 && self.impairment.receives == Receives::Runs
                 && joins(run, from, bytes.len())
@@ -116,7 +134,11 @@ impl Wire {
                 run.bytes.extend_from_slice(&bytes);
                 continue;
             }
-            messages.push_back(Message { addr: from, segment_size: bytes.len(), bytes });
+            messages.push_back(Message {
+                addr: from,
+                segment_size: bytes.len(),
+                bytes,
+            });
         }
         messages
     }
