@@ -1,5 +1,7 @@
 //! Replays the corpora of the fuzz targets, and some bytes made from them, without a fuzzer.
 
+#![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
 use std::path::{Path, PathBuf};
 
 #[path = "../fuzz/targets.rs"]

@@ -1,5 +1,7 @@
 //! What flannel's own udp proxy put on a wire (`golden/udp-v4.pcap`): we read it, and we would have sent the same bytes.
 
+#![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;

@@ -5,6 +5,8 @@
 //! smoltcp ── MemoryDevice ── Outbound ── MemoryUnderlay ══ Wire ══ MemoryUnderlay ── Inbound ── MemoryDevice ── smoltcp
 //! ```
 
+#![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
 #[path = "two_nodes/decisions.rs"]
 mod decisions;
 #[path = "two_nodes/host.rs"]

@@ -151,7 +151,7 @@ impl Wire {
 
 /// Whether the kernel would coalesce a datagram of `len` bytes into `run`.
 fn joins(run: &Message, from: SocketAddr, len: usize) -> bool {
-    let full = run.bytes.len() % run.segment_size == 0;
+    let full = run.bytes.len().is_multiple_of(run.segment_size);
     run.addr == from
         && full
         && len <= run.segment_size
