@@ -15,12 +15,13 @@
 //! ```
 //!
 //! Invariants: an index in either structure names a live peer; the longest prefix wins over both structures; every peer's
-//! endpoint address is among the sources, counted, so that two routes over one endpoint do not forget each other.
+//! endpoint address is among the sources with all routes over it, so that one of two routes may go and the other still be found.
 //!
 //! Limits: the direct index is kept up to 2^22 subnets a family (16 MiB if all are used); larger networks use the trie. An idle
 //! reader keeps an old snapshot alive until its next load, so idle workers load about once a second.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -156,7 +157,7 @@ impl<H: Hop> RouteTable<H> {
         let Some(index) = removed else { return false };
         if let Some(peer) = self.peer(index) {
             let source = peer.hop.endpoint().ip();
-            self.sources.remove(source);
+            self.sources.remove(source, index);
         }
         self.peers.set(index as usize, None);
         self.free.push(index);
@@ -419,9 +420,16 @@ impl<A: FamilyAddr> Family<A> {
     }
 }
 
-/// Outer source addresses of peers, counted.
+/// Outer source addresses of peers, and the routes over each.
 #[derive(Clone, Debug)]
-struct Sources(Vec<Arc<HashMap<IpAddr, (u32, u32)>>>);
+struct Sources(Vec<Arc<HashMap<IpAddr, SourceRoutes>>>);
+
+/// The routes over one endpoint address: mostly one a family.
+#[derive(Clone, Debug)]
+struct SourceRoutes {
+    newest: u32,
+    older: Vec<u32>,
+}
 
 /// Shards of [`Sources`]: a change copies one.
 const SOURCE_SHARDS: usize = 256;
@@ -444,21 +452,37 @@ impl Sources {
 
     #[inline]
     fn get(&self, addr: IpAddr) -> Option<u32> {
-        self.0[Self::shard(addr)].get(&addr).map(|&(index, _)| index)
+        self.0[Self::shard(addr)].get(&addr).map(|routes| routes.newest)
     }
 
     fn insert(&mut self, addr: IpAddr, index: u32) {
-        let entry = Arc::make_mut(&mut self.0[Self::shard(addr)])
-            .entry(addr)
-            .or_insert((index, 0));
-        *entry = (index, entry.1 + 1);
+        match Arc::make_mut(&mut self.0[Self::shard(addr)]).entry(addr) {
+            Entry::Occupied(mut entry) => {
+                let routes = entry.get_mut();
+                routes.older.push(routes.newest);
+                routes.newest = index;
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(SourceRoutes {
+                    newest: index,
+                    older: Vec::new(),
+                });
+            }
+        }
     }
 
-    fn remove(&mut self, addr: IpAddr) {
+    fn remove(&mut self, addr: IpAddr, index: u32) {
         let map = Arc::make_mut(&mut self.0[Self::shard(addr)]);
-        if let Some(entry) = map.get_mut(&addr) {
-            entry.1 -= 1;
-            if entry.1 == 0 {
+        let Some(routes) = map.get_mut(&addr) else {
+            return;
+        };
+        if routes.newest != index {
+            routes.older.retain(|&older| older != index);
+            return;
+        }
+        match routes.older.pop() {
+            Some(older) => routes.newest = older,
+            None => {
                 map.remove(&addr);
             }
         }
@@ -637,6 +661,20 @@ mod tests {
         assert!(table.source("192.0.2.2".parse().unwrap()).is_some());
         table.remove(v6("fd00:244:0:2::/64"));
         assert!(table.source("192.0.2.2".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn a_source_leads_to_a_route_that_is_still_there() {
+        let mut table = RouteTable::new(overlay());
+        table.insert(v4("10.244.2.0/24"), peer(2));
+        table.insert(v4("10.244.3.0/24"), peer(2));
+        let source = peer(2).hop.endpoint().ip();
+        table.remove(v4("10.244.3.0/24"));
+        table.insert(v4("10.244.4.0/24"), peer(4));
+        let found = table.source(source).and_then(|index| table.peer(index));
+        assert_eq!(found.unwrap().hop.endpoint().ip(), source);
+        table.remove(v4("10.244.2.0/24"));
+        assert_eq!(table.source(source), None);
     }
 
     #[test]
