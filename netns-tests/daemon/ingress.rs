@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use kersey::lab::traffic::probe::Probe;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for, within};
 use crate::support::require_etcd;
@@ -202,6 +203,8 @@ fn send(overlay: &Overlay, nth: usize, count: u64, packets: &[Vec<u8>]) {
 fn receiver(overlay: &Overlay, nth: usize) -> UdpSocket {
     let end = overlay.pod(nth);
     let socket = end.namespace.run(|| Ok(UdpSocket::bind((end.addr, 0))?)).unwrap();
+    // Room for all that may come before anybody looks.
+    setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).unwrap();
     socket.set_nonblocking(true).unwrap();
     socket
 }

@@ -86,8 +86,9 @@ fn a_node_moves_to_another_address() {
         .namespace(2)
         .netlink(async |netlink| {
             let index = netlink.link(INTERFACE).await?.index;
-            netlink.add_address(index, new.into(), 24).await?;
-            Ok(netlink.delete_address(index, old.into(), 24).await?)
+            // In this order: further addresses of a subnet go with its first.
+            netlink.delete_address(index, old.into(), 24).await?;
+            Ok(netlink.add_address(index, new.into(), 24).await?)
         })
         .unwrap();
     overlay.restart(2);

@@ -80,9 +80,11 @@ fn run(name: &str, mut blueprint: Blueprint, one: &[&str], two: &[&str]) {
         let status = overlay.status(nth);
         for flag in FLAGS {
             let said = &status.device.offloads[&flag.trim_start_matches('-').replace('-', "_")];
+            // Without the header that TSO comes with, there is no USO either.
+            let off = flags.contains(&flag) || flag == "--tun-uso" && flags.contains(&"--tun-tso");
             assert_eq!(
                 said == "off (forced)",
-                flags.contains(&flag),
+                off,
                 "{name}, node {nth}: {flag} is {said}"
             );
         }

@@ -389,7 +389,7 @@ impl Overlay {
         assert_eq!(status.drops, BTreeMap::new(), "node {nth}: {status:#?}");
     }
 
-    /// Addresses of the device, and the routes the daemon put in.
+    /// The device, its addresses, and the routes through it that the daemon put in.
     pub(crate) fn device(&self, nth: usize) -> Option<(kersey::host::netlink::Link, Vec<LinkAddr>, Vec<Route>)> {
         self.namespace(nth)
             .netlink(async |netlink| {
@@ -398,7 +398,9 @@ impl Overlay {
                 };
                 let mut addresses = netlink.addresses().await?;
                 addresses.retain(|held| held.index == link.index);
-                Ok(Some((link, addresses, netlink.own_routes().await?)))
+                let mut routes = netlink.own_routes().await?;
+                routes.retain(|route| route.index == link.index);
+                Ok(Some((link, addresses, routes)))
             })
             .unwrap()
     }

@@ -52,6 +52,10 @@ fn a_daemon_starts_without_its_store() {
     let subnet = overlay.subnet(2);
     let mut conversation = Conversation::start(overlay.pod(1), overlay.pod(2));
     conversation.exchange();
+    let cache = overlay.file("2.data").join("control.json");
+    wait_for("the cache has the peer", READY, || {
+        std::fs::read_to_string(&cache).is_ok_and(|text| text.contains(r#""192.0.2.1""#))
+    });
     overlay.etcd_process().signal(Signal::SIGKILL).unwrap();
     overlay.etcd_process().wait_end(Duration::from_secs(5)).unwrap();
     overlay.kill(2);
