@@ -25,7 +25,10 @@ fn a_deleted_device_comes_back() {
                 .unwrap();
         });
         figure("device deleted: longest gap", report.longest_gap());
-        assert!(report.longest_gap() <= within(Duration::from_secs(2)), "{report:?}");
+        assert!(
+            report.longest_gap() <= within(Duration::from_secs(2)),
+            "{report:?}"
+        );
     }
     assert_restored(&overlay, 2);
 }
@@ -43,7 +46,10 @@ fn a_device_set_down_comes_up_with_its_routes() {
             .unwrap();
     });
     figure("device set down: longest gap", report.longest_gap());
-    assert!(report.longest_gap() <= within(Duration::from_secs(2)), "{report:?}");
+    assert!(
+        report.longest_gap() <= within(Duration::from_secs(2)),
+        "{report:?}"
+    );
     assert_restored(&overlay, 2);
 
     let report = under_traffic(&mut overlay, |overlay| {
@@ -57,7 +63,10 @@ fn a_device_set_down_comes_up_with_its_routes() {
             .unwrap();
     });
     figure("device set down and up: longest gap", report.longest_gap());
-    assert!(report.longest_gap() <= within(Duration::from_secs(2)), "{report:?}");
+    assert!(
+        report.longest_gap() <= within(Duration::from_secs(2)),
+        "{report:?}"
+    );
     assert_restored(&overlay, 2);
 }
 
@@ -151,7 +160,11 @@ fn end_without_tun(name: &str, prepare: &str) {
     let mut child = overlay.run(name, 1, command);
     let ended = child.wait_end(Duration::from_secs(3)).unwrap();
     assert_eq!(ended.code(), Some(3), "{}", child.log_end());
-    assert!(child.log_end().contains("kersey needs /dev/net/tun"), "{}", child.log_end());
+    assert!(
+        child.log_end().contains("kersey needs /dev/net/tun"),
+        "{}",
+        child.log_end()
+    );
 }
 
 #[test]
@@ -183,10 +196,7 @@ fn a_wrong_config_is_waited_out_with_one_line_that_names_the_field() {
     wait_for_line(&mut child, "SubnetLen");
     kersey::lab::interrupt::sleep(Duration::from_millis(2500)).unwrap();
     let lines = log(&child);
-    let lines: Vec<_> = lines
-        .lines()
-        .filter(|line| line.contains("SubnetLen"))
-        .collect();
+    let lines: Vec<_> = lines.lines().filter(|line| line.contains("SubnetLen")).collect();
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(child.is_running());
 

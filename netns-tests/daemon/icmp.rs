@@ -32,8 +32,16 @@ fn traceroute_sees_both_daemons() {
     for (family, (from, to)) in ends.enumerate() {
         // Host to host: the one daemon, the other daemon, the destination (flannel's count).
         let trace = Trace::new(from);
-        assert_eq!(trace.once(to.addr, 1), Some(Answer::TimeExceeded(hops[0][family])), "{from:?}");
-        assert_eq!(trace.once(to.addr, 2), Some(Answer::TimeExceeded(hops[1][family])), "{from:?}");
+        assert_eq!(
+            trace.once(to.addr, 1),
+            Some(Answer::TimeExceeded(hops[0][family])),
+            "{from:?}"
+        );
+        assert_eq!(
+            trace.once(to.addr, 2),
+            Some(Answer::TimeExceeded(hops[1][family])),
+            "{from:?}"
+        );
         assert_eq!(trace.once(to.addr, 3), Some(Answer::Reached(to.addr)), "{from:?}");
     }
     assert_eq!(overlay.status(1).drops["ttl_expired"], 2);
@@ -48,7 +56,10 @@ fn a_sender_to_nowhere_is_told_and_not_too_often() {
     let mut blueprint = Blueprint::embedded("nowhere", 2);
     blueprint.network = ClusterPlan::network("udp", true);
     let overlay = blueprint.start();
-    let nowhere: [IpAddr; 2] = ["10.244.254.1".parse().unwrap(), "fd00:10:244:fe::1".parse().unwrap()];
+    let nowhere: [IpAddr; 2] = [
+        "10.244.254.1".parse().unwrap(),
+        "fd00:10:244:fe::1".parse().unwrap(),
+    ];
     for (from, to) in overlay.pods(1).into_iter().zip(nowhere) {
         let trace = Trace::new(from);
         let socket = from
@@ -168,7 +179,11 @@ impl<'a> Trace<'a> {
                 IpAddr::V4(_) => {
                     let len = (&self.socket).read(&mut buffer).ok()?;
                     let from: [u8; 4] = buffer[12..16].try_into().unwrap();
-                    (IpAddr::from(Ipv4Addr::from(from)), len, usize::from(buffer[0] & 15) * 4)
+                    (
+                        IpAddr::from(Ipv4Addr::from(from)),
+                        len,
+                        usize::from(buffer[0] & 15) * 4,
+                    )
                 }
                 IpAddr::V6(_) => {
                     // Only recvfrom tells the source of a raw IPv6 packet.

@@ -86,14 +86,32 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
     };
     let nobody: Ipv4Addr = "10.244.254.9".parse().unwrap();
     let cases: Vec<(&str, Vec<Vec<u8>>, &[&str])> = vec![
-        ("another peer's pod", vec![inner(three, two, port)], &["spoofed_source"]),
-        ("nobody's pod", vec![inner(nobody, two, port)], &["spoofed_source"]),
-        ("our own pods", vec![inner(two, two, port), inner(other, two, port)], &["martian_source"]),
+        (
+            "another peer's pod",
+            vec![inner(three, two, port)],
+            &["spoofed_source"],
+        ),
+        (
+            "nobody's pod",
+            vec![inner(nobody, two, port)],
+            &["spoofed_source"],
+        ),
+        (
+            "our own pods",
+            vec![inner(two, two, port), inner(other, two, port)],
+            &["martian_source"],
+        ),
         (
             "places no packet comes from",
-            ["127.0.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "169.254.1.1"]
-                .map(|src| inner(src.parse().unwrap(), two, port))
-                .to_vec(),
+            [
+                "127.0.0.1",
+                "0.0.0.0",
+                "224.0.0.1",
+                "255.255.255.255",
+                "169.254.1.1",
+            ]
+            .map(|src| inner(src.parse().unwrap(), two, port))
+            .to_vec(),
             &["martian_source"],
         ),
         (
@@ -108,7 +126,11 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
             ["8.8.8.8", "192.0.2.2", "192.0.2.1"]
                 .map(|dst| inner(one, dst.parse().unwrap(), port))
                 .into_iter()
-                .chain([inner(one, three, port), inner(one, one, port), inner(one, nobody, port)])
+                .chain([
+                    inner(one, three, port),
+                    inner(one, one, port),
+                    inner(one, nobody, port),
+                ])
                 .collect(),
             &["not_for_us"],
         ),
@@ -121,7 +143,11 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
         ),
         ("version 5", vec![edit(0, 0x55)], &["bad_version"]),
         ("header of 16 bytes", vec![edit(0, 0x44)], &["bad_header_length"]),
-        ("length beyond the end", vec![edit(2, 0x40)], &["bad_length", "truncated"]),
+        (
+            "length beyond the end",
+            vec![edit(2, 0x40)],
+            &["bad_length", "truncated"],
+        ),
         ("checksum", vec![edit(10, !honest[10])], &["bad_header_checksum"]),
         (
             "cut at every byte of the headers",

@@ -46,7 +46,10 @@ fn a_peer_written_by_flannel_moves_leaves_and_comes_back() {
     assert_goes_to(&overlay, pod, &first);
 
     // Another address, same subnet.
-    overlay.put("subnets/10.244.99.0-24", FLANNEL.replace("192.0.2.3\"", "192.0.2.33\""));
+    overlay.put(
+        "subnets/10.244.99.0-24",
+        FLANNEL.replace("192.0.2.3\"", "192.0.2.33\""),
+    );
     assert_goes_to(&overlay, pod, &second);
     drain(&first);
     for _ in 0..20 {
@@ -188,7 +191,10 @@ fn a_lease_an_operator_deleted_is_claimed_again() {
     });
     let report = probe.stop().unwrap();
     figure("own lease deleted: longest gap", report.longest_gap());
-    assert!(report.longest_gap() <= within(Duration::from_secs(1)), "{report:?}");
+    assert!(
+        report.longest_gap() <= within(Duration::from_secs(1)),
+        "{report:?}"
+    );
     assert_eq!(report.corrupted(), 0);
 }
 

@@ -104,9 +104,7 @@ impl Pod {
             let index = netlink.link("pod").await?.index;
             netlink.set_mtu(index, mtu.into()).await?;
             netlink.set_up(index).await?;
-            netlink
-                .add_address(index, gateway.into(), subnet.len())
-                .await?;
+            netlink.add_address(index, gateway.into(), subnet.len()).await?;
             Ok(())
         })
         .unwrap();

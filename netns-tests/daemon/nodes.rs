@@ -63,15 +63,20 @@ fn live_a_life(blueprint: Blueprint, mtu: u16) {
     }
     overlay.ping_all();
     overlay.transfer(1, 2, (4 << 20) + 3);
+    // Fewer than the device's queue of 500 holds: whatever else the machine does, none is lost.
     let flood = Flood {
         payload_bytes: 900,
-        rate: Some(2000),
+        rate: Some(1000),
         duration: Duration::from_millis(300),
     };
     for (one, two) in overlay.pods(1).into_iter().zip(overlay.pods(2)) {
         for (from, to) in [(one, two), (two, one)] {
             let report = flood.run(from, to).unwrap();
-            assert_eq!((report.counts.corrupted, report.counts.lost), (0, 0), "{report:?}");
+            assert_eq!(
+                (report.counts.corrupted, report.counts.lost),
+                (0, 0),
+                "{report:?}"
+            );
         }
     }
     for nth in 1..=overlay.nodes.len() {
@@ -91,7 +96,10 @@ fn live_a_life(blueprint: Blueprint, mtu: u16) {
             .namespace(nth)
             .netlink(async |netlink| Ok(netlink.own_routes().await?));
         assert!(left.unwrap().iter().all(|route| route.destination.len() == 0));
-        assert!(!overlay.socket(nth).exists(), "the status socket of node {nth} stayed");
+        assert!(
+            !overlay.socket(nth).exists(),
+            "the status socket of node {nth} stayed"
+        );
         assert!(overlay.file(&format!("{nth}.env")).exists());
         if store == StoreKind::Etcd {
             let key = format!("subnets/{}", subnets[nth - 1].join("&").replace('/', "-"));
@@ -106,7 +114,8 @@ fn live_a_life(blueprint: Blueprint, mtu: u16) {
     for nth in 1..=overlay.nodes.len() {
         fs::remove_file(overlay.file(&format!("{nth}.env"))).unwrap();
         if store == StoreKind::Etcd {
-            fs::remove_dir_all(overlay.file(&format!("{nth}.data"))).unwrap();
+            // Written only after some seconds of life.
+            let _ = fs::remove_dir_all(overlay.file(&format!("{nth}.data")));
         }
         overlay.restart(nth);
     }

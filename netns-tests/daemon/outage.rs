@@ -62,7 +62,10 @@ fn outage(tag: &str, fault: Fault, duration: Duration) {
     let lines = overlay.log(3).lines().count() - lines_before;
     mend(&mut overlay, fault);
 
-    overlay.put("subnets/10.244.250.0-24", r#"{"PublicIP":"192.0.2.250","PublicIPv6":null}"#);
+    overlay.put(
+        "subnets/10.244.250.0-24",
+        r#"{"PublicIP":"192.0.2.250","PublicIPv6":null}"#,
+    );
     let back = Instant::now();
     for nth in 1..=3 {
         overlay.wait(nth, within(Duration::from_secs(5)), |status| {
@@ -76,7 +79,11 @@ fn outage(tag: &str, fault: Fault, duration: Duration) {
     figure(&format!("{fault:?}: news after return"), seen);
     figure(
         &format!("{fault:?}: probe sent, lost, longest gap"),
-        (report.there.sent + report.back.sent, report.lost(), report.longest_gap()),
+        (
+            report.there.sent + report.back.sent,
+            report.lost(),
+            report.longest_gap(),
+        ),
     );
     assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
     assert!(percent <= 2.0, "an idle node used {percent:.1} % of a core");

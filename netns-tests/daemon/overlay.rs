@@ -294,7 +294,12 @@ impl Overlay {
         command.arg("--data-dir").arg(self.file("etcd"));
         command.args(["--listen-client-urls", "http://[::]:2379"]);
         command.args(["--advertise-client-urls", &self.etcd_place()]);
-        command.args(["--listen-peer-urls", "http://127.0.0.1:2380", "--log-level", "error"]);
+        command.args([
+            "--listen-peer-urls",
+            "http://127.0.0.1:2380",
+            "--log-level",
+            "error",
+        ]);
         self.starts += 1;
         let log = self.file(&format!("etcd-{}.log", self.starts));
         let mut child = Child::start("etcd", self.hub(), command, &log).unwrap();
@@ -390,7 +395,10 @@ impl Overlay {
     }
 
     /// The device, its addresses, and the routes through it that the daemon put in.
-    pub(crate) fn device(&self, nth: usize) -> Option<(kersey::host::netlink::Link, Vec<LinkAddr>, Vec<Route>)> {
+    pub(crate) fn device(
+        &self,
+        nth: usize,
+    ) -> Option<(kersey::host::netlink::Link, Vec<LinkAddr>, Vec<Route>)> {
         self.namespace(nth)
             .netlink(async |netlink| {
                 let Ok(link) = netlink.link(DEVICE).await else {

@@ -37,7 +37,10 @@ fn a_killed_daemon_is_back_within_a_second() {
         assert_eq!(overlay.subnet(2), subnet);
     }
     figure("kill -9: gaps", &gaps);
-    assert!(gaps.iter().all(|&gap| gap <= within(Duration::from_secs(1))), "{gaps:?}");
+    assert!(
+        gaps.iter().all(|&gap| gap <= within(Duration::from_secs(1))),
+        "{gaps:?}"
+    );
     assert_eq!(overlay.daemon(1).pid(), one);
     assert_eq!(overlay.log(1).lines().count(), untouched, "{}", overlay.log(1));
     assert_eq!(overlay.device(2).unwrap().2.len(), 1);

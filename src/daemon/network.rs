@@ -307,7 +307,8 @@ pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet)
         held.iter()
             .any(|held| held.index == link.index && held.addr == prefix.addr())
     });
-    let has_routes = networks(setup.config).all(|network| routes.contains(&Route::direct(network, link.index)));
+    let has_routes =
+        networks(setup.config).all(|network| routes.contains(&Route::direct(network, link.index)));
     let as_it_should_be = link.flags.contains(LinkFlags::Up)
         && link.mtu_bytes == u32::from(setup.inner_mtu.bytes())
         && has_addresses
