@@ -18,13 +18,18 @@ fn a_deleted_device_comes_back() {
     }
     let mut overlay = Blueprint::embedded("deleted", 2).start();
     for _ in 0..3 {
+        let old = overlay.device(2).unwrap().0.index;
         let report = under_traffic(&mut overlay, |overlay| {
             overlay
                 .namespace(2)
                 .netlink(async |netlink| Ok(netlink.delete_link(netlink.link(DEVICE).await?.index).await?))
                 .unwrap();
         });
-        figure("device deleted: longest gap", report.longest_gap());
+        assert_ne!(overlay.device(2).unwrap().0.index, old);
+        figure(
+            "device deleted: lost, longest gap",
+            (report.lost(), report.longest_gap()),
+        );
         assert!(
             report.longest_gap() <= within(Duration::from_secs(2)),
             "{report:?}"

@@ -85,7 +85,7 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
         packet
     };
     let nobody: Ipv4Addr = "10.244.254.9".parse().unwrap();
-    let cases: Vec<(&str, Vec<Vec<u8>>, &[&str])> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (
             "another peer's pod",
             vec![inner(three, two, port)],
@@ -193,6 +193,9 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
     let lies: u64 = after.drops.values().sum();
     figure("liar: refused", lies);
 }
+
+/// What is tried, the packets, and the reasons they may be counted under.
+type Case<'a> = (&'a str, Vec<Vec<u8>>, &'a [&'a str]);
 
 /// A UDP packet between two addresses, as the device would hand it over.
 fn inner(src: Ipv4Addr, dst: Ipv4Addr, port: u16) -> Vec<u8> {
