@@ -3,7 +3,8 @@
 //! ```text
 //! status socket ─ store ─ (server) ─ network config ─ backend ─ interface ─ lease
 //!       └▶ device, sockets, threads ─ address, MTU, routes ─ subnet.env ─ READY
-//!             └▶ for ever: peers → routes · a new own subnet → device anew · a dead device → device anew · signals
+//!             └▶ for ever: peers → routes · a new own subnet → device anew · a dead device → device anew
+//!             └▶ a device changed by hand → put right · signals
 //! ```
 //!
 //! The status socket comes first: it is how a second daemon finds out. `subnet.env` comes last: to a CNI plugin it means
@@ -20,19 +21,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use futures_util::StreamExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::backend::{AnyBackend, Backend, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
-use crate::control::{Control, ControlOptions, Published, subnet_file};
-use crate::daemon::network::{DataPlane, Setup};
+use crate::control::{Control, ControlOptions, Published, RateLimit, subnet_file};
+use crate::daemon::network::{DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
-use crate::host::netlink::Netlink;
+use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::tun::TunError;
 use crate::lease::{Lease, LeaseAttrs};
 use crate::options::RunOptions;
@@ -46,6 +48,9 @@ const ENVIRONMENT: u8 = 3;
 const CONFIG: u8 = 4;
 /// Pause before something that failed at start is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
+/// changing it against us should not keep us busy.
+const GATHER: Duration = Duration::from_millis(100);
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
@@ -239,6 +244,8 @@ async fn stay<B: Backend>(
     mut published: Published,
     report: &Report,
 ) -> Result<()> {
+    let mut changes = Netlink::watch()?;
+    let repairs = RateLimit::default();
     loop {
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease, failed).await?;
@@ -257,6 +264,7 @@ async fn stay<B: Backend>(
             // Without systemd there is nobody to notify.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
+        let mut look_due = None;
         loop {
             tokio::select! {
                 // The sender lives as long as the daemon: an error here would be the end of the process anyway.
@@ -273,6 +281,28 @@ async fn stay<B: Backend>(
                     }
                     lease = new;
                 }
+                Some(change) = changes.next() => {
+                    if concerns(&change, &options.packet_path.device, plane.index) {
+                        look_due.get_or_insert_with(|| Instant::now() + GATHER);
+                    }
+                }
+                () = at(look_due) => {
+                    look_due = None;
+                    match network::repair_device(setup, lease.subnet).await {
+                        Ok(Repair::NotNeeded) => {}
+                        Ok(Repair::Done) => {
+                            if repairs.allows() {
+                                tracing::warn!(device = options.packet_path.device, "somebody changed the device; put right again");
+                            }
+                        }
+                        Err(error) => {
+                            if repairs.allows() {
+                                tracing::warn!(error = format!("{error:#}"), "cannot put the device right again; trying on");
+                            }
+                            look_due = Some(Instant::now() + RETRY);
+                        }
+                    }
+                }
                 Some(error) = failures.recv() => {
                     tracing::warn!(%error, device = options.packet_path.device, "the device or socket is gone; making it anew");
                     break;
@@ -280,6 +310,25 @@ async fn stay<B: Backend>(
             }
         }
         report.not_ready();
+    }
+}
+
+/// Whether a change may have touched our device.
+fn concerns(change: &LinkChange, device: &str, index: u32) -> bool {
+    match change {
+        LinkChange::Link(link) => link.name == device,
+        LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == index,
+        // Its threads notice.
+        LinkChange::LinkGone(_) => false,
+        LinkChange::Overrun => true,
+    }
+}
+
+/// The time has come; never, if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -20,3 +20,25 @@ pub(crate) fn require_root(test: &str) -> bool {
     eprintln!("skipped: {test} needs root to make network namespaces");
     false
 }
+
+/// Whether this process may make namespaces and has an etcd to run in them; as [`require_root`].
+///
+/// # Panics
+/// Under `CI=true`, if it is not so.
+#[allow(dead_code, reason = "not every test binary needs etcd")]
+#[expect(clippy::print_stderr, reason = "a test that is skipped has to say so")]
+pub(crate) fn require_etcd(test: &str) -> bool {
+    if !require_root(test) {
+        return false;
+    }
+    let found = std::process::Command::new("etcd").arg("--version").output();
+    if found.is_ok() {
+        return true;
+    }
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{test} needs etcd, and CI must run it"
+    );
+    eprintln!("skipped: {test} needs etcd (apt-get install etcd-server)");
+    false
+}

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::num::NonZeroUsize;
 
 use anyhow::{Context, Result};
+use netlink_packet_route::link::LinkFlags;
 use tokio::sync::mpsc;
 
 use crate::addr::{Mtu, Prefix};
@@ -17,7 +18,7 @@ use crate::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
 use crate::dataplane::stats::PeerStats;
 use crate::dataplane::worker::InboundOptions;
 use crate::host::interface::UnderlayInterface;
-use crate::host::netlink::{Netlink, Route};
+use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::queues::{Layout, Queues};
 use crate::host::socket::{SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl;
@@ -55,6 +56,8 @@ pub(super) struct DataPlane<B: Backend> {
     pub(super) queue_count: usize,
     pub(super) tun_offloads: TunOffloads,
     pub(super) socket_offloads: SocketOffloads,
+    /// The device's number.
+    pub(super) index: u32,
 }
 
 /// A peer whose routes are in the table.
@@ -119,7 +122,7 @@ impl<B: Backend> DataPlane<B> {
             (layout, inbound),
             failed,
         )?;
-        let plane = Self {
+        let mut plane = Self {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
             inner_mtu: setup.inner_mtu,
@@ -129,8 +132,9 @@ impl<B: Backend> DataPlane<B> {
             queue_count,
             tun_offloads,
             socket_offloads,
+            index: 0,
         };
-        configure_device(setup, lease.subnet).await?;
+        plane.index = configure_device(setup, lease.subnet).await?;
         tracing::info!(
             device = options.device,
             queues = queue_count,
@@ -250,7 +254,7 @@ pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
 }
 
 /// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it.
-async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<()> {
+async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<u32> {
     let name = &setup.options.device;
     let netlink = &setup.netlink;
     // Packets of the kernel's own making (router solicitations, multicast reports) have no place in a tunnel.
@@ -273,12 +277,52 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
         let addr: IpAddr = prefix.addr();
         netlink.add_address(index, addr, host_len).await?;
     }
-    let networks = setup.config.v4.map(|range| Prefix::V4(range.network));
-    let networks = networks
-        .into_iter()
-        .chain(setup.config.v6.map(|range| Prefix::V6(range.network)));
-    for network in networks {
+    for network in networks(setup.config) {
         netlink.replace_route(&Route::direct(network, index)).await?;
     }
-    Ok(())
+    Ok(index)
+}
+
+/// What a look at the device came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Repair {
+    /// It was as it should be, or gone; that the threads notice.
+    NotNeeded,
+    /// It was not, and is now.
+    Done,
+}
+
+/// Puts the device right again if somebody set it down, or changed its address or MTU; the kernel takes its routes away
+/// when it goes down.
+pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<Repair> {
+    let netlink = &setup.netlink;
+    let link = match netlink.link(&setup.options.device).await {
+        Ok(link) => link,
+        Err(NetlinkError::NoLink(_)) => return Ok(Repair::NotNeeded),
+        Err(error) => return Err(error.into()),
+    };
+    let held = netlink.addresses().await?;
+    let routes = netlink.own_routes().await?;
+    let has_addresses = prefixes(own).all(|prefix| {
+        held.iter()
+            .any(|held| held.index == link.index && held.addr == prefix.addr())
+    });
+    let has_routes =
+        networks(setup.config).all(|network| routes.contains(&Route::direct(network, link.index)));
+    let as_it_should_be = link.flags.contains(LinkFlags::Up)
+        && link.mtu_bytes == u32::from(setup.inner_mtu.bytes())
+        && has_addresses
+        && has_routes;
+    if as_it_should_be {
+        return Ok(Repair::NotNeeded);
+    }
+    configure_device(setup, own).await?;
+    Ok(Repair::Done)
+}
+
+/// The overlay's networks, one a family.
+fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
+    let v4 = config.v4.map(|range| Prefix::V4(range.network));
+    let v6 = config.v6.map(|range| Prefix::V6(range.network));
+    v4.into_iter().chain(v6)
 }

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -107,6 +107,29 @@ impl Child {
     /// Whether the process still runs.
     pub fn is_running(&mut self) -> bool {
         matches!(self.process.try_wait(), Ok(None))
+    }
+
+    /// Waits for the process to end by itself or of a signal sent before, and gives its exit status.
+    ///
+    /// # Errors
+    /// It still runs after `limit`, or a signal came.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            interrupt::check()?;
+            if let Some(status) = self.process.try_wait().context("cannot ask after a child")? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "{} still runs after {} s\n{}",
+                    self.name,
+                    limit.as_secs_f32(),
+                    self.log_end()
+                );
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Sends a signal.

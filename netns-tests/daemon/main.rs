@@ -1,0 +1,31 @@
+//! Real daemons in real namespaces: what a user of flannel would see, and what an operator, a stranger or a bad day
+//! can do to it.
+//!
+//! ```text
+//!   node 1 eth0 192.0.2.1 --- br0 192.0.2.254 in the hub, with etcd --- 192.0.2.2 eth0 node 2 …
+//!     |                                                                              |
+//!   kersey run ─ flannel0 10.244.x.0/32 ······ UDP port 8285 ······ flannel0 10.244.y.0/32 ─ kersey run
+//!     |                                                                              |
+//!   pod address 10.244.x.2 on lo                                       pod address 10.244.y.2 on lo
+//! ```
+//!
+//! Each test makes a network of its own and needs nothing of the others; the figures it finds are printed (`--no-capture`).
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test says what went wrong by panicking, and what it measured by printing"
+)]
+
+mod faults;
+mod icmp;
+mod ingress;
+mod leases;
+mod mtu;
+mod nodes;
+mod offloads;
+mod outage;
+mod overlay;
+mod restart;
+#[path = "../support/mod.rs"]
+mod support;
