@@ -2,7 +2,6 @@
 
 use std::hint::black_box;
 use std::io::IoSlice;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -10,7 +9,7 @@ use etherparse::PacketBuilder;
 use kersey::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge, Offer, Trust};
 use kersey::dataplane::forward::flow_hash;
 use kersey::dataplane::offload::SuperPacket;
-use kersey::dataplane::packet::{PacketBatch, RunKey, RunLimits, SendPlan};
+use kersey::dataplane::packet::PacketBatch;
 use kersey::wire::checksum::Sum;
 use kersey::wire::ip::IpHeader;
 use kersey::wire::virtio::{Gso, GsoKind, VirtioHeader};

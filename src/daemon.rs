@@ -30,7 +30,7 @@ use crate::backend::{AnyBackend, Backend, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
-use crate::control::{Control, ControlOptions, Published, RateLimit, subnet_file};
+use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, subnet_file};
 use crate::daemon::network::{DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
@@ -46,7 +46,8 @@ const OK: u8 = 0;
 const FAILED: u8 = 1;
 const ENVIRONMENT: u8 = 3;
 const CONFIG: u8 = 4;
-/// Pause before something that failed at start is tried again.
+/// Longest pause before something that failed at start is tried again. The first is a tenth of a second: what is in the way after a restart
+/// is often the dying predecessor.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
 /// changing it against us should not keep us busy.
@@ -76,8 +77,14 @@ pub fn run(options: RunOptions) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::from(OK),
         Err(error) => {
+            let status = exit_status(&error);
             tracing::error!("{error:#}");
-            ExitCode::from(exit_status(&error))
+            if status == ENVIRONMENT {
+                tracing::error!(
+                    "kersey needs /dev/net/tun and CAP_NET_ADMIN; see docs/operations.md#privileges"
+                );
+            }
+            ExitCode::from(status)
         }
     }
 }
@@ -339,21 +346,21 @@ async fn up<B: Backend>(
     failed: mpsc::Sender<std::io::Error>,
 ) -> Result<DataPlane<B>> {
     let mut told = String::new();
+    let mut backoff = Backoff::new(RETRY);
     loop {
         let error = match DataPlane::start(setup, lease, failed.clone()).await {
             Ok(plane) => return Ok(plane),
             Err(error) => error,
         };
         if exit_status(&error) == ENVIRONMENT {
-            let hint = "kersey needs /dev/net/tun and CAP_NET_ADMIN; see docs/operations.md#privileges";
-            return Err(error.context(hint));
+            return Err(error);
         }
         let text = format!("{error:#}");
         if text != told {
             tracing::warn!(error = text, "cannot bring the data plane up; trying again");
             told = text;
         }
-        sleep(RETRY).await;
+        sleep(backoff.next_pause()).await;
     }
 }
 
@@ -371,6 +378,7 @@ async fn underlay_interface(
         (true | false, false) => [Families::V4, Families::V6, Families::V6],
     };
     let mut told = String::new();
+    let mut backoff = Backoff::new(RETRY);
     loop {
         let mut first_error = None;
         for families in wanted {
@@ -393,7 +401,7 @@ async fn underlay_interface(
             tracing::warn!(error, "waiting for an underlay interface");
             told = error;
         }
-        sleep(RETRY).await;
+        sleep(backoff.next_pause()).await;
     }
 }
 

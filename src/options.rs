@@ -190,7 +190,7 @@ pub enum IngressCheck {
     /// The outer source must be the peer whose subnet the inner source lies in.
     #[default]
     Strict,
-    /// The outer source must be some peer.
+    /// The inner source must lie in some peer's subnet, wherever the packet comes from.
     Loose,
     /// No check, as flannel.
     Off,
@@ -209,10 +209,10 @@ pub enum Offload {
 /// What to do about checksums of inner packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InnerChecksums {
-    /// Hand packets on; the receiving stack checks them.
+    /// Merge packets whose outer checksum the kernel has verified without summing them again.
     #[default]
     Trust,
-    /// Verify each inbound packet and drop it if its checksum is wrong.
+    /// Sum every packet before it is merged; one with a wrong checksum goes on alone, and the receiving stack drops it.
     Verify,
 }
 

@@ -148,7 +148,6 @@ fn without_the_tun_device_it_ends_with_a_hint() {
 }
 
 #[test]
-#[ignore = "needs host::tun to call a device without the driver behind it (ENOTTY) missing"]
 fn without_the_tun_driver_it_ends_with_a_hint() {
     if require_root("without_the_tun_driver_it_ends_with_a_hint") {
         end_without_tun("in_name_only", "mount --bind /dev/null /dev/net/tun");

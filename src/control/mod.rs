@@ -173,6 +173,7 @@ impl Control {
         let answered = AtomicBool::new(false);
         let fetch = async {
             let complaints = RateLimit::default();
+            let mut backoff = Backoff::new(Duration::from_secs(1));
             loop {
                 match self.store.config().await {
                     Ok(text) => match NetworkConfig::parse(&text) {
@@ -187,7 +188,7 @@ impl Control {
                         complain(&complaints, &error, "waiting for the network config");
                     }
                 }
-                sleep(Duration::from_secs(1)).await;
+                sleep(backoff.next_pause()).await;
             }
         };
         tokio::select! {

@@ -254,6 +254,10 @@ impl<E: Encap> Ingress<'_, E> {
         let cell = peer
             .and_then(|index| self.routes.peer(index))
             .and_then(|peer| peer.stats.inbound(self.queue));
+        // A datagram that was cut is counted already, and has no sender.
+        if datagram.len == 0 && datagram.from.port() != 0 {
+            self.stats.discard(DropReason::Truncated, 1);
+        }
         // The kernel checks the outer checksum, and it coalesces only datagrams that have one (net/ipv4/udp_offload.c).
         let trust = match datagram.segment_size {
             Some(_) if !self.verify_inner => Trust::Verified,
@@ -475,6 +479,8 @@ impl ErrorLimiter {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::disallowed_methods, reason = "tests start their clock somewhere")]
+
     use super::*;
 
     #[test]

@@ -464,7 +464,11 @@ impl Underlay for UdpUnderlay {
                     self.holidays.push((run.to, now() + GSO_HOLIDAY));
                     continue;
                 }
-                error => failures.push(SendFailure {
+                error @ (SendError::Busy
+                | SendError::Unreachable
+                | SendError::Denied
+                | SendError::TooBig
+                | SendError::Refused) => failures.push(SendFailure {
                     run: at.run,
                     segments,
                     error,
@@ -540,11 +544,11 @@ mod tests {
         family.recv.local_addr().unwrap().as_socket().unwrap()
     }
 
+    /// Length and segment size of a message.
+    type Message = (usize, Option<usize>);
+
     /// Sends segments of the given sizes as one flow and gives what arrives: (length, segment size) of each message, and all bytes.
-    fn exchange(
-        options: &UnderlayOptions,
-        sizes: &[usize],
-    ) -> (Vec<(usize, Option<usize>)>, Vec<u8>, Vec<u8>) {
+    fn exchange(options: &UnderlayOptions, sizes: &[usize]) -> (Vec<Message>, Vec<u8>, Vec<u8>) {
         let mut sender = UdpUnderlay::open(options).unwrap();
         let mut receiver = UdpUnderlay::open(options).unwrap();
         let to = addr(&receiver);
@@ -566,7 +570,7 @@ mod tests {
                 Segments {
                     at: batch.meta(index).start(),
                     bytes: size,
-                    size: size,
+                    size,
                 },
                 index,
             );

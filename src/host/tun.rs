@@ -112,7 +112,10 @@ impl Tun {
         let named = |source: io::Error, doing| {
             let name = options.name.clone();
             match source.raw_os_error() {
-                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::Missing { name, source },
+                // ENOTTY: something else stands at /dev/net/tun.
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTTY) => {
+                    TunError::Missing { name, source }
+                }
                 Some(libc::EPERM | libc::EACCES) => TunError::Denied { name, source },
                 Some(libc::EBUSY) => TunError::Busy { name, source },
                 _ => TunError::Other { doing, name, source },
