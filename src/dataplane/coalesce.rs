@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! A [`Coalescer`] lives for one inbound batch. Every accepted packet is offered to it; [`Coalescer::frames`] then gives
+//! A [`Coalescer`] lives for one inbound batch. Every accepted packet is offered to it; [`Coalescer::slices`] then gives
 //! what to write to the device, in order of each frame's first packet. Nothing is held for the next batch, so there are no timers.
 //!
 //! A packet joins the *newest* frame of its flow or starts a new one; so packets of a flow never change order, whatever is

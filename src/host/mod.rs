@@ -1,7 +1,8 @@
 //! What we ask of the kernel. Leases, stores and backends are unknown here.
 //!
 //! Every feature is asked for by doing it ([`tun::TunOffloads`], [`socket::SocketOffloads`]); the answers are plain
-//! values, printed in one line at start. All `unsafe` code of the project is in [`sys`], but for the one call in
+//! values, printed in one line at start. All `unsafe` code of the project is in [`sys`], but for one call of safe code compiled for
+//! AVX2 in [`checksum`](crate::wire::checksum), and the one in
 //! [`ethtool`], which only labs make. Links, addresses and routes go through [`netlink`].
 
 pub mod ethtool;
