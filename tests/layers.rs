@@ -90,7 +90,7 @@ fn files_of(part: &str) -> Vec<PathBuf> {
     let mut folders = vec![PathBuf::from(format!("src/{part}"))];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten() {
-            let path = entry.unwrap().path();
+            let path = entry.expect("a readable folder").path();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
@@ -105,7 +105,7 @@ fn files_of(part: &str) -> Vec<PathBuf> {
 
 /// The parts a file names with `crate::`, its tests and comments left out.
 fn imports(file: &Path) -> BTreeSet<String> {
-    let text = fs::read_to_string(file).unwrap();
+    let text = fs::read_to_string(file).expect("a readable source");
     let code = text.split("#[cfg(test)]").next().unwrap_or_default();
     let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
     code.flat_map(|line| line.split("crate::").skip(1))

@@ -5,6 +5,7 @@
 //! it lets go of an old route snapshot.
 
 use std::io::{self, PipeReader, PipeWriter};
+use std::iter::once;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -17,7 +18,7 @@ use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
 use crate::host::socket::UdpUnderlay;
-use crate::host::sys;
+use crate::host::sys::{self, Ready};
 use crate::host::tun::{Tun, TunQueue};
 
 /// How long an idle thread sleeps at the most.
@@ -159,7 +160,8 @@ impl Drop for Queues {
 trait Work {
     fn turn(&mut self, now: Instant) -> io::Result<Turn>;
     fn stats(&self) -> &WorkerStats;
-    fn readable(&mut self) -> Vec<BorrowedFd<'_>>;
+    /// Waits until there may be something to do, or `stopped` says that there never will be: then the first is ready.
+    fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready>;
 }
 
 impl<E: Encap> Work for Outbound<E, TunQueue, UdpUnderlay> {
@@ -171,8 +173,8 @@ impl<E: Encap> Work for Outbound<E, TunQueue, UdpUnderlay> {
         Outbound::stats(self)
     }
 
-    fn readable(&mut self) -> Vec<BorrowedFd<'_>> {
-        vec![self.device().readable()]
+    fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
+        sys::wait_readable([stopped, self.device().readable()], IDLE_MS)
     }
 }
 
@@ -185,8 +187,8 @@ impl<E: Encap> Work for Inbound<E, TunQueue, UdpUnderlay> {
         Inbound::stats(self)
     }
 
-    fn readable(&mut self) -> Vec<BorrowedFd<'_>> {
-        self.underlay().readable().collect()
+    fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
+        sys::wait_readable(once(stopped).chain(self.underlay().readable()), IDLE_MS)
     }
 }
 
@@ -211,11 +213,10 @@ impl<E: Encap> Work for Joined<E> {
         self.outbound.stats()
     }
 
-    fn readable(&mut self) -> Vec<BorrowedFd<'_>> {
-        let Self { outbound, inbound } = self;
-        std::iter::once(outbound.device().readable())
-            .chain(inbound.underlay().readable())
-            .collect()
+    fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
+        let device = self.outbound.device().readable();
+        let sockets = self.inbound.underlay().readable();
+        sys::wait_readable([stopped, device].into_iter().chain(sockets), IDLE_MS)
     }
 }
 
@@ -227,16 +228,13 @@ fn run(work: &mut impl Work, stopped: &PipeReader) -> io::Result<()> {
         match work.turn(now())? {
             Turn::Busy => {
                 turns = turns.wrapping_add(1);
-                if turns.is_multiple_of(CHECK_EVERY) && sys::wait_readable(&[stopped.as_fd()], 0)? {
+                if turns.is_multiple_of(CHECK_EVERY) && sys::wait_readable([stopped.as_fd()], 0)?.any() {
                     return Ok(());
                 }
             }
             Turn::Idle => {
                 work.stats().count(Count::Sleeps, 1);
-                let mut fds = work.readable();
-                fds.push(stopped.as_fd());
-                sys::wait_readable(&fds, IDLE_MS)?;
-                if sys::wait_readable(&[stopped.as_fd()], 0)? {
+                if work.wait(stopped.as_fd())?.first() {
                     return Ok(());
                 }
             }
