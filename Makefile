@@ -15,6 +15,7 @@ SHELL := /bin/bash
 
 ARGS ?=
 FUZZ_SECONDS ?= 20
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 
@@ -30,7 +31,7 @@ endif
 .PHONY: lab test check bench fuzz deps build-deps build
 
 lab: build
-	$(AS_ROOT) target/release/kersey lab $(ARGS)
+	$(AS_ROOT) $(TARGET)/release/kersey lab $(ARGS)
 
 test: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the tests make network namespaces; sudo may ask for your password'; sudo -v; fi
@@ -48,8 +49,8 @@ check: deps
 
 bench: build
 	cargo bench --locked
-	mkdir -p target/bench
-	$(AS_ROOT) target/release/kersey bench vs-kernel --json target/bench/vs-kernel.json $(ARGS)
+	mkdir -p $(TARGET)/bench
+	$(AS_ROOT) $(TARGET)/release/kersey bench vs-kernel --offloads on,off --underlay-offloads on,off --json $(TARGET)/bench/vs-kernel.json $(ARGS)
 
 fuzz: build-deps
 	@if ! cargo fuzz --version >/dev/null 2>&1; then \

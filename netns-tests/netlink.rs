@@ -179,7 +179,10 @@ fn changes_are_reported() {
                 LinkChange::Link(link) => came |= link.name == "v0",
                 LinkChange::Address(seen) => held |= seen.addr == addr && seen.index == index,
                 LinkChange::LinkGone(link) if link.name == "v0" => break,
-                LinkChange::LinkGone(_) | LinkChange::AddressGone(_) | LinkChange::Overrun => {}
+                LinkChange::LinkGone(_)
+                | LinkChange::AddressGone(_)
+                | LinkChange::RouteGone(_)
+                | LinkChange::Overrun => {}
             }
         }
         assert!(came && held);

@@ -55,6 +55,7 @@ const GATHER: Duration = Duration::from_millis(100);
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
+    raise_open_files();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -86,6 +87,16 @@ pub fn run(options: RunOptions) -> ExitCode {
             }
             ExitCode::from(status)
         }
+    }
+}
+
+/// Raises the soft limit of open files to the hard one: a pool of source ports or many clients take more than the usual 1,024.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "cannot raise the limit of open files");
     }
 }
 
@@ -325,6 +336,7 @@ fn concerns(change: &LinkChange, device: &str, index: u32) -> bool {
     match change {
         LinkChange::Link(link) => link.name == device,
         LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == index,
+        LinkChange::RouteGone(route) => route.index == index,
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,

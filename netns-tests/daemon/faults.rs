@@ -76,6 +76,31 @@ fn a_device_set_down_comes_up_with_its_routes() {
 }
 
 #[test]
+fn a_route_deleted_by_hand_comes_back() {
+    if !require_root("a_route_deleted_by_hand_comes_back") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("route", 2).start();
+    let report = under_traffic(&mut overlay, |overlay| {
+        overlay
+            .namespace(2)
+            .netlink(async |netlink| {
+                let routes = netlink.own_routes().await?;
+                Ok(netlink
+                    .delete_route(routes.first().expect("the overlay's route"))
+                    .await?)
+            })
+            .unwrap();
+    });
+    figure("route deleted: longest gap", report.longest_gap());
+    assert!(
+        report.longest_gap() <= within(Duration::from_secs(1)),
+        "{report:?}"
+    );
+    assert_restored(&overlay, 2);
+}
+
+#[test]
 fn address_and_mtu_changed_by_hand_are_put_right() {
     if !require_root("address_and_mtu_changed_by_hand_are_put_right") {
         return;

@@ -109,6 +109,8 @@ impl Netlink {
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
         ];
         let (connection, handle, messages) =
             rtnetlink::new_multicast_connection(&groups).map_err(NetlinkError::Open)?;

@@ -7,7 +7,7 @@
 //!
 //! Sending: a run of two or more equal segments is one message with a UDP_SEGMENT control message; a run the kernel refuses to cut
 //! (EIO, EINVAL, EMSGSIZE) is sent again datagram by datagram, and its destination goes without for a minute. One bad destination holds
-//! up nothing else: its messages fail by themselves. A full socket is waited for, up to a bound, so that order is kept.
+//! up nothing else: its messages fail by themselves. A full socket is waited for, 2 ms a batch at the most, so that order is kept.
 //!
 //! Receiving: `recvmmsg` into 64 KiB slots with UDP_GRO. While messages are large, eight slots are used, so that a batch stays in the L2
 //! cache; while they are small, all 64.
@@ -38,9 +38,12 @@ const LARGE_BYTES: usize = 4096;
 const MAX_SEGMENTS: usize = 64;
 /// How long a destination goes without segmentation offload after the kernel refused a run.
 const GSO_HOLIDAY: Duration = Duration::from_secs(60);
-/// How long a full socket is waited for before the message is dropped, in tries of 2 ms.
-const WAIT_TRIES: u32 = 10;
-const WAIT_MS: i32 = 2;
+/// How long full sockets are waited for in one batch, in tries of a millisecond.
+///
+/// A fast link makes room within that; on a slow one the buffer is the queue, and what does not fit it is dropped, as a full device
+/// queue would. A longer wait would hold up the other direction, which may share the thread.
+const WAIT_TRIES: u32 = 2;
+const WAIT_MS: i32 = 1;
 /// `IP_PMTUDISC_WANT`: fragment above the known path MTU, like flannel's proxy.
 const PMTUDISC_WANT: i32 = 1;
 
@@ -218,8 +221,12 @@ fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, Underlay
     if options.queues > 1 && addr.port() != 0 {
         socket.set_reuse_port(true).map_err(failed("share the port of"))?;
     }
-    // The forced forms pass the sysctl limits and need CAP_NET_ADMIN; the plain ones are capped silently.
-    if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECV_BUFFER).is_err() {
+    // The forced forms pass the sysctl limits and need CAP_NET_ADMIN; the plain ones are capped silently. A socket of the pool
+    // is never read: what strangers send there may fill no more than the kernel's least buffer.
+    if addr.port() == 0 && options.port != 0 {
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 0)
+            .map_err(failed("size the receive buffer of"))?;
+    } else if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECV_BUFFER).is_err() {
         sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, RECV_BUFFER)
             .map_err(failed("size the receive buffer of"))?;
     }
@@ -247,6 +254,8 @@ pub struct UdpUnderlay {
     send_scratch: SendScratch,
     /// Messages of the last batch were large.
     large: bool,
+    /// Which family is received from first this time.
+    v6_first: bool,
     /// Destinations that go without segmentation offload, and until when.
     holidays: Vec<(SocketAddr, Instant)>,
 }
@@ -276,6 +285,7 @@ impl UdpUnderlay {
             recv_scratch: Default::default(),
             send_scratch: SendScratch::default(),
             large: true,
+            v6_first: false,
             holidays: Vec::new(),
         }
     }
@@ -400,7 +410,13 @@ impl Underlay for UdpUnderlay {
     fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
         let slots = if self.large { LARGE_SLOTS } else { DATAGRAM_SLOTS };
         let [scratch_v4, scratch_v6] = &mut self.recv_scratch;
-        for (family, scratch) in [(&self.v4, scratch_v4), (&self.v6, scratch_v6)] {
+        let mut families = [(&self.v4, scratch_v4), (&self.v6, scratch_v6)];
+        // The first may fill the batch: a flood over one family must not starve the other.
+        self.v6_first = !self.v6_first;
+        if self.v6_first {
+            families.reverse();
+        }
+        for (family, scratch) in families {
             let Some(family) = family else { continue };
             match sys::recv_datagrams(family.recv.as_fd(), batch, scratch, slots) {
                 Ok(_) => {}
@@ -442,7 +458,6 @@ impl Underlay for UdpUnderlay {
                             .is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
                         at = at.after(run, if whole { run.segments } else { 1 });
                     }
-                    waits = 0;
                     continue;
                 }
                 Err(error) => error,
@@ -474,7 +489,6 @@ impl Underlay for UdpUnderlay {
                     error,
                 }),
             }
-            waits = 0;
             at = at.after(run, segments);
         }
         Ok(())

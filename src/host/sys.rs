@@ -183,10 +183,12 @@ struct RecvControl {
 
 impl RecvControl {
     /// Walks the control messages the kernel wrote.
-    fn parse(header: &libc::msghdr) -> Self {
+    ///
+    /// # Safety
+    /// The control pointer and length of `header` describe a live buffer that a recvmmsg has filled.
+    unsafe fn parse(header: &libc::msghdr) -> Self {
         let mut found = Self::default();
-        // SAFETY: `header` was filled by the kernel in a recvmmsg that has returned; its control pointer and length describe
-        // the buffer it wrote, which the caller still holds.
+        // SAFETY: the caller vouches for control pointer and length.
         let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a pointer to a whole header inside that buffer.
         while let Some(control) = unsafe { next.as_ref() } {
@@ -265,7 +267,8 @@ pub fn recv_datagrams(
     };
     for index in 0..received {
         let header = &scratch.headers[index];
-        let control = RecvControl::parse(&header.msg_hdr);
+        // SAFETY: recvmmsg has returned having filled this header, and its control buffer is in `scratch`.
+        let control = unsafe { RecvControl::parse(&header.msg_hdr) };
         if let Some(overflows) = control.overflows {
             batch.note_overflows(u64::from(overflows.wrapping_sub(scratch.overflows)));
             scratch.overflows = overflows;

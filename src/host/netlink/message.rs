@@ -171,6 +171,8 @@ pub enum LinkChange {
     Address(LinkAddr),
     /// An address is gone.
     AddressGone(LinkAddr),
+    /// A route through a link is gone.
+    RouteGone(Route),
     /// The kernel had to throw changes away: look at everything again.
     Overrun,
 }
@@ -291,6 +293,8 @@ pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Lin
         link_addr(&message).map(LinkChange::Address)
     } else if let RouteNetlinkMessage::DelAddress(message) = message {
         link_addr(&message).map(LinkChange::AddressGone)
+    } else if let RouteNetlinkMessage::DelRoute(message) = message {
+        route(&message).map(LinkChange::RouteGone)
     } else {
         None
     }
