@@ -374,7 +374,7 @@ fn tcp_name(streams: usize) -> String {
 }
 
 fn udp_name(payload_bytes: usize) -> String {
-    format!("UDP, {payload_bytes} B")
+    format!("UDP flood, {payload_bytes} B")
 }
 
 impl Report {
@@ -459,7 +459,7 @@ impl Report {
             }
         }
         if words.is_empty() {
-            "none".to_owned()
+            "none by kersey; a flood overruns the kernel's queues".to_owned()
         } else {
             words.join(" · ")
         }

@@ -113,9 +113,21 @@ pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     };
     let namespace = Namespace::existing(&name).map_err(|error| hint(&error, "kersey lab up starts a lab"))?;
     let (program, arguments) = command.split_first().context("no command given")?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    // So that `kersey status` there is this program, and speaks of that node.
+    if let Some(folder) = std::env::current_exe()?.parent() {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = std::iter::once(folder.to_path_buf()).chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(folders)?);
+    }
+    if let Some(node) = load()?.and_then(|state| state.nodes.into_iter().find(|node| node.namespace == name))
+    {
+        command.env("KERSEY_STATUS_SOCKET", node.socket);
+    }
     namespace.run(|| {
         // The thread that steps inside becomes the new program.
-        let error = Command::new(program).args(arguments).exec();
+        let error = command.exec();
         Err(error).with_context(|| format!("cannot run {program:?}"))
     })
 }
