@@ -3,7 +3,7 @@
 //! # Theory of operation
 //!
 //! Each *queue* of the device has two directions, and each direction is a value that owns all it needs: descriptors,
-//! buffers, counters. A thread calls its `turn` again and again; a turn never blocks.
+//! buffers, counters. A thread calls its `turn` again and again; a turn waits for nothing but a full socket, 2 ms at the most.
 //!
 //! ```text
 //! Outbound::turn                                      Inbound::turn

@@ -1,7 +1,7 @@
 //! The two directions of one queue, generic over their edges.
 //!
-//! A direction owns its descriptors, buffers and counters and is driven by calling `turn`: at most one batch, never blocking. What
-//! waits for readiness, and on which threads the directions run, is the shell's business.
+//! A direction owns its descriptors, buffers and counters and is driven by calling `turn`: at most one batch, without waiting for
+//! more to come. What waits for readiness, and on which threads the directions run, is the shell's business.
 
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
