@@ -1,7 +1,10 @@
 //! Encapsulations: one file each, holding header, lease data and next hop.
 //!
 //! Nothing here knows threads, sockets or stores. A new encapsulation is a file with an [`Encap`] and a [`Backend`], and one arm in [`select`].
+//! A backend without packets of its own is a file with a [`NoTunnel`].
 
+pub mod alloc;
+pub mod host_gw;
 pub mod udp;
 
 use std::net::IpAddr;
@@ -50,13 +53,69 @@ pub trait Backend: Clone + Send + 'static {
         attrs: &LeaseAttrs,
         underlay: Underlay,
     ) -> Option<<Self::Encap as Encap>::Hop>;
+
+    /// Whether a peer on our own link gets a kernel route through its public address, past the tunnel. It stays a peer of the tunnel
+    /// all the same: what it still sends through there is taken.
+    fn direct_routing(&self) -> bool {
+        false
+    }
+}
+
+/// A backend without packets of its own: the kernel carries them bare, or nobody does.
+pub trait NoTunnel: Copy + Send + 'static {
+    /// Its name in configs and logs.
+    fn name(&self) -> &'static str;
+
+    /// What the lease says: `BackendType`, empty for none. There is no `BackendData`.
+    fn lease_type(&self) -> &'static str;
+
+    /// Whether the backend works with these addresses of `interface` and those peers are told.
+    ///
+    /// # Errors
+    /// It does not, whatever happens next.
+    fn check(&self, interface: &str, own: Underlay, public: Underlay) -> Result<(), BackendError>;
+
+    /// Whether it makes kernel routes to peers.
+    fn makes_routes(&self) -> bool;
+
+    /// The gateway to `prefix` of the peer that `attrs` describes; none if the backend makes no routes.
+    ///
+    /// # Errors
+    /// This peer can have no route.
+    fn gateway(
+        &self,
+        prefix: Prefix,
+        attrs: &LeaseAttrs,
+        underlay: Underlay,
+    ) -> Result<Option<IpAddr>, NoRoute>;
+}
+
+/// Why a peer gets no kernel route.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoRoute {
+    /// Its lease is of another backend.
+    #[error("its lease is of another backend{}", named(.0))]
+    OtherBackend(String),
+    /// One of us lacks an address of the family.
+    #[error("there is no address of that family on both sides")]
+    NoAddress,
+}
+
+/// A backend's name in brackets; some put none into a lease.
+fn named(kind: &str) -> String {
+    if kind.is_empty() {
+        return String::new();
+    }
+    format!(" ({kind:?})")
 }
 
 /// Why the network's backend cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// We do not have it.
-    #[error("the network config asks for backend {kind:?}, which kersey does not have; it has udp")]
+    #[error(
+        "the network config asks for backend {kind:?}, which kersey does not have; it has udp, host-gw and alloc"
+    )]
     Unknown {
         /// What was asked for.
         kind: String,
@@ -67,6 +126,21 @@ pub enum BackendError {
     /// The port is out of range.
     #[error("the network config is invalid: Backend.Port is {0}: a UDP port is from 1 to 65535")]
     Port(u32),
+    /// Peers are told an address that does not lead straight here.
+    #[error(
+        "backend {backend} makes the public address a gateway, and {public} is not {interface}'s address, which is {own}: \
+         drop --public-ip and --public-ipv6, or choose the interface with that address by --iface"
+    )]
+    PublicIpElsewhere {
+        /// The backend.
+        backend: &'static str,
+        /// The underlay interface.
+        interface: String,
+        /// Its address.
+        own: IpAddr,
+        /// The address peers would be told.
+        public: IpAddr,
+    },
 }
 
 /// The backends there are.
@@ -74,6 +148,10 @@ pub enum BackendError {
 pub enum AnyBackend {
     /// flannel's udp.
     Udp(udp::UdpBackend),
+    /// flannel's host-gw.
+    HostGw(host_gw::HostGw),
+    /// flannel's alloc.
+    Alloc(alloc::Alloc),
 }
 
 /// Picks the backend a network config names.
@@ -83,6 +161,8 @@ pub enum AnyBackend {
 pub fn select(kind: &str, json: &str) -> Result<AnyBackend, BackendError> {
     match kind {
         "udp" => Ok(AnyBackend::Udp(udp::UdpBackend::parse(json)?)),
+        "host-gw" => Ok(AnyBackend::HostGw(host_gw::HostGw)),
+        "alloc" => Ok(AnyBackend::Alloc(alloc::Alloc)),
         _ => Err(BackendError::Unknown {
             kind: kind.to_owned(),
         }),
@@ -152,13 +232,27 @@ mod tests {
     }
 
     #[test]
+    fn backends_without_a_tunnel_are_found_by_name() {
+        assert!(matches!(
+            select("host-gw", r#"{"Type":"host-gw"}"#),
+            Ok(AnyBackend::HostGw(_))
+        ));
+        assert!(matches!(
+            select("alloc", r#"{"Type":"ALLOC"}"#),
+            Ok(AnyBackend::Alloc(_))
+        ));
+    }
+
+    #[test]
     fn a_backend_we_lack_and_a_bad_port_are_named() {
         let error = select("vxlan", r#"{"Type":"vxlan"}"#).err().unwrap();
         assert!(error.to_string().contains("\"vxlan\""), "{error}");
         let error = select("udp", r#"{"Type":"udp","Port":70000}"#).err().unwrap();
         assert!(error.to_string().contains("Backend.Port is 70000"), "{error}");
         assert!(select("udp", r#"{"Type":"udp","Port":"8285"}"#).is_err());
-        let AnyBackend::Udp(backend) = select("udp", r#"{"Type":"udp","port":9000}"#).unwrap();
+        let Ok(AnyBackend::Udp(backend)) = select("udp", r#"{"Type":"udp","port":9000}"#) else {
+            panic!("udp is udp");
+        };
         assert_eq!(backend.port(), 9000, "keys match whatever their case");
     }
 }
