@@ -271,7 +271,7 @@ fn a_peer_without_a_route_is_told_once_and_harms_nobody() {
         r#"{"PublicIP":"192.0.2.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:5b:ac:d9:d3:c7"}}"#,
     );
     let causes = [
-        ("10.244.96.0/24", "another backend (\"vxlan\")"),
+        ("10.244.96.0/24", "backend \"vxlan\""),
         ("10.244.97.0/24", "not on the underlay's link"),
         ("10.244.98.0/24", "the kernel has that network"),
     ];

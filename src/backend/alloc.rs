@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::addr::Prefix;
-use crate::backend::{BackendError, NoRoute, NoTunnel, Underlay};
+use crate::backend::{BackendError, NoTunnel, Underlay, Unreachable};
 use crate::lease::LeaseAttrs;
 
 /// The backend; it has no settings.
@@ -32,7 +32,7 @@ impl NoTunnel for Alloc {
         _prefix: Prefix,
         _attrs: &LeaseAttrs,
         _underlay: Underlay,
-    ) -> Result<Option<IpAddr>, NoRoute> {
+    ) -> Result<Option<IpAddr>, Unreachable> {
         Ok(None)
     }
 }

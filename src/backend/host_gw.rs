@@ -10,7 +10,7 @@
 use std::net::IpAddr;
 
 use crate::addr::Prefix;
-use crate::backend::{BackendError, NoRoute, NoTunnel, Underlay};
+use crate::backend::{BackendError, NoTunnel, Underlay, Unreachable};
 use crate::lease::LeaseAttrs;
 
 /// The backend's name, and what it puts into a lease as its type.
@@ -55,10 +55,10 @@ impl NoTunnel for HostGw {
         prefix: Prefix,
         attrs: &LeaseAttrs,
         underlay: Underlay,
-    ) -> Result<Option<IpAddr>, NoRoute> {
+    ) -> Result<Option<IpAddr>, Unreachable> {
         // flannel leaves leases of other backends alone, too: their nodes may not take bare packets.
         if attrs.backend_type != NAME {
-            return Err(NoRoute::OtherBackend(attrs.backend_type.clone()));
+            return Err(Unreachable::OtherBackend(attrs.backend_type.clone()));
         }
         let gateway = match prefix {
             Prefix::V4(_) => underlay
@@ -69,7 +69,7 @@ impl NoTunnel for HostGw {
         };
         match gateway {
             Some(gateway) => Ok(Some(gateway)),
-            None => Err(NoRoute::NoAddress),
+            None => Err(Unreachable::NoAddress),
         }
     }
 }
@@ -92,12 +92,12 @@ mod tests {
         let only_v4 = attrs(r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#);
         assert_eq!(
             HostGw.gateway(inside_v6, &only_v4, own()),
-            Err(NoRoute::NoAddress)
+            Err(Unreachable::NoAddress)
         );
         let no_v4_here = Underlay { v4: None, ..own() };
         assert_eq!(
             HostGw.gateway(inside_v4, &attrs(BOTH), no_v4_here),
-            Err(NoRoute::NoAddress)
+            Err(Unreachable::NoAddress)
         );
     }
 
@@ -105,7 +105,7 @@ mod tests {
     fn a_lease_of_another_backend_is_no_gateway() {
         let udp = attrs(r#"{"PublicIP":"192.0.2.2","PublicIPv6":null}"#);
         let refused = HostGw.gateway(v4_prefix("10.244.2.0/24"), &udp, own());
-        assert_eq!(refused, Err(NoRoute::OtherBackend(String::new())));
+        assert_eq!(refused, Err(Unreachable::OtherBackend(String::new())));
     }
 
     #[test]

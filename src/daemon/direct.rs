@@ -82,7 +82,7 @@ async fn on_link<B: Backend>(
     index: u32,
 ) -> Option<IpAddr> {
     // A peer of no use to the tunnel is none to this: its backend is another.
-    setup.backend.hop(prefix, attrs, setup.underlay())?;
+    setup.backend.hop(prefix, attrs, setup.underlay()).ok()?;
     let addr = match prefix {
         Prefix::V4(_) => (!attrs.public_ip.is_unspecified()).then_some(IpAddr::V4(attrs.public_ip)),
         Prefix::V6(_) => attrs.public_ipv6.map(IpAddr::V6),
