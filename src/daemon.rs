@@ -308,7 +308,7 @@ async fn stay<B: Backend>(
                     table = published.peers.borrow_and_update().clone();
                     plane.follow(&table);
                     report.set_plane(&plane);
-                    report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
+                    direct.kernel.soon();
                 }
                 () = sleep_until(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
@@ -323,7 +323,7 @@ async fn stay<B: Backend>(
                     lease = new;
                 }
                 Some(change) = changes.next() => {
-                    direct.note(&change, setup);
+                    direct.kernel.note(&change, &setup.interface.name);
                     if concerns(&change, &options.packet_path.device, plane.index) {
                         look_due.get_or_insert_with(|| Instant::now() + GATHER);
                     }
@@ -423,12 +423,15 @@ async fn port_holder(error: &anyhow::Error, netlink: &Netlink) -> Option<String>
     let devices = netlink.vxlan_devices().await.ok()?;
     let holder = devices.iter().find(|device| device.holds(*addr))?;
     let remedy = if holder.has_flannels_name() {
-        "if no flannel runs here any more, `kersey cleanup` removes it"
+        format!(
+            "if flannel does not run here any more, `ip link del {}`, or stop kersey and run `kersey cleanup`",
+            holder.link.name
+        )
     } else {
-        "take it down, or give the network another port"
+        "take it down, or give the network another port".to_owned()
     };
     Some(format!(
-        "the kernel's vxlan device {:?} (VNI {}) receives on it; {remedy}",
+        "the kernel's vxlan device {:?} (VNI {}) has it; {remedy}",
         holder.link.name, holder.vni
     ))
 }

@@ -8,11 +8,11 @@
 //! A peer that is only a key in etcd is played by node 3, which has no daemon.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::time::Duration;
 
-use kersey::addr::Prefix;
+use kersey::addr::{Ipv4Prefix, Prefix};
 use kersey::host::netlink::{Gateway, HeldRoute, Route, RouteOwner};
 use kersey::lab::cluster::ClusterPlan;
 use kersey::lab::daemon::Child;
@@ -21,7 +21,7 @@ use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::probe::Probe;
 
-use crate::overlay::{Blueprint, DEVICE, Overlay, READY, figure, wait_for, within};
+use crate::overlay::{Blueprint, DEVICE, Daemon, Overlay, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
 
 /// As flannel v0.28 writes it, with an address of ours.
@@ -348,6 +348,36 @@ fn what_stood_there_before_is_taken_over_or_taken_away() {
 }
 
 #[test]
+fn a_lease_that_went_to_another_node_is_another_subnet_everywhere() {
+    if !require_etcd("a_lease_that_went_to_another_node_is_another_subnet_everywhere") {
+        return;
+    }
+    let mut overlay = two_and_a_spare("moved");
+    let old = overlay.subnet(1).to_string();
+    overlay.put(&format!("subnets/{}", old.replace('/', "-")), FLANNEL);
+    let status = overlay.wait(1, within(SOON), |status| {
+        status.ready && status.node.subnets != [old.clone()]
+    });
+    let new: Ipv4Prefix = status.node.subnets[0].parse().unwrap();
+    let line = format!(
+        "FLANNEL_SUBNET={}/24",
+        Ipv4Addr::from_bits(new.addr().to_bits() + 1)
+    );
+    wait_for("the file follows", within(SOON), || {
+        fs::read_to_string(overlay.file("1.env")).unwrap().contains(&line)
+    });
+    let to_spare = |nth| via(&overlay, nth, prefix(&old), "192.0.2.3".parse().unwrap());
+    wait_for("the old subnet is a peer's", within(SOON), || {
+        routes(&overlay, 1).contains(&to_spare(1)) && routes(&overlay, 2).contains(&to_spare(2))
+    });
+    let to_one = via(&overlay, 2, new.into(), overlay.lab.nodes[0].v4.into());
+    wait_for("the new one is routed to", within(SOON), || {
+        routes(&overlay, 2).contains(&to_one)
+    });
+    assert!(overlay.daemon(1).is_running());
+}
+
+#[test]
 fn routes_of_another_backend_do_not_lead_past_the_tunnel() {
     if !require_etcd("routes_of_another_backend_do_not_lead_past_the_tunnel") {
         return;
@@ -373,6 +403,95 @@ fn routes_of_another_backend_do_not_lead_past_the_tunnel() {
     }
     overlay.ping_all();
     assert!(overlay.status(1).peers[0].outbound_packets > 0);
+}
+
+#[test]
+fn vxlan_routes_directly_to_peers_on_the_link_and_tunnels_to_others() {
+    if !require_etcd("vxlan_routes_directly_to_peers_on_the_link_and_tunnels_to_others") {
+        return;
+    }
+    let mut blueprint = Blueprint::new("direct", 3);
+    blueprint.network =
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#.to_owned();
+    let mut overlay = blueprint.build();
+    // Node 3 moves behind the hub, which forwards.
+    for command in [
+        "address flush dev eth0",
+        "address add 198.51.100.3/24 dev eth0",
+        "route add default via 198.51.100.254",
+    ] {
+        ip(&overlay, 3, command);
+    }
+    overlay
+        .hub()
+        .netlink(async |netlink| {
+            let index = netlink.link("br0").await?.index;
+            Ok(netlink.add_address(index, "198.51.100.254".parse()?, 24).await?)
+        })
+        .unwrap();
+    overlay.hub().sysctl("ipv4/ip_forward", "1").unwrap();
+    for nth in 1..=3 {
+        let command = overlay.command(nth);
+        let child = overlay.run(&format!("node {nth}"), nth, command);
+        overlay.nodes.push(Daemon {
+            child,
+            pods: Vec::new(),
+        });
+    }
+    overlay.wait_all();
+    for (nth, near) in [(1, 2), (2, 1)] {
+        let to = prefix(&overlay.subnet(near).to_string());
+        let gateway = overlay.lab.nodes[near - 1].v4.into();
+        let direct = via(&overlay, nth, to, gateway);
+        wait_for("the near peer has its route", within(SOON), || {
+            routes(&overlay, nth).contains(&direct)
+        });
+        assert_eq!(
+            routes(&overlay, nth).len(),
+            2,
+            "the network's, and the near peer's"
+        );
+    }
+    assert_eq!(routes(&overlay, 3).len(), 1, "nobody is near");
+    overlay.ping_all();
+    overlay.transfer(1, 2, 1 << 20);
+    let near = overlay.subnet(2).to_string();
+    let status = overlay.wait(1, within(SOON), |status| {
+        status.peers.iter().all(|peer| {
+            let is_near = peer.subnets[0] == near;
+            (peer.kernel_route.as_deref() == Some("installed")) == is_near
+        })
+    });
+    for peer in status.peers {
+        let is_near = peer.subnets[0] == near;
+        assert_eq!(peer.outbound_packets == 0, is_near, "{peer:?}");
+    }
+    assert!(
+        show(&overlay, 1).contains(":8472, direct "),
+        "{}",
+        show(&overlay, 1)
+    );
+
+    // Without the route it is the tunnel's again, and taken at the other end.
+    let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
+    wait_for("the probe runs", READY, || probe.received().0 > 100);
+    ip(&overlay, 1, &format!("route del {near}"));
+    wait_for("the route is back", within(SOON), || {
+        routes(&overlay, 1).len() == 2
+    });
+    let report = probe.stop().unwrap();
+    assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
+    let peers = overlay.status(1).peers;
+    let tunnelled = peers.iter().find(|peer| peer.subnets[0] == near).expect("node 2");
+    assert!(tunnelled.outbound_packets > 0, "{tunnelled:?}");
+
+    // A direct route goes with its peer.
+    overlay.terminate(2);
+    let key = format!("subnets/{}", near.replace('/', "-"));
+    overlay.delete(&key);
+    wait_for("the route goes with its peer", within(SOON), || {
+        routes(&overlay, 1).len() == 1
+    });
 }
 
 #[test]
@@ -427,7 +546,7 @@ fn alloc_is_a_lease_and_a_file() {
     let mut overlay = blueprint.start();
     for nth in [1, 2] {
         let subnet = overlay.subnet(nth);
-        let first = std::net::Ipv4Addr::from_bits(subnet.addr().to_bits() + 1);
+        let first = Ipv4Addr::from_bits(subnet.addr().to_bits() + 1);
         let file = fs::read_to_string(overlay.file(&format!("{nth}.env"))).unwrap();
         assert_eq!(
             file,

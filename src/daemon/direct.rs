@@ -12,7 +12,7 @@ use crate::backend::Backend;
 use crate::control::peers::PeerTable;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Wanted};
 use crate::daemon::network::{Setup, networks, prefixes};
-use crate::host::netlink::{Gateway, LinkChange, Route};
+use crate::host::netlink::{Gateway, Route};
 use crate::lease::{LeaseAttrs, Subnet};
 
 /// The kernel routes beside a tunnel.
@@ -29,12 +29,6 @@ impl DirectRoutes {
         Self {
             kernel: KernelRoutes::new(setup.netlink.clone(), networks(setup.config)),
         }
-    }
-
-    /// Takes note of an event.
-    pub(super) fn note<B: Backend>(&mut self, change: &LinkChange, setup: &Setup<'_, B>) {
-        self.kernel
-            .note(change, &setup.interface.name, setup.interface.index);
     }
 
     /// Makes the routes those of the peers in `table`; `own` is our own subnet. Gives the peers that are routed directly.

@@ -92,6 +92,8 @@ pub(super) struct KernelRoutes {
     netlink: Netlink,
     /// The overlay's networks, one a family.
     networks: Vec<Prefix>,
+    /// The number of the underlay interface when last looked.
+    underlay: u32,
     /// What was wanted last time.
     wanted: BTreeMap<Prefix, Route>,
     /// What has been told of a destination, so that it is told once.
@@ -107,6 +109,7 @@ impl KernelRoutes {
         Self {
             netlink,
             networks: networks.into_iter().collect(),
+            underlay: 0,
             wanted: BTreeMap::new(),
             troubles: BTreeMap::new(),
             told: String::new(),
@@ -119,17 +122,32 @@ impl KernelRoutes {
         self.due
     }
 
-    /// Looks again soon if `change` may have cost a route through `index`.
-    pub(super) fn note(&mut self, change: &LinkChange, underlay: &str, index: u32) {
+    /// Looks again soon.
+    pub(super) fn soon(&mut self) {
+        self.due = self.due.min(Instant::now() + GATHER);
+    }
+
+    /// Looks again soon if `change` may have cost a route through the interface called `underlay`.
+    pub(super) fn note(&mut self, change: &LinkChange, underlay: &str) {
         let concerns = match change {
             LinkChange::Link(link) | LinkChange::LinkGone(link) => link.name == underlay,
-            LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == index,
+            LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == self.underlay,
             LinkChange::RouteGone(route) => self.wanted.get(&route.destination) == Some(route),
             LinkChange::Overrun => true,
         };
         if concerns {
-            self.due = self.due.min(Instant::now() + GATHER);
+            self.soon();
         }
+    }
+
+    /// Says, once, that we could not even look, and looks again in a second.
+    pub(super) fn cannot_look(&mut self, error: NetlinkError) {
+        let text = format!("{:#}", anyhow::Error::from(error));
+        if text != self.told {
+            tracing::warn!(error = text, "cannot see to the kernel's routes; trying on");
+            self.told = text;
+        }
+        self.due = Instant::now() + RETRY;
     }
 
     /// How a peer's subnets fared when we last looked: `installed`, or what stands in the way. None if no route is wanted.
@@ -154,16 +172,12 @@ impl KernelRoutes {
         underlay: u32,
         leftovers: Leftovers,
     ) -> Result<(), Denied> {
+        self.underlay = underlay;
         self.due = Instant::now() + RESYNC;
         let (held, addresses) = match self.read().await {
             Ok(read) => read,
             Err(error) => {
-                let text = format!("{:#}", anyhow::Error::from(error));
-                if text != self.told {
-                    tracing::warn!(error = text, "cannot see to the kernel's routes; trying on");
-                    self.told = text;
-                }
-                self.due = Instant::now() + RETRY;
+                self.cannot_look(error);
                 return Ok(());
             }
         };
@@ -478,7 +492,7 @@ mod tests {
         let held = [ours(left.clone()), ours(leftover.clone())];
         let previous = [left.destination];
         let before = plan_with(&BTreeMap::new(), &held, &previous, Leftovers::Keep);
-        assert_eq!(before.delete, [left.clone()]);
+        assert_eq!(before.delete, std::slice::from_ref(&left));
         let after = plan_with(&BTreeMap::new(), &held, &previous, Leftovers::Remove);
         assert_eq!(after.delete, [left, leftover]);
     }

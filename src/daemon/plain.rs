@@ -135,7 +135,7 @@ impl<B: NoTunnel> Node<'_, B> {
                         }
                     }
                     Some(change) = changes.next() => {
-                        self.routes.note(&change, &self.interface.name, self.interface.index);
+                        self.routes.note(&change, &self.interface.name);
                     }
                     () = sleep_until(self.routes.due()) => break,
                 }
@@ -147,7 +147,10 @@ impl<B: NoTunnel> Node<'_, B> {
         let index = match self.netlink.link(&self.interface.name).await {
             Ok(link) => Some(link.index),
             Err(NetlinkError::NoLink(_)) => None,
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                self.routes.cannot_look(error);
+                return Ok(());
+            }
         };
         if self.gone_told != index.is_none() {
             self.gone_told = index.is_none();
