@@ -463,7 +463,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::options::{IngressCheck, LogLevel, StatusForm, StoreKind};
+    use crate::options::{CleanupMode, IngressCheck, LogLevel, StatusForm, StoreKind};
 
     #[test]
     fn flanneld_without_flags_is_flannels_defaults() {
@@ -737,6 +737,22 @@ mod tests {
             (options.socket.as_path(), options.form),
             (Path::new("/s"), StatusForm::Json)
         );
+    }
+
+    #[test]
+    fn cleanup_asks_the_socket_the_daemon_was_told_and_removes_unless_told_not_to() {
+        for (flags, mode) in [
+            (&[] as &[&str], CleanupMode::Remove),
+            (&["-dry-run"], CleanupMode::DryRun),
+            (&["--dry-run=false"], CleanupMode::Remove),
+        ] {
+            let args = [&["kersey", "cleanup"], flags].concat();
+            let parsed = parse(&words(&args), &variables(&[("KERSEY_STATUS_SOCKET", "/s")])).unwrap();
+            let Command::Cleanup(options) = parsed.command else {
+                panic!("{:?}", parsed.command);
+            };
+            assert_eq!((options.socket.as_path(), options.mode), (Path::new("/s"), mode));
+        }
     }
 
     fn run_options(args: &[&str], environment: &[(&str, &str)]) -> RunOptions {

@@ -7,7 +7,7 @@
 //!             └▶ a device changed by hand → put right · signals
 //! ```
 //!
-//! A backend without a tunnel goes the same way as far as the lease; [`plain`] is the rest.
+//! A backend without a tunnel goes the same way as far as the lease; `plain` is the rest.
 //!
 //! The status socket comes first: it is how a second daemon finds out. `subnet.env` comes last: to a CNI plugin it means
 //! "ready". What may come right by itself is retried for ever (store, config, interface, a device or port in use); only what this machine lacks
