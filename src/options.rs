@@ -198,6 +198,8 @@ pub struct PacketPathOptions {
     pub queues: Option<NonZeroUsize>,
     /// How workers are laid out on threads.
     pub threads: ThreadLayout,
+    /// How long a worker looks for more after a request or response before it sleeps; zero is not at all.
+    pub busy_poll: Duration,
     /// UDP source ports outbound flows are spread over; the backend's choice if absent.
     pub source_ports: Option<NonZeroU16>,
 }

@@ -160,6 +160,9 @@ struct PacketPathArgs {
     /// One thread for both directions of a queue, or one for each
     #[arg(long, value_name = "LAYOUT", value_enum, default_value = "auto")]
     threads: ThreadLayout,
+    /// How long a worker looks for more after a request or response before it sleeps; 0 is not at all
+    #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = clap::value_parser!(u16).range(..=1000))]
+    busy_poll: u16,
     /// UDP source ports to spread outbound flows over [default: the backend's choice]
     #[arg(long, value_name = "N", value_parser = source_ports)]
     source_ports: Option<NonZeroU16>,
@@ -368,6 +371,7 @@ impl RunArgs {
                 },
                 queues: path.queues,
                 threads: path.threads,
+                busy_poll: Duration::from_micros(path.busy_poll.into()),
                 source_ports: path.source_ports,
             },
             status_socket: self.other.status_socket,

@@ -124,7 +124,7 @@ impl<B: Backend> DataPlane<B> {
             tun,
             underlays,
             &routes,
-            (layout, inbound),
+            (layout, options.busy_poll, inbound),
             failed,
         )?;
         let mut plane = Self {
