@@ -55,6 +55,24 @@ pub struct StatusOptions {
     pub form: StatusForm,
 }
 
+/// `kersey cleanup`: remove what a dead daemon left on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CleanupOptions {
+    /// The daemon's socket; nothing is removed while one answers.
+    pub socket: PathBuf,
+    /// Whether to remove or only to tell.
+    pub mode: CleanupMode,
+}
+
+/// What `kersey cleanup` does with what it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CleanupMode {
+    /// Lists it.
+    DryRun,
+    /// Removes it.
+    Remove,
+}
+
 /// How `kersey status` prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusForm {

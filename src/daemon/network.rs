@@ -258,7 +258,7 @@ fn overlay(config: &NetworkConfig, own: Subnet) -> Overlay {
 }
 
 /// The prefixes of a subnet, one a family.
-pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
+pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> + Clone {
     subnet
         .ipv4()
         .map(Prefix::V4)
@@ -334,7 +334,7 @@ pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet)
 }
 
 /// The overlay's networks, one a family.
-fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
+pub(super) fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
     let v4 = config.v4.map(|range| Prefix::V4(range.network));
     let v6 = config.v6.map(|range| Prefix::V6(range.network));
     v4.into_iter().chain(v6)
