@@ -257,6 +257,116 @@ impl fmt::Debug for Mtu {
     }
 }
 
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr([u8; 6]);
+
+impl MacAddr {
+    /// Its six bytes, as they go over the wire.
+    pub fn octets(self) -> [u8; 6] {
+        self.0
+    }
+
+    /// Whether it is the address of a group, or of all (IEEE 802: lowest bit of the first byte).
+    pub fn is_group(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+
+    /// Whether it can be the address of one station: no group, and not all zero.
+    pub fn is_unicast(self) -> bool {
+        !self.is_group() && self.0 != [0; 6]
+    }
+
+    /// A locally administered unicast address made of random bits.
+    pub fn local(random: [u8; 6]) -> Self {
+        let [first, rest @ ..] = random;
+        let [b, c, d, e, f] = rest;
+        Self([first & !1 | 2, b, c, d, e, f])
+    }
+}
+
+impl From<[u8; 6]> for MacAddr {
+    fn from(octets: [u8; 6]) -> Self {
+        Self(octets)
+    }
+}
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = AddrError;
+
+    /// Reads the three spellings Go's `net.ParseMAC` knows: `aa:bb:cc:dd:ee:ff`, `aa-bb-cc-dd-ee-ff` and `aabb.ccdd.eeff`.
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let refuse = || AddrError::new(text, "an Ethernet address like 02:42:0a:f4:01:00");
+        let separator = ['-', '.'].into_iter().find(|&c| text.contains(c)).unwrap_or(':');
+        let digits = if separator == '.' { 4 } else { 2 };
+        let mut octets = [0; 6];
+        let mut filled = 0;
+        for group in text.split(separator) {
+            if group.len() != digits || !group.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                return Err(refuse());
+            }
+            for pair in group.as_bytes().chunks(2) {
+                let pair = std::str::from_utf8(pair).map_err(|_| refuse())?;
+                *octets.get_mut(filled).ok_or_else(refuse)? =
+                    u8::from_str_radix(pair, 16).map_err(|_| refuse())?;
+                filled += 1;
+            }
+        }
+        if filled == 6 { Ok(Self(octets)) } else { Err(refuse()) }
+    }
+}
+
+/// A VXLAN network identifier: 24 bits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Vni(u32);
+
+impl Vni {
+    /// The largest there is.
+    pub const MAX: u32 = 0xff_ffff;
+
+    /// Checks the range.
+    ///
+    /// # Errors
+    /// It takes more than 24 bits.
+    pub fn new(vni: u32) -> Result<Self, AddrError> {
+        if vni <= Self::MAX {
+            Ok(Self(vni))
+        } else {
+            Err(AddrError::new(&vni.to_string(), "a VNI from 0 to 16777215"))
+        }
+    }
+
+    /// As a number.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Vni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Vni {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,5 +400,43 @@ mod tests {
         assert_eq!(Mtu::new(1500).unwrap().minus(28).unwrap().bytes(), 1472);
         assert!(Mtu::new(80).unwrap().minus(28).is_err());
         assert!(Mtu::new(65_536).is_err());
+    }
+
+    #[test]
+    fn ethernet_addresses_are_read_in_gos_spellings() {
+        let mac = MacAddr::from([0x4a, 0x5b, 0xac, 0xd9, 0xd3, 0xc7]);
+        for text in ["4a:5b:ac:d9:d3:c7", "4A-5B-AC-D9-D3-C7", "4a5b.acd9.d3c7"] {
+            assert_eq!(text.parse(), Ok(mac), "{text}");
+        }
+        assert_eq!(mac.to_string(), "4a:5b:ac:d9:d3:c7");
+        for text in [
+            "",
+            "4a:5b:ac:d9:d3",
+            "4a:5b:ac:d9:d3:c7:00",
+            "4a:5b:ac:d9:d3:g7",
+            "4a5bacd9d3c7",
+            "4a:5b:ac:d9:d3:+7",
+            "4a:5b-ac:d9:d3:c7",
+            "04a:5b:ac:d9:d3:c7",
+            "4a:5b:ac:d9:d3:\u{e9}",
+        ] {
+            assert!(text.parse::<MacAddr>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_local_address_is_unicast_and_locally_administered() {
+        for first in 0..=255 {
+            let mac = MacAddr::local([first, 1, 2, 3, 4, 5]);
+            assert!(mac.is_unicast() && mac.octets()[0] & 2 != 0, "{mac}");
+        }
+        assert!(!MacAddr::from([0; 6]).is_unicast());
+        assert!(!MacAddr::from([0xff; 6]).is_unicast());
+    }
+
+    #[test]
+    fn a_vni_has_24_bits() {
+        assert_eq!(Vni::new(Vni::MAX).map(Vni::get), Ok(0xff_ffff));
+        assert!(Vni::new(Vni::MAX + 1).is_err());
     }
 }

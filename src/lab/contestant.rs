@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::addr::Ipv4Prefix;
 use crate::host::netlink::{Gateway, Route, Vxlan};
 use crate::host::sysctl;
-use crate::lab::cluster::{Cluster, ClusterPlan, StoreKind};
+use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind};
 use crate::lab::topology::{INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
 
@@ -152,6 +152,7 @@ pub fn start(
                 folder: folder.to_owned(),
                 store: StoreKind::Embedded,
                 network: ClusterPlan::network("udp", false),
+                peer: Peer::Kersey,
                 arguments: arguments.to_vec(),
             };
             let cluster = plan.start(topology)?;
