@@ -15,6 +15,7 @@ use kersey::dataplane::memory::{MemoryDevice, MemoryUnderlay, Message};
 use kersey::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
 use kersey::dataplane::stats::{PeerStats, WorkerStats};
 use kersey::dataplane::worker::{Inbound, InboundOptions, Outbound};
+use kersey::wire::ip::Ecn;
 use kersey::wire::virtio::VirtioHeader;
 
 /// Packets of a turn: one batch.
@@ -54,6 +55,7 @@ fn inbound(criterion: &mut Criterion) {
             let options = InboundOptions {
                 check,
                 verify_inner: false,
+                inner_mtu: Mtu::new(1472).expect("an MTU"),
             };
             let mut worker = Inbound::new(Udp, edges(Merge::NONE), routes().reader(), stats, options, now());
             let messages: Vec<_> = (0..PACKETS)
@@ -62,6 +64,7 @@ fn inbound(criterion: &mut Criterion) {
                     Message {
                         addr: ([192, 0, 2, 1], 8285).into(),
                         segment_size: bytes.len(),
+                        ecn: Ecn::NotEct,
                         bytes,
                     }
                 })

@@ -60,6 +60,7 @@ fn coalesce(criterion: &mut Criterion) {
                             ip,
                             trust,
                             flow: flow_hash(&ip, packet),
+                            unfinished: None,
                         },
                     );
                     at += packet.len();

@@ -24,7 +24,9 @@ use kersey::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
 use kersey::lease::{LeaseAttrs, Subnet};
 use kersey::wire::checksum::{Sum, replace_word};
 use kersey::wire::icmp::{self, IcmpError};
-use kersey::wire::ip::{Addrs, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header};
+use kersey::wire::ip::{
+    Addrs, Ecn, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header,
+};
 use kersey::wire::transport::{tcp, tcp_header_len};
 use kersey::wire::virtio::{GsoKind, VirtioHeader};
 
@@ -70,6 +72,7 @@ fn udp_decap(data: &[u8]) {
             addr: peer_address(1),
             bytes: datagram.to_vec(),
             segment_size: size,
+            ecn: Ecn::NotEct,
         };
         inbound.underlay().incoming.push_back(message);
         while inbound.turn(start()).expect("memory never fails") == Turn::Busy {}
@@ -205,6 +208,7 @@ fn gro_coalesce(data: &[u8]) {
             ip,
             trust,
             flow: flow_hash(&ip, &packet),
+            unfinished: None,
         });
         buffer.extend_from_slice(&packet);
         expected
@@ -493,6 +497,7 @@ fn inbound((check, merge): (IngressCheck, Merge)) -> MemoryInbound {
     let options = InboundOptions {
         check,
         verify_inner: false,
+        inner_mtu: Mtu::new(1472).unwrap(),
     };
     let edges = (MemoryDevice::new(merge), MemoryUnderlay::new());
     Inbound::new(

@@ -8,12 +8,14 @@ mod support;
 
 use std::net::Ipv4Addr;
 
-use kersey::dataplane::Underlay;
-use kersey::dataplane::packet::{DatagramBatch, PacketBatch, RunKey, Segments, SendPlan};
+use kersey::dataplane::datagram::DatagramBatch;
+use kersey::dataplane::packet::{PacketBatch, RunKey, Segments, SendPlan};
 use kersey::dataplane::stats::{Count, WorkerStats};
+use kersey::dataplane::{Oversize, Underlay};
 use kersey::host::socket::{Switch, UdpUnderlay, UnderlayOptions};
 use kersey::host::sys;
 use kersey::lab::topology::Plan;
+use kersey::wire::ip::Ecn;
 use kersey::wire::virtio::VirtioHeader;
 
 use support::require_root;
@@ -39,6 +41,8 @@ fn a_run_the_kernel_refuses_to_cut_arrives_all_the_same() {
             queues: 1,
             gso: Switch::Auto,
             gro: Switch::Off,
+            v4_oversize: Oversize::FragmentHere,
+            v6_oversize: Oversize::FragmentHere,
         };
         let mut receiver = UdpUnderlay::open(&options(Ipv4Addr::LOCALHOST, PORT))?;
         let mut sender = UdpUnderlay::open(&options(Ipv4Addr::new(127, 0, 0, 2), PORT))?;
@@ -50,6 +54,7 @@ fn a_run_the_kernel_refuses_to_cut_arrives_all_the_same() {
             let key = RunKey {
                 to,
                 port: 0,
+                ecn: Ecn::NotEct,
                 flow: 1,
                 peer: 0,
             };

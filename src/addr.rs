@@ -262,6 +262,11 @@ impl fmt::Debug for Mtu {
 pub struct MacAddr([u8; 6]);
 
 impl MacAddr {
+    /// The address of these six bytes, as they go over the wire.
+    pub const fn from_octets(octets: [u8; 6]) -> Self {
+        Self(octets)
+    }
+
     /// Its six bytes, as they go over the wire.
     pub fn octets(self) -> [u8; 6] {
         self.0
@@ -325,7 +330,11 @@ impl FromStr for MacAddr {
                 filled += 1;
             }
         }
-        if filled == 6 { Ok(Self(octets)) } else { Err(refuse()) }
+        if filled == 6 {
+            Ok(Self(octets))
+        } else {
+            Err(refuse())
+        }
     }
 }
 

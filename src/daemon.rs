@@ -26,11 +26,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::backend::{AnyBackend, Backend, Underlay, select};
+use crate::backend::{AnyBackend, Backend, Identity, Networks, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
-use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, subnet_file};
+use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
 use crate::daemon::network::{DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
@@ -178,8 +178,12 @@ async fn node(options: &RunOptions) -> Result<()> {
 
     let mut control = Control::new(Arc::clone(&store), control_options(options));
     let config = control.network_config().await;
-    match select(&config.backend.kind, &config.backend.json)? {
+    let identity = Identity {
+        mac: identity::mac(&options.data_dir),
+    };
+    match select(&config.backend.kind, &config.backend.json, identity)? {
         AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
+        AnyBackend::Vxlan(backend) => join(options, backend, config, control, store, report).await,
     }
 }
 
@@ -220,13 +224,19 @@ async fn join<B: Backend>(
         // RFC 8200 §5
         return Err(too_small(format!("{inner_mtu} bytes are left inside, and IPv6 needs 1280")).into());
     }
-    let (backend_type, backend_data, backend_v6_data) = backend.lease_data();
+    for note in backend.notes() {
+        tracing::info!(backend = backend.name(), "{note}");
+    }
+    let data = backend.lease_data(Networks {
+        v4: config.v4.is_some(),
+        v6: config.v6.is_some(),
+    });
     let attrs = LeaseAttrs {
         public_ip: interface.public_v4.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
         public_ipv6: interface.public_v6,
-        backend_type,
-        backend_data,
-        backend_v6_data,
+        backend_type: data.kind.to_owned(),
+        backend_data: data.v4,
+        backend_v6_data: data.v6,
     };
     let lease = control.acquire(&attrs).await;
     tracing::info!(

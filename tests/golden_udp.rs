@@ -15,7 +15,7 @@ use kersey::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes}
 use kersey::dataplane::stats::{PeerStats, WorkerStats};
 use kersey::dataplane::worker::{Inbound, InboundOptions, Outbound};
 use kersey::wire::checksum::Sum;
-use kersey::wire::ip::{IpHeader, protocol, verify_v4_header};
+use kersey::wire::ip::{Ecn, IpHeader, protocol, verify_v4_header};
 use kersey::wire::transport::udp;
 use kersey::wire::virtio::VirtioHeader;
 
@@ -47,6 +47,7 @@ fn what_the_proxy_sent_is_delivered_with_one_ttl_less() {
         let options = InboundOptions {
             check: IngressCheck::Strict,
             verify_inner: false,
+            inner_mtu: Mtu::new(1472).unwrap(),
         };
         let (edges, stats) = (edges(), (0, Arc::new(WorkerStats::default())));
         let mut inbound = Inbound::new(Udp, edges, routes.reader(), stats, options, now());
@@ -55,6 +56,7 @@ fn what_the_proxy_sent_is_delivered_with_one_ttl_less() {
             addr: datagram.from,
             bytes: datagram.payload.clone(),
             segment_size,
+            ecn: Ecn::NotEct,
         };
         inbound.underlay().incoming.push_back(message);
         inbound.turn(now()).unwrap();
@@ -87,6 +89,7 @@ fn what_we_send_is_byte_for_byte_what_the_proxy_sent() {
             addr: datagram.to,
             bytes: datagram.payload,
             segment_size,
+            ecn: Ecn::NotEct,
         };
         assert_eq!(sent, [expected], "{what}");
     }

@@ -3,11 +3,12 @@
 //! Nothing here knows threads, sockets or stores. A new encapsulation is a file with an [`Encap`] and a [`Backend`], and one arm in [`select`].
 
 pub mod udp;
+pub mod vxlan;
 
 use std::net::IpAddr;
 
-use crate::addr::{AddrError, Mtu, Prefix};
-use crate::dataplane::Encap;
+use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
+use crate::dataplane::{Encap, Oversize};
 use crate::lease::LeaseAttrs;
 use crate::lease::json::{JsonError, Object};
 
@@ -18,6 +19,35 @@ pub struct Underlay {
     pub v4: Option<std::net::Ipv4Addr>,
     /// Our IPv6 address there.
     pub v6: Option<std::net::Ipv6Addr>,
+}
+
+/// Which address families the overlay has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Networks {
+    /// It has IPv4.
+    pub v4: bool,
+    /// It has IPv6.
+    pub v6: bool,
+}
+
+/// What a node's lease says of its backend.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeaseData {
+    /// `BackendType`; empty where flannel writes none.
+    pub kind: &'static str,
+    /// `BackendData`, JSON text.
+    pub v4: Option<String>,
+    /// `BackendV6Data`, JSON text.
+    pub v6: Option<String>,
+}
+
+/// What becomes of outer datagrams larger than their path, by family of the underlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OversizePolicy {
+    /// Over IPv4.
+    pub v4: Oversize,
+    /// Over IPv6.
+    pub v6: Oversize,
 }
 
 /// One encapsulation as the daemon sees it.
@@ -34,8 +64,26 @@ pub trait Backend: Clone + Send + 'static {
     /// The UDP port it is spoken on.
     fn port(&self) -> u16;
 
-    /// What the lease says of it: `BackendType`, `BackendData`, `BackendV6Data`.
-    fn lease_data(&self) -> (String, Option<String>, Option<String>);
+    /// How many source ports flows are spread over unless the user says otherwise; 1 is the port it is spoken on.
+    fn source_ports(&self) -> usize {
+        1
+    }
+
+    /// What becomes of outer datagrams larger than their path.
+    fn oversize(&self) -> OversizePolicy;
+
+    /// What is to be said once about settings that do nothing here.
+    fn notes(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// Whether peers on the same link are to be reached by plain routes.
+    fn direct_routing(&self) -> bool {
+        false
+    }
+
+    /// What the lease says of it in an overlay of these families.
+    fn lease_data(&self, networks: Networks) -> LeaseData;
 
     /// The largest inner packet over a link of `link_mtu`.
     ///
@@ -43,20 +91,40 @@ pub trait Backend: Clone + Send + 'static {
     /// Too little is left.
     fn inner_mtu(&self, link_mtu: Mtu, underlay: Underlay) -> Result<Mtu, AddrError>;
 
-    /// The next hop for `prefix` of the peer that `attrs` describes; `None` if it cannot be reached from `underlay`.
+    /// The next hop for `prefix` of the peer that `attrs` describes.
+    ///
+    /// # Errors
+    /// Why it cannot be reached from `underlay`.
     fn hop(
         &self,
         prefix: Prefix,
         attrs: &LeaseAttrs,
         underlay: Underlay,
-    ) -> Option<<Self::Encap as Encap>::Hop>;
+    ) -> Result<<Self::Encap as Encap>::Hop, Unreachable>;
+}
+
+/// Why a peer cannot be reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreachable {
+    /// Its addresses are all of a family that this node's underlay lacks.
+    #[error("it has no address that this node's underlay can reach")]
+    NoAddress,
+    /// It speaks another encapsulation.
+    #[error("its lease says backend {0:?}")]
+    OtherBackend(String),
+    /// Its lease lacks what the backend needs.
+    #[error("its lease has no BackendData")]
+    NoData,
+    /// What its lease says of the backend is wrong.
+    #[error("its lease is wrong: {0}")]
+    Data(#[from] JsonError),
 }
 
 /// Why the network's backend cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// We do not have it.
-    #[error("the network config asks for backend {kind:?}, which kersey does not have; it has udp")]
+    #[error("the network config asks for backend {kind:?}, which kersey does not have; it has udp and vxlan")]
     Unknown {
         /// What was asked for.
         kind: String,
@@ -67,6 +135,19 @@ pub enum BackendError {
     /// The port is out of range.
     #[error("the network config is invalid: Backend.Port is {0}: a UDP port is from 1 to 65535")]
     Port(u32),
+    /// The network identifier is out of range.
+    #[error("the network config is invalid: Backend.VNI is {0}: a VNI is from 0 to {max}", max = Vni::MAX)]
+    Vni(u32),
+    /// The MTU is out of range.
+    #[error("the network config is invalid: Backend.MTU is {0}: an MTU is from {min} to 65535", min = Mtu::MIN)]
+    Mtu(u32),
+}
+
+/// What a backend is to know of the node it runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// Its Ethernet address inside the overlay; the same for as long as the node lives.
+    pub mac: MacAddr,
 }
 
 /// The backends there are.
@@ -74,15 +155,18 @@ pub enum BackendError {
 pub enum AnyBackend {
     /// flannel's udp.
     Udp(udp::UdpBackend),
+    /// flannel's vxlan.
+    Vxlan(vxlan::VxlanBackend),
 }
 
 /// Picks the backend a network config names.
 ///
 /// # Errors
 /// See [`BackendError`].
-pub fn select(kind: &str, json: &str) -> Result<AnyBackend, BackendError> {
+pub fn select(kind: &str, json: &str, identity: Identity) -> Result<AnyBackend, BackendError> {
     match kind {
         "udp" => Ok(AnyBackend::Udp(udp::UdpBackend::parse(json)?)),
+        "vxlan" => Ok(AnyBackend::Vxlan(vxlan::VxlanBackend::parse(json, identity.mac)?)),
         _ => Err(BackendError::Unknown {
             kind: kind.to_owned(),
         }),
@@ -105,11 +189,16 @@ pub fn peer_address(prefix: Prefix, attrs: &LeaseAttrs, underlay: Underlay) -> O
     }
 }
 
-/// Reads `Port` of a backend's settings.
-fn port(json: &str, default: u16) -> Result<u16, BackendError> {
-    /// A backend's settings are part of a config, which has its own limit.
+/// Reads a backend's settings.
+fn settings(json: &str) -> Result<Object<'_>, BackendError> {
+    /// They are part of a config, which has its own limit.
     const LIMIT: usize = 1 << 20;
-    match Object::parse(json, LIMIT)?.uint("Port")? {
+    Ok(Object::parse(json, LIMIT)?)
+}
+
+/// Reads `Port` of a backend's settings.
+fn port(settings: &Object<'_>, default: u16) -> Result<u16, BackendError> {
+    match settings.uint("Port")? {
         None | Some(0) => Ok(default),
         Some(port) => u16::try_from(port).map_err(|_| BackendError::Port(port)),
     }
@@ -151,14 +240,45 @@ mod tests {
         }
     }
 
+    const IDENTITY: Identity = Identity {
+        mac: MacAddr::from_octets([2, 0x11, 0x22, 0x33, 0x44, 1]),
+    };
+
+    fn refused(kind: &str, json: &str) -> String {
+        select(kind, json, IDENTITY).err().unwrap().to_string()
+    }
+
     #[test]
-    fn a_backend_we_lack_and_a_bad_port_are_named() {
-        let error = select("vxlan", r#"{"Type":"vxlan"}"#).err().unwrap();
-        assert!(error.to_string().contains("\"vxlan\""), "{error}");
-        let error = select("udp", r#"{"Type":"udp","Port":70000}"#).err().unwrap();
-        assert!(error.to_string().contains("Backend.Port is 70000"), "{error}");
-        assert!(select("udp", r#"{"Type":"udp","Port":"8285"}"#).is_err());
-        let AnyBackend::Udp(backend) = select("udp", r#"{"Type":"udp","port":9000}"#).unwrap();
-        assert_eq!(backend.port(), 9000, "keys match whatever their case");
+    fn a_backend_we_lack_and_bad_settings_are_named() {
+        for (kind, json, named) in [
+            ("ipip", r#"{"Type":"ipip"}"#, "\"ipip\""),
+            ("udp", r#"{"Type":"udp","Port":70000}"#, "Backend.Port is 70000"),
+            ("udp", r#"{"Type":"udp","Port":"8285"}"#, "Port is \"8285\""),
+            (
+                "vxlan",
+                r#"{"Type":"vxlan","VNI":16777216}"#,
+                "Backend.VNI is 16777216",
+            ),
+            ("vxlan", r#"{"Type":"vxlan","VNI":-1}"#, "VNI is -1"),
+            (
+                "vxlan",
+                r#"{"Type":"vxlan","Port":65536}"#,
+                "Backend.Port is 65536",
+            ),
+            ("vxlan", r#"{"Type":"vxlan","MTU":65536}"#, "Backend.MTU is 65536"),
+            ("vxlan", r#"{"Type":"vxlan","GBP":"yes"}"#, "GBP is \"yes\""),
+        ] {
+            let error = refused(kind, json);
+            assert!(error.contains(named), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn keys_match_whatever_their_case() {
+        let AnyBackend::Udp(backend) = select("udp", r#"{"Type":"udp","port":9000}"#, IDENTITY).unwrap()
+        else {
+            panic!("another backend");
+        };
+        assert_eq!(backend.port(), 9000);
     }
 }

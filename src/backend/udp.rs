@@ -10,10 +10,13 @@
 use std::net::SocketAddr;
 
 use crate::addr::{AddrError, Mtu, Prefix};
-use crate::backend::{Backend, BackendError, Underlay, peer_address, port};
+use crate::backend::{
+    Backend, BackendError, LeaseData, Networks, OversizePolicy, Underlay, Unreachable, peer_address, port,
+    settings,
+};
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
-use crate::dataplane::{Encap, TtlPolicy};
+use crate::dataplane::{EcnPolicy, Encap, Manners, Oversize, PeerOffloads, TtlPolicy};
 use crate::lease::LeaseAttrs;
 
 /// flannel's default port.
@@ -22,6 +25,13 @@ pub const DEFAULT_PORT: u16 = 8285;
 pub const OVERHEAD_V4: u16 = 28;
 /// Bytes added over IPv6.
 pub const OVERHEAD_V6: u16 = 48;
+
+/// A hop, like flannel's proxy; which, like the proxy, loses congestion marks.
+const MANNERS: Manners = Manners {
+    ttl: TtlPolicy::Decrement,
+    ecn: EcnPolicy::Ignore,
+    offloads: PeerOffloads::None,
+};
 
 /// The encapsulation, which is none.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +50,16 @@ impl Hop for UdpHop {
 
 impl Encap for Udp {
     type Hop = UdpHop;
-    const TTL: TtlPolicy = TtlPolicy::Decrement;
+
+    #[inline]
+    fn outbound(&self, _hop: &UdpHop) -> Manners {
+        MANNERS
+    }
+
+    #[inline]
+    fn inbound(&self) -> Manners {
+        MANNERS
+    }
 
     #[inline]
     fn header_len(&self, _hop: &UdpHop) -> usize {
@@ -74,7 +93,7 @@ impl UdpBackend {
     /// `Port` is no port.
     pub fn parse(json: &str) -> Result<Self, BackendError> {
         Ok(Self {
-            port: port(json, DEFAULT_PORT)?,
+            port: port(&settings(json)?, DEFAULT_PORT)?,
         })
     }
 }
@@ -94,8 +113,16 @@ impl Backend for UdpBackend {
         self.port
     }
 
-    fn lease_data(&self) -> (String, Option<String>, Option<String>) {
-        (String::new(), None, None)
+    fn oversize(&self) -> OversizePolicy {
+        // As flannel's proxy.
+        OversizePolicy {
+            v4: Oversize::FragmentHere,
+            v6: Oversize::FragmentHere,
+        }
+    }
+
+    fn lease_data(&self, _networks: Networks) -> LeaseData {
+        LeaseData::default()
     }
 
     fn inner_mtu(&self, link_mtu: Mtu, underlay: Underlay) -> Result<Mtu, AddrError> {
@@ -106,9 +133,10 @@ impl Backend for UdpBackend {
         })
     }
 
-    fn hop(&self, prefix: Prefix, attrs: &LeaseAttrs, underlay: Underlay) -> Option<UdpHop> {
+    fn hop(&self, prefix: Prefix, attrs: &LeaseAttrs, underlay: Underlay) -> Result<UdpHop, Unreachable> {
         // flannel's udp takes leases of any backend type: the lease says only where the node is.
-        peer_address(prefix, attrs, underlay).map(|addr| UdpHop(SocketAddr::new(addr, self.port)))
+        let addr = peer_address(prefix, attrs, underlay).ok_or(Unreachable::NoAddress)?;
+        Ok(UdpHop(SocketAddr::new(addr, self.port)))
     }
 }
 

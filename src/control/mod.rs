@@ -34,6 +34,7 @@
 pub mod allocate;
 pub mod cache;
 pub mod config;
+pub mod identity;
 mod maintain;
 pub mod peers;
 mod retry;

@@ -95,10 +95,14 @@ impl<B: Backend> DataPlane<B> {
             v4: setup.interface.v4,
             v6: setup.interface.v6,
             port: setup.backend.port(),
-            source_ports: options.source_ports.map_or(1, |ports| usize::from(ports.get())),
+            source_ports: options
+                .source_ports
+                .map_or_else(|| setup.backend.source_ports(), |ports| usize::from(ports.get())),
             queues: queue_count,
             gso: switch(options.udp_gso),
             gro: switch(options.udp_gro),
+            v4_oversize: setup.backend.oversize().v4,
+            v6_oversize: setup.backend.oversize().v6,
         };
         let underlays = (0..queue_count)
             .map(|_| UdpUnderlay::open(&underlay_options))
@@ -113,6 +117,7 @@ impl<B: Backend> DataPlane<B> {
                 options::IngressCheck::Off => IngressCheck::Off,
             },
             verify_inner: options.inner_checksums == InnerChecksums::Verify,
+            inner_mtu: setup.inner_mtu,
         };
         let queues = Queues::start(
             setup.backend.encap(),
@@ -176,10 +181,13 @@ impl<B: Backend> DataPlane<B> {
             let stats = known.map_or_else(|| PeerStats::new(self.queue_count), |known| known.stats.clone());
             let mut endpoints = Vec::new();
             for prefix in prefixes(subnet) {
-                let Some(hop) = self.backend.hop(prefix, attrs, self.underlay) else {
-                    routes.remove(prefix);
-                    tracing::warn!(%subnet, %prefix, "the peer has no address that this node's underlay can reach");
-                    continue;
+                let hop = match self.backend.hop(prefix, attrs, self.underlay) {
+                    Ok(hop) => hop,
+                    Err(reason) => {
+                        routes.remove(prefix);
+                        tracing::warn!(%subnet, %prefix, public_ip = %attrs.public_ip, %reason, "the peer cannot be reached");
+                        continue;
+                    }
                 };
                 let endpoint = crate::dataplane::route::Hop::endpoint(&hop).to_string();
                 if !endpoints.contains(&endpoint) {

@@ -70,6 +70,8 @@ pub struct Offer {
     pub trust: Trust,
     /// Hash of its flow.
     pub flow: u32,
+    /// What the device is to do to it yet: it is written alone, behind this header.
+    pub unfinished: Option<VirtioHeader>,
 }
 
 /// What kind of packet a frame can merge.
@@ -103,7 +105,9 @@ struct Frame {
     verified: bool,
     first: u32,
     last: u32,
-    /// Where the header of a merged frame starts in the arena, once it is made.
+    /// What the device is to do to a packet that stands alone.
+    unfinished: Option<VirtioHeader>,
+    /// Where the header of a merged or unfinished frame starts in the arena, once it is made.
     header_at: usize,
 }
 
@@ -160,19 +164,23 @@ impl Coalescer {
         self.current = None;
     }
 
-    /// Takes a packet of `buffer` into the newest frame of its flow, or as a new frame.
+    /// Takes a packet of `buffer` into the newest frame of its flow, or as a new frame; gives how many packets it is: a super-packet counts
+    /// as its segments.
     #[inline]
-    pub fn offer(&mut self, buffer: &[u8], offer: Offer) {
+    pub fn offer(&mut self, buffer: &[u8], offer: Offer) -> usize {
         let Some(packet) = buffer.get(offer.at..offer.at + offer.ip.total_len) else {
-            return;
+            return 0;
         };
-        let candidate = Candidate::of(packet, &offer.ip, self.merge);
+        let candidate = match offer.unfinished {
+            None => Candidate::of(packet, &offer.ip, self.merge),
+            Some(_) => None,
+        };
         if let Some(candidate) = candidate
             && let Some(index) = self.newest(offer.flow)
             && self.join(index, buffer, packet, offer, candidate)
         {
             self.current = Some(index);
-            return;
+            return 1;
         }
         self.current = candidate.map(|_| self.frames.len());
         let (kind, header_len, flags) = match candidate {
@@ -211,14 +219,20 @@ impl Coalescer {
             verified: offer.trust == Trust::Verified,
             first: piece,
             last: piece,
+            unfinished: offer.unfinished,
             header_at: 0,
         });
+        self.segments(self.frames.len() - 1)
     }
 
     /// Writes the headers of merged frames; after this [`Self::slices`] may be called.
     pub fn finish(&mut self, buffer: &[u8]) {
         for frame in &mut self.frames {
             if frame.segments == 1 {
+                if let Some(header) = frame.unfinished {
+                    frame.header_at = self.headers.len();
+                    self.headers.extend_from_slice(&header.emit());
+                }
                 continue;
             }
             let Some(template) = buffer.get(frame.at..frame.at + frame.header_len) else {
@@ -248,9 +262,21 @@ impl Coalescer {
         self.frames.is_empty()
     }
 
-    /// How many packets frame `index` holds.
+    /// How many packets frame `index` holds; a super-packet that came as one counts as its segments.
     pub fn segments(&self, index: usize) -> usize {
-        self.frames.get(index).map_or(0, |frame| frame.segments)
+        self.frames
+            .get(index)
+            .map_or(0, |frame| match frame.unfinished.and_then(|header| header.gso) {
+                None => frame.segments,
+                Some(gso) => (frame.len - usize::from(gso.header_len)).div_ceil(usize::from(gso.size)),
+            })
+    }
+
+    /// Whether frame `index` is a packet that came with work left for the device.
+    pub fn is_unfinished(&self, index: usize) -> bool {
+        self.frames
+            .get(index)
+            .is_some_and(|frame| frame.unfinished.is_some())
     }
 
     /// The pieces of frame `index`, virtio header first, into `out`; gives how many there are.
@@ -265,7 +291,10 @@ impl Coalescer {
             return 0;
         };
         if frame.segments == 1 {
-            out[0] = IoSlice::new(&PLAIN);
+            out[0] = match frame.unfinished {
+                None => IoSlice::new(&PLAIN),
+                Some(_) => IoSlice::new(&self.headers[frame.header_at..frame.header_at + VirtioHeader::LEN]),
+            };
             out[1] = IoSlice::new(&buffer[frame.at..frame.at + frame.len]);
             return 2;
         }
@@ -669,7 +698,16 @@ mod tests {
             let flow = ports
                 .iter()
                 .fold(u32::from(ip.protocol), |hash, &byte| hash * 31 + u32::from(byte));
-            coalescer.offer(&buffer, Offer { at, ip, trust, flow });
+            coalescer.offer(
+                &buffer,
+                Offer {
+                    at,
+                    ip,
+                    trust,
+                    flow,
+                    unfinished: None,
+                },
+            );
             at += packet.len();
         }
         coalescer.finish(&buffer);

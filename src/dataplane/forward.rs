@@ -15,15 +15,19 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
-use crate::dataplane::offload::{SuperPacket, finish_checksum};
-use crate::dataplane::packet::{Datagram, DatagramBatch, PacketBatch, RunKey, RunLimits, Segments, SendPlan};
+use crate::dataplane::datagram::{Datagram, DatagramBatch};
+use crate::dataplane::offload::{SuperPacket, finish_checksum, finish_for_kernel};
+use crate::dataplane::packet::{PacketBatch, RunKey, RunLimits, Segments, SendPlan};
 use crate::dataplane::route::{Hop, RouteTable};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
-use crate::dataplane::{Encap, TtlPolicy};
+use crate::dataplane::{EcnPolicy, Encap, Manners, PeerOffloads, TtlPolicy};
 use crate::wire::Malformed;
 use crate::wire::icmp::IcmpError;
-use crate::wire::ip::{Addrs, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header};
+use crate::wire::ip::{
+    Addrs, Ecn, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, set_ecn, verify_v4_header,
+};
 
 /// How strictly inbound packets are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +148,8 @@ pub fn outbound<E: Encap>(
             Some(IcmpError::TooBig(peer.inner_mtu.bytes())),
         ));
     }
-    match E::TTL {
+    let manners = encap.outbound(&peer.hop);
+    match manners.ttl {
         TtlPolicy::Keep => {}
         TtlPolicy::Decrement => {
             if decrement_ttl(batch.front_mut(meta)).is_none() {
@@ -158,6 +163,10 @@ pub fn outbound<E: Encap>(
     let key = RunKey {
         to,
         port: flow as usize % sending.ports,
+        ecn: match manners.ecn {
+            EcnPolicy::Ignore => Ecn::NotEct,
+            EcnPolicy::Carry => Ecn::of(ip.tos),
+        },
         flow,
         peer: peer_index,
     };
@@ -213,6 +222,14 @@ pub fn outbound<E: Encap>(
     Ok(())
 }
 
+/// What is known of the packets of a datagram from outside.
+#[derive(Clone, Copy)]
+struct Outer {
+    source: IpAddr,
+    ecn: Ecn,
+    manners: Manners,
+}
+
 /// What inbound keeps at hand for a batch.
 pub struct Ingress<'a, E: Encap> {
     /// The encapsulation.
@@ -221,6 +238,8 @@ pub struct Ingress<'a, E: Encap> {
     pub check: IngressCheck,
     /// Sum inner checksums even where the outer one vouches for them.
     pub verify_inner: bool,
+    /// The largest packet of the overlay: a longer TCP packet is a super-packet.
+    pub inner_mtu: Mtu,
     /// The snapshot for this batch.
     pub routes: &'a RouteTable<E::Hop>,
     /// Which queue this is, for peers' counters.
@@ -263,6 +282,15 @@ impl<E: Encap> Ingress<'_, E> {
             Some(_) if !self.verify_inner => Trust::Verified,
             Some(_) | None => Trust::Unverified,
         };
+        let manners = self.encap.inbound();
+        let outer = Outer {
+            source,
+            ecn: match manners.ecn {
+                EcnPolicy::Ignore => Ecn::NotEct,
+                EcnPolicy::Carry => datagram.ecn,
+            },
+            manners,
+        };
         let mut accepted = None;
         // The TTL with which the packet before this one came, if this one may simply continue it.
         let mut continued = None;
@@ -277,13 +305,28 @@ impl<E: Encap> Ingress<'_, E> {
                 bytes += (segment_end - at - skip) as u64;
                 continue;
             }
-            match self.accept(batch.bytes_mut(), at, segment_end, source, &mut accepted) {
+            match self.accept(batch.bytes_mut(), at, segment_end, outer, &mut accepted) {
                 Ok((at, ip)) => {
+                    let unfinished = match (manners.offloads, trust) {
+                        (PeerOffloads::None, _) | (PeerOffloads::Kernel, Trust::Verified) => None,
+                        (PeerOffloads::Kernel, Trust::Unverified) => batch
+                            .bytes_mut()
+                            .get_mut(at..at + ip.total_len)
+                            .and_then(|packet| {
+                                finish_for_kernel(packet, &ip, self.inner_mtu, coalescer.merge())
+                            }),
+                    };
                     let buffer = batch.bytes();
                     let flow = flow_hash(&ip, buffer.get(at..at + ip.total_len).unwrap_or(&[]));
-                    coalescer.offer(buffer, Offer { at, ip, trust, flow });
+                    let offer = Offer {
+                        at,
+                        ip,
+                        trust,
+                        flow,
+                        unfinished,
+                    };
+                    packets += coalescer.offer(buffer, offer) as u64;
                     continued = (trust == Trust::Verified).then_some(ip.ttl);
-                    packets += 1;
                     bytes += ip.total_len as u64;
                 }
                 Err((refusal, at)) => {
@@ -317,7 +360,7 @@ impl<E: Encap> Ingress<'_, E> {
         buffer: &mut [u8],
         at: usize,
         end: usize,
-        source: IpAddr,
+        outer: Outer,
         accepted: &mut Option<Addrs>,
     ) -> Result<(usize, IpHeader), (Refusal, usize)> {
         let plain = |reason: DropReason| (Refusal::from(reason), at);
@@ -334,10 +377,16 @@ impl<E: Encap> Ingress<'_, E> {
             Addrs::V4 { .. } | Addrs::V6 { .. } => {}
         }
         if *accepted != Some(ip.addrs) {
-            self.check_addresses(&ip, source).map_err(plain)?;
+            self.check_addresses(&ip, outer.source).map_err(plain)?;
             *accepted = Some(ip.addrs);
         }
-        match E::TTL {
+        let inner_ecn = Ecn::of(ip.tos);
+        match inner_ecn.after(outer.ecn) {
+            None => return Err(plain(DropReason::CongestionMark)),
+            Some(ecn) if ecn == inner_ecn => {}
+            Some(ecn) => set_ecn(packet, ecn),
+        }
+        match outer.manners.ttl {
             TtlPolicy::Keep => {}
             TtlPolicy::Decrement => {
                 if decrement_ttl(packet).is_none() {

@@ -8,10 +8,12 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::dataplane::coalesce::Merge;
+use crate::dataplane::datagram::DatagramBatch;
 use crate::dataplane::offload::finish_checksum;
-use crate::dataplane::packet::{DatagramBatch, PacketBatch, RunLimits, SendPlan};
+use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{Device, DeviceError, SendError, SendFailure, Underlay};
+use crate::wire::ip::Ecn;
 use crate::wire::virtio::{GsoKind, VirtioHeader};
 
 /// A TUN queue in memory.
@@ -96,6 +98,8 @@ pub struct Message {
     pub bytes: Vec<u8>,
     /// Size of every datagram but the last.
     pub segment_size: usize,
+    /// Congestion codepoint of the outer headers.
+    pub ecn: Ecn,
 }
 
 /// One end of a wire in memory.
@@ -139,7 +143,7 @@ impl Underlay for MemoryUnderlay {
     fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
         while let Some(message) = self.incoming.front() {
             let coalesced = (message.segment_size < message.bytes.len()).then_some(message.segment_size);
-            if !batch.push(message.addr, &message.bytes, coalesced) {
+            if !batch.push(message.addr, &message.bytes, coalesced, message.ecn) {
                 break;
             }
             self.incoming.pop_front();
@@ -172,6 +176,7 @@ impl Underlay for MemoryUnderlay {
                 addr: run.to,
                 bytes,
                 segment_size: run.segment_size,
+                ecn: run.ecn,
             });
         }
         Ok(())

@@ -23,11 +23,13 @@ use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 
 use crate::dataplane::coalesce::Merge;
-use crate::dataplane::packet::{DatagramBatch, PacketBatch, RunLimits, SendPlan};
+use crate::dataplane::datagram::DatagramBatch;
+use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::{DropReason, WorkerStats};
 
 pub mod coalesce;
+pub mod datagram;
 pub mod forward;
 pub mod memory;
 pub mod offload;
@@ -147,12 +149,57 @@ pub enum TtlPolicy {
     Keep,
 }
 
+/// What a tunnel does with congestion marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EcnPolicy {
+    /// The outer header says "not capable", and what it says on arrival is ignored: the other end would lose marks (RFC 6040 §4.1,
+    /// compatibility mode).
+    Ignore,
+    /// Copied outwards, combined on arrival (RFC 6040, normal mode).
+    Carry,
+}
+
+/// Who may have left work for a network card that was not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerOffloads {
+    /// Nobody: every datagram is as it would be on a wire.
+    None,
+    /// The peer's kernel. Where the two ends share a machine, its super-packets arrive whole and with unfinished checksums.
+    Kernel,
+}
+
+/// What becomes of an outer datagram larger than its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Oversize {
+    /// It may be fragmented by any router: "don't fragment" is clear (IPv4 only; over IPv6 by the sender).
+    FragmentAnywhere,
+    /// "Don't fragment" is set while it fits the path as far as that is known; above that, the sender fragments.
+    FragmentHere,
+    /// It is not sent (EMSGSIZE), and "don't fragment" is always set.
+    Refuse,
+}
+
+/// How a tunnel treats what it carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manners {
+    /// What it does to the TTL.
+    pub ttl: TtlPolicy,
+    /// What it does with congestion marks.
+    pub ecn: EcnPolicy,
+    /// What arrives through it.
+    pub offloads: PeerOffloads,
+}
+
 /// One encapsulation: what goes between the outer transport header, which the socket makes, and the inner packet.
 pub trait Encap: Clone + Send + 'static {
     /// What it needs to know of a peer.
     type Hop: Hop;
-    /// What it does to the TTL.
-    const TTL: TtlPolicy;
+
+    /// How packets to a peer are treated.
+    fn outbound(&self, hop: &Self::Hop) -> Manners;
+
+    /// How packets that arrive are treated.
+    fn inbound(&self) -> Manners;
 
     /// Length of its header towards a peer, bytes; at most [`packet::HEADROOM`].
     fn header_len(&self, hop: &Self::Hop) -> usize;

@@ -79,8 +79,20 @@ named! {
         MartianSource = "martian_source",
         /// The inner destination is not in our lease: we are no relay.
         NotForUs = "not_for_us",
-        /// The encapsulation header is not what the backend expects.
+        /// The encapsulation header is not what the backend expects: VXLAN without its flag.
         BadEncapsulation = "bad_encapsulation",
+        /// The VXLAN network identifier is another network's.
+        OtherVni = "other_vni",
+        /// The Ethernet destination inside is not ours: another station's, a group's, or everybody's.
+        OtherStation = "other_station",
+        /// The Ethernet source inside is our own address: the frame went in a circle, or lies.
+        OwnStation = "own_station",
+        /// The Ethernet frame inside carries neither IPv4 nor IPv6: ARP, a VLAN tag, anything else.
+        NotIp = "not_ip",
+        /// EtherType and IP version disagree.
+        EthertypeMismatch = "ethertype_mismatch",
+        /// A congestion mark outside, and an inner packet whose sender would not understand it (RFC 6040).
+        CongestionMark = "congestion_mark",
         /// The datagram was longer than the receive buffer.
         DatagramCut = "datagram_cut",
         /// The TUN device refused the packet (EINVAL).

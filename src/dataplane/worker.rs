@@ -8,10 +8,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge};
+use crate::dataplane::datagram::DatagramBatch;
 use crate::dataplane::forward::{self, ErrorLimiter, Ingress, IngressCheck, Sending};
 use crate::dataplane::offload::SuperPacket;
-use crate::dataplane::packet::{DatagramBatch, MAX_PACKET, PacketBatch, SendPlan};
+use crate::dataplane::packet::{MAX_PACKET, PacketBatch, SendPlan};
 use crate::dataplane::route::{RouteReader, RouteTable};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::{Device, DeviceError, Encap, SendError, SendFailure, Underlay};
@@ -189,6 +191,8 @@ pub struct InboundOptions {
     pub check: IngressCheck,
     /// Sum inner checksums even where the outer one vouches for them.
     pub verify_inner: bool,
+    /// The largest packet of the overlay.
+    pub inner_mtu: Mtu,
 }
 
 impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
@@ -239,6 +243,7 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             encap: &self.encap,
             check: self.options.check,
             verify_inner: self.options.verify_inner,
+            inner_mtu: self.options.inner_mtu,
             routes,
             queue: self.queue,
             stats: &self.stats,
@@ -268,6 +273,11 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         let filled = self.coalescer.slices(index, self.batch.bytes(), &mut slices);
         let frame = slices.get(..filled).unwrap_or(&[]);
         let segments = self.coalescer.segments(index) as u64;
+        if segments > 1 && !self.coalescer.merge().tcp && self.coalescer.is_unfinished(index) {
+            // A super-packet that came as one, and a device that takes none.
+            copy_frame(frame, &mut self.whole);
+            return self.write_singly(segments);
+        }
         match self.device.send(frame) {
             Ok(()) => {
                 self.stats.count(Count::InboundFrames, 1);
@@ -275,10 +285,8 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
                     .count(Count::InboundSuperPackets, u64::from(segments > 1));
             }
             Err(DeviceError::Refused) if segments > 1 => {
-                self.whole.clear();
-                for slice in frame {
-                    self.whole.extend_from_slice(slice);
-                }
+                copy_frame(frame, &mut self.whole);
+                self.stats.count(Count::DeviceFallbacks, 1);
                 return self.write_singly(segments);
             }
             Err(error) => self.refused(error, segments)?,
@@ -288,7 +296,6 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
 
     /// Splits the frame in `whole` again and writes its segments.
     fn write_singly(&mut self, segments: u64) -> io::Result<()> {
-        self.stats.count(Count::DeviceFallbacks, 1);
         let parsed = VirtioHeader::parse(&self.whole)
             .ok()
             .and_then(|(header, packet)| {
@@ -346,6 +353,14 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
     /// The counters.
     pub fn stats(&self) -> &WorkerStats {
         &self.stats
+    }
+}
+
+/// Puts the pieces of a frame one behind the other.
+fn copy_frame(frame: &[IoSlice<'_>], whole: &mut Vec<u8>) {
+    whole.clear();
+    for slice in frame {
+        whole.extend_from_slice(slice);
     }
 }
 

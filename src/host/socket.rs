@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch, PacketBatch, Run, RunLimits, SendPlan};
+use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
 use crate::dataplane::stats::{Count, WorkerStats};
-use crate::dataplane::{SendError, SendFailure, Underlay};
+use crate::dataplane::{Oversize, SendError, SendFailure, Underlay};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 
 /// Receive buffer asked for, bytes: 16 MiB holds 13 ms at 10 Gbit/s, longer than a worker is ever descheduled.
@@ -44,8 +45,6 @@ const GSO_HOLIDAY: Duration = Duration::from_secs(60);
 /// queue would. A longer wait would hold up the other direction, which may share the thread.
 const WAIT_TRIES: u32 = 2;
 const WAIT_MS: i32 = 1;
-/// `IP_PMTUDISC_WANT`: fragment above the known path MTU, like flannel's proxy.
-const PMTUDISC_WANT: i32 = 1;
 
 /// How a probed feature is to be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +110,10 @@ pub struct UnderlayOptions {
     pub gso: Switch,
     /// UDP_GRO.
     pub gro: Switch,
+    /// What becomes of datagrams larger than an IPv4 path.
+    pub v4_oversize: Oversize,
+    /// What becomes of datagrams larger than an IPv6 path.
+    pub v6_oversize: Oversize,
 }
 
 /// Which offloads the sockets have.
@@ -200,6 +203,15 @@ impl Family {
     }
 }
 
+/// `IP_PMTUDISC_*` and `IPV6_PMTUDISC_*` of linux/in.h, in6.h: the numbers are the same.
+fn discovery(oversize: Oversize) -> i32 {
+    match oversize {
+        Oversize::FragmentAnywhere => 0,
+        Oversize::FragmentHere => 1,
+        Oversize::Refuse => 2,
+    }
+}
+
 /// Opens and binds one socket.
 fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, UnderlayError> {
     let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
@@ -212,11 +224,16 @@ fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, Underlay
     let fd = socket.as_fd();
     if addr.is_ipv6() {
         socket.set_only_v6(true).map_err(failed("restrict to IPv6"))?;
-        sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, PMTUDISC_WANT)
+        let discovery = discovery(options.v6_oversize);
+        sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discovery)
             .map_err(failed("set MTU discovery of"))?;
+        // A kernel that does not tell the codepoint leaves us with the one inside; that is no reason not to start.
+        let _ = sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1);
     } else {
-        sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, PMTUDISC_WANT)
+        let discovery = discovery(options.v4_oversize);
+        sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discovery)
             .map_err(failed("set MTU discovery of"))?;
+        let _ = sys::set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1);
     }
     if options.queues > 1 && addr.port() != 0 {
         socket.set_reuse_port(true).map_err(failed("share the port of"))?;
@@ -371,6 +388,7 @@ impl UdpUnderlay {
                 MessageTo {
                     to: run.to,
                     segment_size: size,
+                    ecn: run.ecn,
                 },
                 pieces,
             ))
@@ -541,6 +559,7 @@ fn now() -> Instant {
 mod tests {
     use super::*;
     use crate::dataplane::packet::{RunKey, Segments};
+    use crate::wire::ip::Ecn;
     use crate::wire::virtio::VirtioHeader;
 
     const OPTIONS: UnderlayOptions = UnderlayOptions {
@@ -551,6 +570,8 @@ mod tests {
         queues: 1,
         gso: Switch::Auto,
         gro: Switch::Auto,
+        v4_oversize: Oversize::FragmentHere,
+        v6_oversize: Oversize::FragmentHere,
     };
 
     fn addr(underlay: &UdpUnderlay) -> SocketAddr {
@@ -575,6 +596,7 @@ mod tests {
             let key = RunKey {
                 to,
                 port: 0,
+                ecn: Ecn::NotEct,
                 flow: 1,
                 peer: 0,
             };
@@ -675,6 +697,7 @@ mod tests {
             let key = RunKey {
                 to,
                 port: 0,
+                ecn: Ecn::NotEct,
                 flow: 1,
                 peer: 0,
             };
@@ -723,6 +746,7 @@ mod tests {
             let key = RunKey {
                 to,
                 port: 0,
+                ecn: Ecn::NotEct,
                 flow: index as u32,
                 peer: index as u32,
             };

@@ -10,7 +10,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::dataplane::packet::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::wire::ip::Ecn;
 
 /// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class, each with its header.
 const CONTROL_BYTES: usize = 96;
@@ -179,6 +180,7 @@ impl Default for RecvScratch {
 struct RecvControl {
     segment_size: Option<usize>,
     overflows: Option<u32>,
+    ecn: Ecn,
 }
 
 impl RecvControl {
@@ -192,16 +194,25 @@ impl RecvControl {
         let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR give null or a pointer to a whole header inside that buffer.
         while let Some(control) = unsafe { next.as_ref() } {
-            // SAFETY: the data follows the header; both options carry four bytes, which the length check guards.
+            // SAFETY: the data follows the header; how much there is, the length checks below ask.
             let data = unsafe { libc::CMSG_DATA(control) };
             // SAFETY: CMSG_LEN is arithmetic on its argument only.
-            let carries_int = control.cmsg_len >= unsafe { libc::CMSG_LEN(4) } as usize;
-            if carries_int {
+            let (carries_byte, carries_int) = unsafe {
+                (
+                    control.cmsg_len >= libc::CMSG_LEN(1) as usize,
+                    control.cmsg_len >= libc::CMSG_LEN(4) as usize,
+                )
+            };
+            if (control.cmsg_level, control.cmsg_type) == (libc::IPPROTO_IP, libc::IP_TOS) && carries_byte {
+                // SAFETY: a byte is there. The kernel gives the type of service as one, unlike all else.
+                found.ecn = Ecn::of(unsafe { data.read() });
+            } else if carries_int {
                 // SAFETY: four bytes are there; they need not be aligned.
                 let value = unsafe { data.cast::<u32>().read_unaligned() };
                 match (control.cmsg_level, control.cmsg_type) {
                     (libc::SOL_UDP, libc::UDP_GRO) => found.segment_size = Some(value as usize),
                     (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => found.overflows = Some(value),
+                    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => found.ecn = Ecn::of((value & 0xff) as u8),
                     _ => {}
                 }
             }
@@ -275,7 +286,7 @@ pub fn recv_datagrams(
         }
         match scratch.addrs[index].parse() {
             Some(from) if header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 => {
-                batch.commit(from, header.msg_len as usize, control.segment_size);
+                batch.commit(from, header.msg_len as usize, control.segment_size, control.ecn);
             }
             Some(_) | None => batch.note_cut(),
         }
@@ -300,13 +311,15 @@ const MAX_MESSAGES: usize = 1024;
 /// Pieces of one message: UIO_MAXIOV.
 const MAX_PIECES: usize = 1024;
 
-/// One message: where to, and the segment size if the kernel is to cut it.
+/// One message: where to, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct MessageTo {
     /// Destination.
     pub to: SocketAddr,
-    /// UDP_SEGMENT size.
+    /// UDP_SEGMENT size, if the kernel is to cut it.
     pub segment_size: Option<u16>,
+    /// Congestion codepoint of the outer headers.
+    pub ecn: Ecn,
 }
 
 /// Sends messages, each given as its destination and its pieces; gives how many were sent. Never blocks.
@@ -337,14 +350,11 @@ where
         // SAFETY: all-zero bytes are a valid `mmsghdr`.
         let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
         header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
-        header.msg_hdr.msg_controllen = match message.segment_size {
-            // SAFETY: CMSG_SPACE is arithmetic on its argument only.
-            Some(_) => (unsafe { libc::CMSG_SPACE(2) }) as _,
-            None => 0,
-        };
+        let (control, control_len) = send_control(&message);
+        header.msg_hdr.msg_controllen = control_len as _;
         scratch.headers.push(header);
         scratch.addrs.push(message.to.into());
-        scratch.controls.push(segment_control(message.segment_size));
+        scratch.controls.push(control);
     }
     // Pointers are set once nothing grows any more.
     let mut piece = 0;
@@ -381,20 +391,52 @@ where
     }
 }
 
-/// The control message that asks for segmentation, or nothing.
-fn segment_control(segment_size: Option<u16>) -> Control {
+/// The control messages of a message to send, and their length: segmentation and congestion codepoint, each if asked for.
+fn send_control(message: &MessageTo) -> (Control, usize) {
     let mut control = Control([0; CONTROL_BYTES]);
-    if let Some(size) = segment_size {
-        // SAFETY: the buffer is aligned for `cmsghdr` and larger than CMSG_SPACE(2); CMSG_DATA of a header at its start lies inside it.
-        unsafe {
-            let header = control.0.as_mut_ptr().cast::<libc::cmsghdr>();
-            (*header).cmsg_level = libc::SOL_UDP;
-            (*header).cmsg_type = libc::UDP_SEGMENT;
-            (*header).cmsg_len = libc::CMSG_LEN(2) as _;
-            libc::CMSG_DATA(header).cast::<u16>().write_unaligned(size);
-        }
+    let mut len = 0;
+    if let Some(size) = message.segment_size {
+        len = put_control(
+            &mut control,
+            len,
+            (libc::SOL_UDP, libc::UDP_SEGMENT),
+            &size.to_ne_bytes(),
+        );
     }
-    control
+    if message.ecn != Ecn::NotEct {
+        let option = match message.to {
+            SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+            SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        };
+        len = put_control(
+            &mut control,
+            len,
+            option,
+            &i32::from(message.ecn as u8).to_ne_bytes(),
+        );
+    }
+    (control, len)
+}
+
+/// Appends a control message of up to 8 bytes at `at`; gives where the next one starts. There is room for three.
+fn put_control(control: &mut Control, at: usize, (level, kind): (i32, i32), data: &[u8]) -> usize {
+    let data = data.get(..8).unwrap_or(data);
+    let len = data.len() as libc::c_uint;
+    // SAFETY: CMSG_SPACE and CMSG_LEN are arithmetic on their argument only.
+    let (space, whole) = unsafe { (libc::CMSG_SPACE(len) as usize, libc::CMSG_LEN(len)) };
+    let Some(place) = control.0.get_mut(at..at + space) else {
+        return at;
+    };
+    // SAFETY: `place` is as long as header and data together with their padding, and aligned for `cmsghdr`: the buffer is, and `at` is
+    // a sum of CMSG_SPACEs. CMSG_DATA of a header at its start lies inside it.
+    unsafe {
+        let header = place.as_mut_ptr().cast::<libc::cmsghdr>();
+        (*header).cmsg_level = level;
+        (*header).cmsg_type = kind;
+        (*header).cmsg_len = whole as _;
+        ptr::copy_nonoverlapping(data.as_ptr(), libc::CMSG_DATA(header), data.len());
+    }
+    at + space
 }
 
 /// Scratch memory for [`read_scattered`], kept between calls.

@@ -273,6 +273,61 @@ pub fn decrement_ttl(packet: &mut [u8]) -> Option<u8> {
     }
 }
 
+/// Explicit Congestion Notification, RFC 3168 §5: the last two bits of type of service or traffic class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ecn {
+    /// The sender does not understand congestion marks.
+    #[default]
+    NotEct = 0,
+    /// It does; codepoint 01.
+    Ect1 = 1,
+    /// It does; codepoint 10.
+    Ect0 = 2,
+    /// A router on the way is congested.
+    Ce = 3,
+}
+
+impl Ecn {
+    /// The codepoint in a type of service or traffic class.
+    #[inline]
+    pub fn of(tos: u8) -> Self {
+        match tos & 3 {
+            0 => Self::NotEct,
+            1 => Self::Ect1,
+            2 => Self::Ect0,
+            _ => Self::Ce,
+        }
+    }
+
+    /// What the inner packet carries on after decapsulation (RFC 6040 §4.2), `self` being what it carried inside;
+    /// `None` if it must be dropped: a congestion mark for somebody who would not understand it.
+    #[inline]
+    pub fn after(self, outer: Self) -> Option<Self> {
+        match (outer, self) {
+            (Self::Ce, Self::NotEct) => None,
+            (Self::Ce, Self::Ect0 | Self::Ect1 | Self::Ce) => Some(Self::Ce),
+            (Self::Ect1, Self::Ect0) => Some(Self::Ect1),
+            (Self::NotEct | Self::Ect0 | Self::Ect1, inner) => Some(inner),
+        }
+    }
+}
+
+/// Sets the ECN codepoint of a packet, patching the IPv4 header checksum.
+#[inline]
+pub fn set_ecn(packet: &mut [u8], ecn: Ecn) {
+    match packet {
+        [first, tos, _, _, _, _, _, _, _, _, c0, c1, ..] if *first >> 4 == 4 => {
+            let old = u16::from_be_bytes([*first, *tos]);
+            *tos = *tos & !3 | ecn as u8;
+            let new = u16::from_be_bytes([*first, *tos]);
+            [*c0, *c1] = replace_word(u16::from_be_bytes([*c0, *c1]), old, new).to_be_bytes();
+        }
+        // The traffic class stands across two bytes; its low half is the high half of the second.
+        [first, second, ..] if *first >> 4 == 6 => *second = *second & !0x30 | (ecn as u8) << 4,
+        _ => {}
+    }
+}
+
 /// Why an address can be neither source nor destination of a packet that crosses a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -438,5 +493,46 @@ mod tests {
         ] {
             assert_eq!(scope(text.parse().unwrap()), expected, "{text}");
         }
+    }
+
+    /// RFC 6040 figure 4, row by row: outer Not-ECT, ECT(0), ECT(1), CE over inner Not-ECT, ECT(0), ECT(1), CE.
+    #[test]
+    fn congestion_marks_are_combined_as_the_rfc_says() {
+        use Ecn::{Ce, Ect0, Ect1, NotEct};
+        let table = [
+            (NotEct, [Some(NotEct), Some(Ect0), Some(Ect1), Some(Ce)]),
+            (Ect0, [Some(NotEct), Some(Ect0), Some(Ect1), Some(Ce)]),
+            (Ect1, [Some(NotEct), Some(Ect1), Some(Ect1), Some(Ce)]),
+            (Ce, [None, Some(Ce), Some(Ce), Some(Ce)]),
+        ];
+        for (outer, results) in table {
+            for (inner, result) in [NotEct, Ect0, Ect1, Ce].into_iter().zip(results) {
+                assert_eq!(inner.after(outer), result, "{inner:?} inside {outer:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn setting_a_congestion_mark_keeps_the_header_sound_and_the_rest_as_it_was() {
+        let mut v4 = ECHO;
+        for ecn in [Ecn::Ce, Ecn::Ect1, Ecn::Ect0, Ecn::NotEct] {
+            set_ecn(&mut v4, ecn);
+            assert!(verify_v4_header(&v4[..V4_LEN]));
+            assert_eq!(Ecn::of(IpHeader::parse(&v4).unwrap().tos), ecn);
+        }
+        assert_eq!(v4, ECHO);
+        let mut v6 = [0; V6_LEN];
+        v6[..4].copy_from_slice(&[0x6b, 0x95, 0x02, 0xf9]);
+        v6[6] = protocol::UDP;
+        for ecn in [Ecn::Ce, Ecn::NotEct, Ecn::Ect0] {
+            set_ecn(&mut v6, ecn);
+            let tos = IpHeader::parse(&v6).unwrap().tos;
+            assert_eq!((tos >> 2, Ecn::of(tos)), (0xb9 >> 2, ecn));
+        }
+        assert_eq!(
+            v6[..4],
+            [0x6b, 0xa5, 0x02, 0xf9],
+            "version, class and flow label else untouched"
+        );
     }
 }

@@ -9,6 +9,7 @@ pub mod icmp;
 pub mod ip;
 pub mod transport;
 pub mod virtio;
+pub mod vxlan;
 
 /// Why bytes are not a packet of the format they were taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

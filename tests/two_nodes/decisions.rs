@@ -10,7 +10,7 @@ use kersey::dataplane::forward::IngressCheck;
 use kersey::dataplane::memory::Message;
 use kersey::dataplane::stats::{Count, DropReason};
 use kersey::dataplane::{DeviceError, SendError};
-use kersey::wire::ip::IpHeader;
+use kersey::wire::ip::{Ecn, IpHeader};
 use kersey::wire::virtio::{Gso, GsoKind, VirtioHeader};
 
 use crate::node::{Kind, Node, start, underlay, v4, v6};
@@ -107,6 +107,7 @@ fn a_stranger_is_refused_whatever_it_carries() {
         addr: SocketAddr::from(([198, 51, 100, 9], 8285)),
         bytes: inner.repeat(5),
         segment_size: inner.len(),
+        ecn: Ecn::NotEct,
     };
     assert!(node.receive([run], start()).is_empty());
     assert_eq!(node.drops(), [(DropReason::UnknownPeer, 6)]);
@@ -383,6 +384,7 @@ fn one_bad_packet_in_a_run_does_not_harm_its_neighbours() {
             addr: underlay(1),
             bytes,
             segment_size: good.len(),
+            ecn: Ecn::NotEct,
         }],
         start(),
     );

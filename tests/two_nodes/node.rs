@@ -84,6 +84,7 @@ impl Node {
         let options = InboundOptions {
             check: kind.check,
             verify_inner: false,
+            inner_mtu: Mtu::new(1472).unwrap(),
         };
         let start = start();
         Self {

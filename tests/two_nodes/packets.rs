@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use etherparse::PacketBuilder;
 use kersey::dataplane::memory::Message;
 use kersey::wire::checksum::Sum;
-use kersey::wire::ip::{Addrs, IpHeader, verify_v4_header};
+use kersey::wire::ip::{Addrs, Ecn, IpHeader, verify_v4_header};
 
 use crate::node::underlay;
 
@@ -76,6 +76,7 @@ pub(crate) fn from_peer(from: u8, packet: &[u8]) -> Message {
         addr: underlay(from),
         bytes: packet.to_vec(),
         segment_size: packet.len(),
+        ecn: Ecn::NotEct,
     }
 }
 

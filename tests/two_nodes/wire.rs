@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use kersey::dataplane::memory::Message;
+use kersey::wire::ip::Ecn;
 
 /// What the wire does to datagrams.
 #[derive(Clone, Copy, Debug)]
@@ -137,6 +138,7 @@ impl Wire {
             messages.push_back(Message {
                 addr: from,
                 segment_size: bytes.len(),
+                ecn: Ecn::NotEct,
                 bytes,
             });
         }

@@ -1,0 +1,176 @@
+//! Buffers of the inbound path: what the underlay received, as it came.
+//!
+//! Frames for the device are a header of ours and payload slices of these slots. (Scattering coalesced runs on receipt, so that payloads
+//! land one behind the other, was measured: what the write gains the receive loses.)
+//!
+//! All memory is allocated once; clearing keeps it.
+
+use std::net::SocketAddr;
+
+use crate::dataplane::packet::Arena;
+use crate::wire::ip::Ecn;
+
+/// Datagram slots: enough that small packets come in batches.
+pub const DATAGRAM_SLOTS: usize = 64;
+/// Bytes of a slot: any datagram fits, whatever the underlay's MTU. The odd 64 keeps slots from sharing cache sets.
+const SLOT_BYTES: usize = 65_536 + 64;
+
+/// One datagram, or one run of datagrams the kernel coalesced.
+#[derive(Clone, Copy, Debug)]
+pub struct Datagram {
+    slot: usize,
+    /// Length in all, bytes.
+    pub len: usize,
+    /// Size of every datagram in it but the last, if the kernel coalesced several.
+    pub segment_size: Option<usize>,
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Congestion codepoint of the outer headers.
+    pub ecn: Ecn,
+}
+
+/// What the underlay received in one go.
+#[derive(Debug)]
+pub struct DatagramBatch {
+    bytes: Arena,
+    datagrams: Vec<Datagram>,
+    cut: u64,
+    overflows: u64,
+}
+
+impl Default for DatagramBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl DatagramBatch {
+    /// An empty batch with all its memory; pages are touched only as they are used.
+    pub fn new() -> Self {
+        Self {
+            bytes: Arena::new(DATAGRAM_SLOTS * SLOT_BYTES),
+            datagrams: Vec::with_capacity(DATAGRAM_SLOTS),
+            cut: 0,
+            overflows: 0,
+        }
+    }
+
+    /// The memory, for the shell to tell the kernel what it is for.
+    pub fn memory(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
+    /// Forgets the datagrams, keeps the memory.
+    pub fn clear(&mut self) {
+        self.datagrams.clear();
+        self.cut = 0;
+        self.overflows = 0;
+    }
+
+    /// The slots still free, to receive into; the first belongs to the next [`Self::commit`].
+    #[inline]
+    pub fn slots(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        self.bytes
+            .chunks_exact_mut(SLOT_BYTES)
+            .take(DATAGRAM_SLOTS)
+            .skip(self.datagrams.len())
+    }
+
+    /// Takes the next slot as a datagram.
+    #[inline]
+    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>, ecn: Ecn) {
+        let slot = self.datagrams.len();
+        self.datagrams.push(Datagram {
+            slot,
+            len: len.min(SLOT_BYTES),
+            segment_size: segment_size.filter(|&size| size > 0 && size < len),
+            from,
+            ecn,
+        });
+    }
+
+    /// Notes that the next slot holds a datagram that did not fit it; it is not delivered.
+    pub fn note_cut(&mut self) {
+        self.cut += 1;
+        // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
+        let slot = self.datagrams.len();
+        let from = SocketAddr::from(([0, 0, 0, 0], 0));
+        self.datagrams.push(Datagram {
+            slot,
+            len: 0,
+            segment_size: None,
+            from,
+            ecn: Ecn::NotEct,
+        });
+    }
+
+    /// Notes datagrams the kernel dropped before we could receive them.
+    pub fn note_overflows(&mut self, n: u64) {
+        self.overflows += n;
+    }
+
+    /// Datagrams that did not fit a slot.
+    pub fn cut(&self) -> u64 {
+        self.cut
+    }
+
+    /// Datagrams dropped by the kernel for want of buffer.
+    pub fn overflows(&self) -> u64 {
+        self.overflows
+    }
+
+    /// Copies a datagram in; for tests and the in-memory underlay. `false` if there is no room.
+    pub fn push(&mut self, from: SocketAddr, bytes: &[u8], segment_size: Option<usize>, ecn: Ecn) -> bool {
+        let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else {
+            return false;
+        };
+        slot.copy_from_slice(bytes);
+        self.commit(from, bytes.len(), segment_size, ecn);
+        true
+    }
+
+    /// The datagrams, in order of arrival.
+    pub fn datagrams(&self) -> &[Datagram] {
+        &self.datagrams
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.datagrams.is_empty()
+    }
+
+    /// All bytes: [`Self::start`] says where a datagram begins.
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// All bytes, to patch headers in place.
+    #[inline]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
+    /// Where datagram `datagram` begins in [`Self::bytes`].
+    #[inline]
+    pub fn start(datagram: Datagram) -> usize {
+        datagram.slot * SLOT_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_datagram_keeps_slots_in_step() {
+        let from = SocketAddr::from(([192, 0, 2, 1], 8285));
+        let mut batch = DatagramBatch::new();
+        batch.note_cut();
+        assert!(batch.push(from, b"next", None, Ecn::Ce));
+        let datagram = batch.datagrams()[1];
+        let start = DatagramBatch::start(datagram);
+        assert_eq!(&batch.bytes()[start..start + datagram.len], b"next");
+        assert_eq!((batch.cut(), datagram.ecn), (1, Ecn::Ce));
+    }
+}
