@@ -90,7 +90,7 @@ pub(crate) struct Shape {
 }
 
 /// The backends a lab can be made of.
-const BACKENDS: [&str; 2] = ["udp", "vxlan"];
+pub(super) const BACKENDS: [&str; 2] = ["udp", "vxlan"];
 
 impl LabOptions {
     /// Refuses what clap cannot tell to be wrong.
