@@ -244,7 +244,16 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
     let json = folder.path().join("bench.json");
     let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
         .args(["bench", "vs-kernel", "--quick", "--backend", "vxlan"])
-        .args(["--pairs", "1", "--seconds", "0.2", "--warmup", "0", "--streams", "1"])
+        .args([
+            "--pairs",
+            "1",
+            "--seconds",
+            "0.2",
+            "--warmup",
+            "0",
+            "--streams",
+            "1",
+        ])
         .args(["--loss-free", "--trial-seconds", "0.1"])
         .arg("--json")
         .arg(&json)
@@ -268,17 +277,11 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
     };
     for contestant in ["kernel-vxlan", "kersey", "kersey-to-kernel", "kernel-to-kersey"] {
         let rates = of("TCP 1 stream, cubic", contestant);
-        assert!(
-            rates.len() == 1 && rates[0] > 0.01,
-            "{contestant}: {rates:?}"
-        );
+        assert!(rates.len() == 1 && rates[0] > 0.01, "{contestant}: {rates:?}");
     }
     for contestant in ["kernel-vxlan", "kersey"] {
         let rates = of("UDP 64 B, ≤ 0.5 % lost", contestant);
-        assert!(
-            rates.len() == 1 && rates[0] > 100.0,
-            "{contestant}: {rates:?}"
-        );
+        assert!(rates.len() == 1 && rates[0] > 100.0, "{contestant}: {rates:?}");
     }
     assert_eq!(of("UDP 64 B, no loss", "kersey-to-kernel"), [] as [f64; 0]);
 }

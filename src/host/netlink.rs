@@ -519,7 +519,8 @@ impl Netlink {
             .attributes
             .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         let result = self.handle.neighbours().del(message).execute().await;
-        gone(result, &[libc::ENOENT, libc::ENODEV]).or_refused("delete a forwarding entry of interface", index)
+        gone(result, &[libc::ENOENT, libc::ENODEV])
+            .or_refused("delete a forwarding entry of interface", index)
     }
 
     /// Pins a neighbour's Ethernet address.
