@@ -191,12 +191,12 @@ type MemoryInbound = Inbound<Vxlan, MemoryDevice, MemoryUnderlay>;
 fn inbound(datagram: &Datagram, merge: Merge) -> MemoryInbound {
     let options = InboundOptions {
         check: IngressCheck::Strict,
+        clamp_mss: false,
         verify_inner: false,
         inner_mtu: mtu(datagram.to),
     };
     let routes = routes(datagram.to, datagram.from);
     let stats = (0, Arc::new(WorkerStats::default()));
-        clamp_mss: false,
     Inbound::new(
         own(datagram.to),
         edges(merge),
