@@ -18,6 +18,7 @@
 mod direct;
 mod kernel_routes;
 mod network;
+mod paths;
 mod plain;
 mod report;
 
@@ -309,6 +310,11 @@ async fn stay<B: Backend>(
                     plane.follow(&table);
                     report.set_plane(&plane);
                     direct.kernel.soon();
+                }
+                () = sleep_until(plane.paths_due()) => {
+                    if plane.look_at_paths(Instant::now()) {
+                        report.set_plane(&plane);
+                    }
                 }
                 () = sleep_until(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
