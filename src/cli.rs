@@ -204,10 +204,14 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
             })
         }
         // These two have no flannel ancestor: clap reads them as they are.
-        Some((word, flags)) if word == "lab" => Ok(Parsed {
-            command: Command::Lab(Box::new(plain::<LabOptions>("lab", flags)?)),
-            notes: Vec::new(),
-        }),
+        Some((word, flags)) if word == "lab" => {
+            let options = plain::<LabOptions>("lab", flags)?;
+            options.review()?;
+            Ok(Parsed {
+                command: Command::Lab(Box::new(options)),
+                notes: Vec::new(),
+            })
+        }
         Some((word, flags)) if word == "bench" => Ok(Parsed {
             command: Command::Bench(Box::new(plain::<BenchOptions>("bench", flags)?)),
             notes: Vec::new(),

@@ -31,7 +31,8 @@ const ARROWS: &[(&str, &[&str])] = &[
             "status",
         ],
     ),
-    ("lab", &["addr", "host", "lease", "status"]),
+    // A lab's kernel nodes take leases as any node does.
+    ("lab", &["addr", "control", "host", "lease", "options", "status"]),
     (
         "cli",
         &[

@@ -72,6 +72,9 @@ pub trait Backend: Clone + Send + 'static {
         1
     }
 
+    /// Bytes added to an inner packet on its way to `endpoint`, the outer IP header included.
+    fn overhead(&self, endpoint: IpAddr) -> u16;
+
     /// What becomes of outer datagrams larger than their path.
     fn oversize(&self) -> OversizePolicy;
 

@@ -11,11 +11,12 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::addr::Mtu;
+use crate::cli::UsageError;
 use crate::cli::progress::{Progress, grouped, table};
-use crate::lab::cluster::{Cluster, ClusterPlan, StoreKind};
+use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind};
 use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
-use crate::lab::topology::{Plan, Topology};
+use crate::lab::topology::{MOST_NODES, Plan, Topology};
 use crate::lab::traffic::latency::{self, LatencyReport};
 use crate::lab::traffic::ping::Ping;
 use crate::lab::traffic::tcp::{Bulk, BulkReport, Verified, VerifiedReport};
@@ -69,8 +70,11 @@ pub(crate) struct Shape {
     #[arg(long, value_enum, default_value_t = StoreKind::Embedded)]
     store: StoreKind,
     /// How packets are carried, as in the network configuration's Backend.Type
-    #[arg(long, default_value = "udp", value_name = "TYPE")]
+    #[arg(long, default_value = "udp", value_name = "TYPE", value_parser = BACKENDS)]
     backend: String,
+    /// What the last node is; the others are kersey's
+    #[arg(long, value_enum, default_value_t = Peer::Kersey)]
+    peer: Peer,
     /// Give every node an IPv6 subnet too
     #[arg(long)]
     dual_stack: bool,
@@ -85,9 +89,49 @@ pub(crate) struct Shape {
     program: Option<PathBuf>,
 }
 
+/// The backends a lab can be made of.
+pub(super) const BACKENDS: [&str; 2] = ["udp", "vxlan"];
+
+impl LabOptions {
+    /// Refuses what clap cannot tell to be wrong.
+    pub(super) fn review(&self) -> Result<(), UsageError> {
+        match &self.action {
+            None => self.shape.review(),
+            Some(Action::Up(shape)) => shape.review(),
+            Some(Action::Exec { .. } | Action::Status | Action::Down) => Ok(()),
+        }
+    }
+}
+
 impl Shape {
+    fn review(&self) -> Result<(), UsageError> {
+        if !(2..=MOST_NODES).contains(&self.nodes) {
+            return Err(UsageError::new(
+                format!("--nodes {}: a lab has 2 to {MOST_NODES} nodes", self.nodes),
+                "kersey lab --nodes 3",
+            ));
+        }
+        if self.peer == Peer::KernelVxlan && self.backend != "vxlan" {
+            return Err(UsageError::new(
+                format!(
+                    "--peer kernel-vxlan cannot be had with --backend {}",
+                    self.backend
+                ),
+                "the kernel's VXLAN talks to nodes of a VXLAN network: add --backend vxlan",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The last node, if there is something special about it.
+    fn special(&self) -> String {
+        match self.peer {
+            Peer::Kersey => String::new(),
+            other => format!(" · node {} is {}", self.nodes, other.name()),
+        }
+    }
+
     fn topology(&self, prefix: String) -> Result<Plan> {
-        ensure!(self.nodes >= 2, "a lab takes at least 2 nodes");
         let mut plan = Plan::new(prefix, self.nodes);
         plan.mtu = Mtu::new(self.mtu.into())?;
         Ok(plan)
@@ -102,6 +146,7 @@ impl Shape {
             folder,
             store: self.store,
             network: ClusterPlan::network(&self.backend, self.dual_stack),
+            peer: self.peer,
             arguments: self.daemon_args.clone(),
         })
     }
@@ -137,11 +182,17 @@ struct Report {
     nodes: usize,
     store: StoreKind,
     backend: String,
+    peer: Peer,
+    /// The node traffic goes to, from node 1.
+    far: usize,
     link_mtu: u16,
     inner_mtu: u16,
     pings: Vec<PairPing>,
-    transfer: VerifiedReport,
+    /// There and back.
+    transfers: [VerifiedReport; 2],
     tcp: Vec<BulkReport>,
+    /// One stream from the far node to node 1, if that is another kind of node.
+    tcp_back: Option<BulkReport>,
     udp: Vec<(usize, FloodReport)>,
     latency: LatencyReport,
     status: Vec<Status>,
@@ -164,11 +215,12 @@ struct PairPing {
 fn once(options: &LabOptions) -> Result<ExitCode> {
     let shape = &options.shape;
     eprintln!(
-        "kersey lab · {} nodes · {} backend · {} store · underlay MTU {}\n",
+        "kersey lab · {} nodes · {} backend · {} store · underlay MTU {}{}\n",
         shape.nodes,
         shape.backend,
         shape.store.name(),
-        shape.mtu
+        shape.mtu,
+        shape.special()
     );
     let mut folder = tempfile::Builder::new()
         .prefix("kersey-lab-")
@@ -185,12 +237,8 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
     let cluster_plan = shape.cluster(folder.path().to_owned())?;
     let cluster = progress.step("store, daemons, leases, routes", || {
         let cluster = cluster_plan.start(&topology)?;
-        let subnets: Vec<_> = cluster
-            .daemons
-            .iter()
-            .map(|daemon| daemon.status.node.subnets.join(" "))
-            .collect();
-        Ok((cluster, subnets.join("  ")))
+        let subnets = cluster.subnets().join("  ");
+        Ok((cluster, subnets))
     })?;
     let report =
         measure(options, &progress, &topology, &cluster).map_err(|error| with_logs(&error, &cluster))?;
@@ -240,7 +288,12 @@ fn measure(
     /// Enough for every window and buffer on the way to fill many times.
     const TRANSFER: u64 = 64 << 20;
     let duration = Duration::try_from_secs_f64(options.duration).context("--duration")?;
-    let (one, two) = (cluster.pod(topology, 1)?, cluster.pod(topology, 2)?);
+    // A special node is what one wants to see; else all are alike.
+    let far = match options.shape.peer {
+        Peer::Kersey => 2,
+        Peer::KernelVxlan => topology.nodes.len(),
+    };
+    let (one, two) = (cluster.pod(topology, 1)?, cluster.pod(topology, far)?);
     let mut failures = Vec::new();
 
     let pings = progress.check("ping, every pair", || {
@@ -258,21 +311,27 @@ fn measure(
         };
         Ok((pings, outcome))
     })?;
-    let transfer = progress.check("64 MiB, every byte checked", || {
-        let transfer = Verified {
-            bytes: TRANSFER,
-            seed: rand::random(),
-            patience: Duration::from_secs(5),
-        };
-        let report = transfer.run(one, two)?;
-        let outcome = if report.intact {
-            Ok(format!("SHA-256 {}… at both ends", &report.sha256[..12]))
-        } else {
-            failures.push("the transfer did not arrive as it was sent".to_owned());
-            Err(format!("SHA-256 differs after {} bytes", report.bytes))
-        };
-        Ok((report, outcome))
-    })?;
+    let mut transfer = |name, from, to| {
+        progress.check(name, || {
+            let transfer = Verified {
+                bytes: TRANSFER,
+                seed: rand::random(),
+                patience: Duration::from_secs(5),
+            };
+            let report = transfer.run(from, to)?;
+            let outcome = if report.intact {
+                Ok(format!("SHA-256 {}… at both ends", &report.sha256[..12]))
+            } else {
+                failures.push(format!("{name}: it did not arrive as it was sent"));
+                Err(format!("SHA-256 differs after {} bytes", report.bytes))
+            };
+            Ok((report, outcome))
+        })
+    };
+    let transfers = [
+        transfer("64 MiB, every byte checked", one, two)?,
+        transfer("64 MiB back", two, one)?,
+    ];
     let mut tcp = Vec::new();
     for streams in [1, 4] {
         let report = progress.step(&tcp_name(streams), || {
@@ -291,6 +350,20 @@ fn measure(
         }
         tcp.push(report);
     }
+    let tcp_back = match options.shape.peer {
+        Peer::Kersey => None,
+        Peer::KernelVxlan => Some(progress.step(TCP_BACK, || {
+            let bulk = Bulk {
+                streams: 1,
+                warmup: Duration::from_millis(300),
+                duration,
+                congestion: None,
+            };
+            let report = bulk.run(two, one)?;
+            let outcome = format!("{:.2} Gbit/s", report.gbit_per_s);
+            Ok((report, outcome))
+        })?),
+    };
     let mut udp = Vec::new();
     for payload_bytes in [1400, 64] {
         let report = progress.step(&udp_name(payload_bytes), || {
@@ -326,11 +399,14 @@ fn measure(
         nodes: topology.nodes.len(),
         store: options.shape.store,
         backend: options.shape.backend.clone(),
+        peer: options.shape.peer,
+        far,
         link_mtu: options.shape.mtu,
         inner_mtu: status.first().map_or(0, |status| status.node.inner_mtu),
         pings,
-        transfer,
+        transfers,
         tcp,
+        tcp_back,
         udp,
         latency,
         status,
@@ -369,6 +445,8 @@ fn now(cluster: &Cluster) -> Vec<Status> {
         .collect()
 }
 
+const TCP_BACK: &str = "TCP, 1 stream back";
+
 fn tcp_name(streams: usize) -> String {
     format!("TCP, {streams} stream{}", if streams == 1 { "" } else { "s" })
 }
@@ -381,9 +459,11 @@ impl Report {
     fn text(&self) -> String {
         let none = || "–".to_owned();
         let mut rows = Vec::new();
-        for (streams, report) in [1, 4].iter().zip(&self.tcp) {
+        let there = [1, 4].map(tcp_name).into_iter().zip(&self.tcp);
+        let back = self.tcp_back.iter().map(|report| (TCP_BACK.to_owned(), report));
+        for (name, report) in there.chain(back) {
             rows.push([
-                tcp_name(*streams),
+                name,
                 format!("{:.2} Gbit/s", report.gbit_per_s),
                 none(),
                 format!("{} resent", report.retransmits),
@@ -403,10 +483,11 @@ impl Report {
                     .map_or_else(none, |us| format!("{us:.1} µs/packet")),
             ]);
         }
-        let mut text = table(
-            ["node 1 → node 2", "throughput", "packets/s", "loss", "CPU"],
-            &rows,
-        );
+        let route = match self.peer {
+            Peer::Kersey => format!("node 1 → node {}", self.far),
+            other => format!("node 1, kersey → node {}, {}", self.far, other.name()),
+        };
+        let mut text = table([&route, "throughput", "packets/s", "loss", "CPU"], &rows);
         let rtt = &self.latency;
         text += &format!(
             "\n  round trip    p50 {:.0} µs · p99 {:.0} µs · p99.9 {:.0} µs · {} of {} lost\n",
@@ -417,8 +498,12 @@ impl Report {
             grouped(rtt.answered + rtt.lost)
         );
         text += &format!(
-            "  integrity     64 MiB, SHA-256 {}\n",
-            if self.transfer.intact { "ok" } else { "WRONG" }
+            "  integrity     64 MiB each way, SHA-256 {}\n",
+            if self.transfers.iter().all(|transfer| transfer.intact) {
+                "ok"
+            } else {
+                "WRONG"
+            }
         );
         text += &format!(
             "  MTU           {} outside, {} inside\n",

@@ -16,7 +16,9 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{InfoData, InfoVeth, LinkMessage};
-use netlink_packet_route::neighbour::NeighbourFlags;
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
+};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup,
@@ -482,6 +484,25 @@ impl Netlink {
         self.add_link(vxlan.name, message.build()).await
     }
 
+    /// Gives a VXLAN device another underlay source address of the same family.
+    ///
+    /// # Errors
+    /// There is no such device, or the kernel refuses.
+    pub async fn set_vxlan_local(&self, name: &str, vni: u32, local: IpAddr) -> Result<(), NetlinkError> {
+        // The identifier has to be there, and to be the one the device has.
+        let mut message = LinkVxlan::new(name, vni);
+        message = match local {
+            IpAddr::V4(addr) => message.local(addr),
+            IpAddr::V6(addr) => message.local6(addr),
+        };
+        self.handle
+            .link()
+            .change(message.build())
+            .execute()
+            .await
+            .or_refused("set the underlay address of interface", name)
+    }
+
     async fn add_link(&self, name: &str, message: LinkMessage) -> Result<(), NetlinkError> {
         self.handle
             .link()
@@ -505,6 +526,23 @@ impl Netlink {
         result.or_refused("add a forwarding entry for", underlay)
     }
 
+    /// Forgets behind which underlay address an Ethernet address lives; one that is not known is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn delete_fdb(&self, index: u32, mac: [u8; 6]) -> Result<(), NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.header.ifindex = index;
+        message.header.flags = NeighbourFlags::Own;
+        message
+            .attributes
+            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        let result = self.handle.neighbours().del(message).execute().await;
+        gone(result, &[libc::ENOENT, libc::ENODEV])
+            .or_refused("delete a forwarding entry of interface", index)
+    }
+
     /// Pins a neighbour's Ethernet address.
     ///
     /// # Errors
@@ -516,6 +554,30 @@ impl Netlink {
             .execute()
             .await
             .or_refused("add neighbour", addr)
+    }
+
+    /// Forgets a neighbour; one that is not known is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn delete_neighbour(&self, index: u32, addr: IpAddr) -> Result<(), NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = index;
+        let destination = match addr {
+            IpAddr::V4(addr) => {
+                message.header.family = AddressFamily::Inet;
+                NeighbourAddress::Inet(addr)
+            }
+            IpAddr::V6(addr) => {
+                message.header.family = AddressFamily::Inet6;
+                NeighbourAddress::Inet6(addr)
+            }
+        };
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(destination));
+        let result = self.handle.neighbours().del(message).execute().await;
+        gone(result, &[libc::ENOENT, libc::ENODEV]).or_refused("delete neighbour", addr)
     }
 }
 

@@ -91,6 +91,7 @@ impl Queues {
                 stats(),
                 now,
             );
+            outbound.set_clamp_mss(options.clamp_mss);
             let mut inbound = Inbound::new(
                 encap.clone(),
                 (tun_in, underlay),

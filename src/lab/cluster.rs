@@ -5,6 +5,8 @@
 //!   etcd:      etcd runs in the hub on 192.0.2.254:2379; every node asks it
 //! ```
 //!
+//! The last node may do without Kersey, with the kernel's VXLAN ([`Peer::KernelVxlan`]).
+//!
 //! Each node then gets a *pod address*, the third of its subnet, on its loopback: traffic between pod addresses takes
 //! the overlay as a container's would, whatever address the daemon gave its device.
 
@@ -18,11 +20,15 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use crate::addr::{Ipv4Prefix, Ipv6Prefix};
+use crate::control::config::NetworkConfig;
+use crate::control::store::etcd::DEFAULT_PREFIX;
 use crate::lab::daemon::{self, Child};
 use crate::lab::interrupt;
+use crate::lab::kernel_node::{KernelNode, KernelPlan, Underlay};
 use crate::lab::netns::Namespace;
-use crate::lab::topology::{HUB_V4, INTERFACE, Topology};
+use crate::lab::topology::{HUB_V4, INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
+use crate::options::{self, EtcdOptions, ServerAddress};
 use crate::status::Status;
 
 /// How long daemons have to know one another. A lease takes milliseconds; a retry after a refused connection a second.
@@ -31,6 +37,8 @@ const READY: Duration = Duration::from_secs(15);
 const SERVER_PORT: u16 = 8888;
 /// etcd's own default.
 const ETCD_PORT: u16 = 2379;
+/// Linux's VXLAN port, which flannel keeps.
+pub const VXLAN_PORT: u16 = 8472;
 
 /// Which store the leases are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -52,6 +60,27 @@ impl StoreKind {
     }
 }
 
+/// What the last node of a cluster is; the others are always Kersey's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Peer {
+    /// A Kersey daemon like the others.
+    #[default]
+    Kersey,
+    /// The kernel's VXLAN as flannel sets it up, without Kersey
+    KernelVxlan,
+}
+
+impl Peer {
+    /// What it is called in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kersey => "kersey",
+            Self::KernelVxlan => "kernel vxlan",
+        }
+    }
+}
+
 /// What to run on the nodes.
 #[derive(Clone, Debug)]
 pub struct ClusterPlan {
@@ -63,6 +92,8 @@ pub struct ClusterPlan {
     pub store: StoreKind,
     /// The network configuration, as flannel's JSON.
     pub network: String,
+    /// What the last node is.
+    pub peer: Peer,
     /// Further arguments for every daemon.
     pub arguments: Vec<String>,
 }
@@ -83,8 +114,10 @@ pub struct Daemon {
 /// Daemons that run, ended on drop: node 1 after the others, so that they can give back their leases.
 #[derive(Debug)]
 pub struct Cluster {
-    /// One a node, in the order of the topology.
+    /// One a node, in the order of the topology; the last node may have none.
     pub daemons: Vec<Daemon>,
+    /// The last node, if it is the kernel's.
+    pub kernel: Option<KernelNode>,
     /// The store, if it is a process of its own.
     pub store: Option<Child>,
 }
@@ -92,12 +125,18 @@ pub struct Cluster {
 impl ClusterPlan {
     /// The JSON of a network with one /24 a node, or that and one /64 a node.
     pub fn network(backend: &str, dual_stack: bool) -> String {
-        let mut network = serde_json::json!({ "Network": "10.244.0.0/16", "Backend": { "Type": backend } });
-        if dual_stack {
-            network["EnableIPv6"] = true.into();
-            network["IPv6Network"] = "fd00:10:244::/56".into();
+        match backend {
+            "vxlan" => Self::vxlan_network(1, VXLAN_PORT, dual_stack),
+            other => network(serde_json::json!({ "Type": other }), dual_stack),
         }
-        network.to_string()
+    }
+
+    /// The same with backend `vxlan`, under a VNI and a port of its own.
+    pub fn vxlan_network(vni: u32, port: u16, dual_stack: bool) -> String {
+        network(
+            serde_json::json!({ "Type": "vxlan", "VNI": vni, "Port": port }),
+            dual_stack,
+        )
     }
 
     /// Starts store and daemons, and waits until every node knows every other.
@@ -107,13 +146,21 @@ impl ClusterPlan {
     pub fn start(&self, topology: &Topology) -> Result<Cluster> {
         let mut cluster = Cluster {
             daemons: Vec::new(),
+            kernel: None,
             store: None,
+        };
+        let (kersey, kernel) = match self.peer {
+            Peer::Kersey => (topology.nodes.as_slice(), None),
+            Peer::KernelVxlan => match topology.nodes.split_last() {
+                Some((last, others)) => (others, Some(last)),
+                None => bail!("a cluster has nodes"),
+            },
         };
         if self.store == StoreKind::Etcd {
             let hub = topology.hub.as_ref().context("etcd needs a hub to run in")?;
             cluster.store = Some(self.etcd(hub)?);
         }
-        for (nth, node) in (1..).zip(&topology.nodes) {
+        for (nth, node) in (1..).zip(kersey) {
             let socket = self.folder.join(format!("node-{nth}.sock"));
             let child = Child::start(
                 &format!("node {nth}"),
@@ -129,17 +176,50 @@ impl ClusterPlan {
             });
         }
         let deadline = Instant::now() + READY;
+        if let Some(node) = kernel {
+            // Node 1 may have to serve the store first.
+            if let Some(first) = cluster.daemons.first_mut() {
+                first.wait(deadline, 0)?;
+            }
+            cluster.kernel = Some(KernelNode::join(&node.namespace, self.kernel_plan(node)?)?);
+        }
         let peers = topology.nodes.len() - 1;
-        for (daemon, node) in cluster.daemons.iter_mut().zip(&topology.nodes) {
-            let Daemon { child, socket, .. } = daemon;
-            let left = deadline.saturating_duration_since(Instant::now());
-            daemon.status = child.wait(left, || {
-                let status = daemon::status(socket).ok().flatten();
-                status.filter(|status| status.ready && status.peers.len() >= peers)
-            })?;
+        for (daemon, node) in cluster.daemons.iter_mut().zip(kersey) {
+            daemon.wait(deadline, peers)?;
             daemon.pods = give_pod_addresses(&node.namespace, &daemon.status.node.subnets)?;
         }
+        if let Some(kernel) = &mut cluster.kernel {
+            let left = deadline.saturating_duration_since(Instant::now());
+            kernel.follow(left, |known| known.len() >= peers)?;
+        }
         Ok(cluster)
+    }
+
+    /// How a kernel node takes part: with the families of the network, and from its own namespace's point of view.
+    fn kernel_plan(&self, node: &Node) -> Result<KernelPlan> {
+        let network = NetworkConfig::parse(&self.network)?;
+        let first = |port| ServerAddress {
+            host: first_node().to_string(),
+            port,
+        };
+        Ok(KernelPlan {
+            store: match self.store {
+                StoreKind::Embedded => options::StoreKind::Remote(vec![first(SERVER_PORT)]),
+                StoreKind::Etcd => options::StoreKind::Etcd(EtcdOptions {
+                    endpoints: vec![etcd_place()],
+                    prefix: DEFAULT_PREFIX.to_owned(),
+                    ca_file: None,
+                    client_cert: None,
+                    login: None,
+                }),
+            },
+            interface: INTERFACE.to_owned(),
+            underlay: Underlay {
+                v4: network.v4.map(|_| node.v4),
+                v6: network.v6.map(|_| node.v6),
+            },
+            subnet: None,
+        })
     }
 
     fn command(&self, nth: usize, socket: &Path) -> Command {
@@ -165,9 +245,7 @@ impl ClusterPlan {
                     .arg(format!("http://{}:{SERVER_PORT}", first_node()));
             }
             (StoreKind::Etcd, _) => {
-                command
-                    .arg("--etcd-endpoints")
-                    .arg(format!("http://{HUB_V4}:{ETCD_PORT}"));
+                command.arg("--etcd-endpoints").arg(etcd_place());
             }
         }
         command.args(&self.arguments);
@@ -175,7 +253,7 @@ impl ClusterPlan {
     }
 
     fn etcd(&self, hub: &Namespace) -> Result<Child> {
-        let place = format!("http://{HUB_V4}:{ETCD_PORT}");
+        let place = etcd_place();
         let mut command = Command::new("etcd");
         command.arg("--data-dir").arg(self.folder.join("etcd"));
         command.args(["--listen-client-urls", &place, "--advertise-client-urls", &place]);
@@ -185,6 +263,19 @@ impl ClusterPlan {
             .map_err(|error| anyhow::anyhow!("{error:#}\n  hint: apt-get install etcd-server"))?;
         child.wait(READY, || put_config(hub, &place, &self.network).ok())?;
         Ok(child)
+    }
+}
+
+impl Daemon {
+    /// Waits until the daemon is ready and knows so many peers.
+    fn wait(&mut self, deadline: Instant, peers: usize) -> Result<()> {
+        let socket = &self.socket;
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.status = self.child.wait(left, || {
+            let status = daemon::status(socket).ok().flatten();
+            status.filter(|status| status.ready && status.peers.len() >= peers)
+        })?;
+        Ok(())
     }
 }
 
@@ -206,18 +297,42 @@ impl Cluster {
     /// There is no such node.
     pub fn pods<'a>(&self, topology: &'a Topology, nth: usize) -> Result<Vec<End<'a>>> {
         let place = nth.checked_sub(1).context("nodes count from 1")?;
-        let (Some(daemon), Some(node)) = (self.daemons.get(place), topology.nodes.get(place)) else {
+        let node = topology.nodes.get(place);
+        let pods = match (self.daemons.get(place), &self.kernel) {
+            (Some(daemon), _) => Some(daemon.pods.as_slice()),
+            (None, Some(kernel)) if place == self.daemons.len() => Some(kernel.pods()),
+            (None, _) => None,
+        };
+        let (Some(pods), Some(node)) = (pods, node) else {
             bail!("there is no node {nth}");
         };
-        Ok(daemon
-            .pods
+        Ok(pods.iter().map(|&addr| End::new(&node.namespace, addr)).collect())
+    }
+
+    /// The nodes' subnets, in the order of the topology; those of one node in one text.
+    pub fn subnets(&self) -> Vec<String> {
+        let kersey = self
+            .daemons
             .iter()
-            .map(|&addr| End::new(&node.namespace, addr))
-            .collect())
+            .map(|daemon| daemon.status.node.subnets.join(" "));
+        let kernel = self.kernel.iter().map(|kernel| kernel.subnets().join(" "));
+        kersey.chain(kernel).collect()
+    }
+
+    /// What a node is, by its number.
+    pub fn peer(&self, nth: usize) -> Peer {
+        if self.kernel.is_some() && nth > self.daemons.len() {
+            Peer::KernelVxlan
+        } else {
+            Peer::Kersey
+        }
     }
 
     /// Lets everything run on when this value goes.
     pub fn keep(&mut self) {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.keep();
+        }
         for child in self
             .daemons
             .iter_mut()
@@ -237,7 +352,8 @@ impl Cluster {
     }
 
     fn end(&mut self) -> Result<()> {
-        let mut first = None;
+        // While node 1 still serves the store.
+        let mut first = self.kernel.take().and_then(|kernel| kernel.leave().err());
         let mut daemons: Vec<_> = self.daemons.drain(..).collect();
         for daemon in daemons.iter().skip(1) {
             let _ = daemon.child.signal(Signal::SIGTERM);
@@ -302,6 +418,19 @@ fn pod_address(subnet: &str) -> Result<IpAddr> {
     }
     let prefix: Ipv6Prefix = subnet.parse()?;
     Ok(Ipv6Addr::from_bits(prefix.addr().to_bits() + 2).into())
+}
+
+fn network(backend: serde_json::Value, dual_stack: bool) -> String {
+    let mut network = serde_json::json!({ "Network": "10.244.0.0/16", "Backend": backend });
+    if dual_stack {
+        network["EnableIPv6"] = true.into();
+        network["IPv6Network"] = "fd00:10:244::/56".into();
+    }
+    network.to_string()
+}
+
+fn etcd_place() -> String {
+    format!("http://{HUB_V4}:{ETCD_PORT}")
 }
 
 fn first_node() -> Ipv4Addr {

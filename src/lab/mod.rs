@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod contestant;
 pub mod daemon;
 pub mod interrupt;
+pub mod kernel_node;
 pub mod netns;
 pub mod topology;
 pub mod traffic;

@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Shape;
 use crate::cli::progress::{Progress, table};
-use crate::lab::cluster::end_processes;
+use crate::lab::cluster::{Peer, end_processes};
 use crate::lab::daemon;
+use crate::lab::kernel_node;
 use crate::lab::netns::Namespace;
 
 const FOLDER: &str = "/run/kersey-lab";
@@ -31,9 +32,21 @@ struct State {
 #[derive(Debug, Serialize, Deserialize)]
 struct NodeState {
     namespace: String,
-    socket: PathBuf,
-    log: PathBuf,
     pods: Vec<std::net::IpAddr>,
+    what: What,
+}
+
+/// What takes part in the network from a node.
+#[derive(Debug, Serialize, Deserialize)]
+enum What {
+    /// A daemon.
+    Kersey { socket: PathBuf, log: PathBuf },
+    /// The kernel, with what was set up when the lab came up; nothing follows the leases.
+    KernelVxlan {
+        devices: Vec<String>,
+        subnets: Vec<String>,
+        underlay: Vec<String>,
+    },
 }
 
 #[expect(clippy::print_stdout, reason = "tells what to do next")]
@@ -54,12 +67,8 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
     fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
     let started = progress.step("store, daemons, leases, routes", || {
         let cluster = shape.cluster(FOLDER.into())?.start(&topology)?;
-        let subnets: Vec<_> = cluster
-            .daemons
-            .iter()
-            .map(|daemon| daemon.status.node.subnets.join(" "))
-            .collect();
-        Ok((cluster, subnets.join("  ")))
+        let subnets = cluster.subnets().join("  ");
+        Ok((cluster, subnets))
     });
     let mut cluster = match started {
         Ok(cluster) => cluster,
@@ -68,15 +77,34 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
             return Err(error);
         }
     };
+    let kersey = cluster.daemons.iter().map(|daemon| {
+        let what = What::Kersey {
+            socket: daemon.socket.clone(),
+            log: daemon.child.log().to_owned(),
+        };
+        (daemon.pods.clone(), what)
+    });
+    let kernel = cluster.kernel.iter().map(|kernel| {
+        let attrs = &kernel.lease().attrs;
+        let v4 = Some(attrs.public_ip).filter(|addr| !addr.is_unspecified());
+        let v4 = v4.iter().map(ToString::to_string);
+        let what = What::KernelVxlan {
+            devices: kernel.device_names(),
+            subnets: kernel.subnets(),
+            underlay: v4
+                .chain(attrs.public_ipv6.iter().map(ToString::to_string))
+                .collect(),
+        };
+        (kernel.pods().to_vec(), what)
+    });
     let nodes = topology
         .nodes
         .iter()
-        .zip(&cluster.daemons)
-        .map(|(node, daemon)| NodeState {
+        .zip(kersey.chain(kernel))
+        .map(|(node, (pods, what))| NodeState {
             namespace: node.namespace.name().to_owned(),
-            socket: daemon.socket.clone(),
-            log: daemon.child.log().to_owned(),
-            pods: daemon.pods.clone(),
+            pods,
+            what,
         });
     let children = cluster
         .daemons
@@ -93,7 +121,7 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
     topology.keep();
     let to = state
         .nodes
-        .get(1)
+        .last()
         .and_then(|node| node.pods.first())
         .map(ToString::to_string)
         .unwrap_or_default();
@@ -121,9 +149,9 @@ pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
         let folders = std::iter::once(folder.to_path_buf()).chain(std::env::split_paths(&path));
         command.env("PATH", std::env::join_paths(folders)?);
     }
-    if let Some(node) = load()?.and_then(|state| state.nodes.into_iter().find(|node| node.namespace == name))
-    {
-        command.env("KERSEY_STATUS_SOCKET", node.socket);
+    let node = load()?.and_then(|state| state.nodes.into_iter().find(|node| node.namespace == name));
+    if let Some(What::Kersey { socket, .. }) = node.map(|node| node.what) {
+        command.env("KERSEY_STATUS_SOCKET", socket);
     }
     namespace.run(|| {
         // The thread that steps inside becomes the new program.
@@ -138,45 +166,61 @@ pub(super) fn status() -> Result<ExitCode> {
         println!("no lab is up");
         return Ok(ExitCode::FAILURE);
     };
-    let mut all_ready = true;
-    let rows: Vec<_> = state
-        .nodes
-        .iter()
-        .map(|node| {
-            let status = daemon::status(&node.socket).ok().flatten();
-            all_ready &= status.as_ref().is_some_and(|status| status.ready);
-            let Some(status) = status else {
-                let log = node.log.display().to_string();
-                return [
-                    node.namespace.clone(),
-                    "down".into(),
-                    String::new(),
-                    String::new(),
-                    log,
-                ];
-            };
-            [
-                node.namespace.clone(),
-                if status.ready {
-                    "ready".into()
-                } else {
-                    "starting".into()
-                },
-                status.node.subnets.join(" "),
-                status.node.public_ips.join(" "),
-                status.peers.len().to_string(),
-            ]
-        })
-        .collect();
+    let rows: Vec<_> = state.nodes.iter().map(NodeState::row).collect();
+    let all_ready = rows.iter().all(|row| row[2] == READY);
     print!(
         "{}",
-        table(["node", "state", "subnet", "underlay", "peers"], &rows)
+        table(["node", "is", "state", "subnet", "underlay", "peers"], &rows)
     );
     Ok(if all_ready {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+const READY: &str = "ready";
+
+impl NodeState {
+    /// How the node is doing: name, kind, state, subnets, underlay addresses, number of peers.
+    fn row(&self) -> [String; 6] {
+        let name = self.namespace.clone();
+        match &self.what {
+            What::Kersey { socket, log } => {
+                let kind = Peer::Kersey.name().to_owned();
+                let Some(status) = daemon::status(socket).ok().flatten() else {
+                    let log = log.display().to_string();
+                    return [name, kind, "down".into(), String::new(), String::new(), log];
+                };
+                let state = if status.ready { READY } else { "starting" };
+                [
+                    name,
+                    kind,
+                    state.into(),
+                    status.node.subnets.join(" "),
+                    status.node.public_ips.join(" "),
+                    status.peers.len().to_string(),
+                ]
+            }
+            What::KernelVxlan {
+                devices,
+                subnets,
+                underlay,
+            } => {
+                let peers = Namespace::existing(&name)
+                    .and_then(|namespace| kernel_node::peers_installed(&namespace, devices));
+                let state = if peers.is_ok() { READY } else { "down" };
+                [
+                    name,
+                    Peer::KernelVxlan.name().to_owned(),
+                    state.into(),
+                    subnets.join(" "),
+                    underlay.join(" "),
+                    peers.map_or_else(|_| "–".to_owned(), |peers| peers.to_string()),
+                ]
+            }
+        }
+    }
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]

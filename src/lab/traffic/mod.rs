@@ -5,6 +5,8 @@
 
 pub mod cpu;
 pub mod latency;
+pub mod loss_free;
+pub mod pace;
 pub mod ping;
 pub mod probe;
 pub mod tally;
