@@ -309,14 +309,14 @@ async fn stay<B: Backend>(
                     table = published.peers.borrow_and_update().clone();
                     plane.follow(&table);
                     report.set_plane(&plane);
-                    direct.kernel.soon();
+                    direct.kernel.peers_changed();
                 }
                 () = sleep_until(plane.paths_due()) => {
                     if plane.look_at_paths(Instant::now()) {
                         report.set_plane(&plane);
                     }
                 }
-                () = sleep_until(direct.kernel.due()) => {
+                () = at(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
                 }
                 Ok(()) = published.lease.changed() => {
