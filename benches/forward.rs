@@ -56,6 +56,7 @@ fn inbound(criterion: &mut Criterion) {
                 check,
                 verify_inner: false,
                 inner_mtu: Mtu::new(1472).expect("an MTU"),
+                clamp_mss: false,
             };
             let mut worker = Inbound::new(Udp, edges(Merge::NONE), routes().reader(), stats, options, now());
             let messages: Vec<_> = (0..PACKETS)
@@ -108,6 +109,7 @@ fn routes() -> SharedRoutes<UdpHop> {
         let peer = Peer {
             hop: UdpHop((std::net::Ipv4Addr::from(0xc000_0200 + n), 8285).into()),
             inner_mtu: Mtu::new(1472).expect("an MTU"),
+            clamp_mss: false,
             stats: PeerStats::new(1),
         };
         table.insert(Prefix::V4(prefix), peer);

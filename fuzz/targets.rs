@@ -498,6 +498,7 @@ fn inbound((check, merge): (IngressCheck, Merge)) -> MemoryInbound {
         check,
         verify_inner: false,
         inner_mtu: Mtu::new(1472).unwrap(),
+        clamp_mss: false,
     };
     let edges = (MemoryDevice::new(merge), MemoryUnderlay::new());
     Inbound::new(

@@ -85,6 +85,7 @@ impl Node {
             check: kind.check,
             verify_inner: false,
             inner_mtu: Mtu::new(1472).unwrap(),
+            clamp_mss: false,
         };
         let start = start();
         Self {
