@@ -109,7 +109,6 @@ fn routes() -> SharedRoutes<UdpHop> {
         let peer = Peer {
             hop: UdpHop((std::net::Ipv4Addr::from(0xc000_0200 + n), 8285).into()),
             inner_mtu: Mtu::new(1472).expect("an MTU"),
-            clamp_mss: false,
             stats: PeerStats::new(1),
         };
         table.insert(Prefix::V4(prefix), peer);

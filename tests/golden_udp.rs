@@ -160,7 +160,6 @@ fn routes(ours: IpAddr, theirs: IpAddr) -> SharedRoutes<UdpHop> {
     let peer = Peer {
         hop: UdpHop(SocketAddr::new(theirs, DEFAULT_PORT)),
         inner_mtu: Mtu::new(1472).unwrap(),
-        clamp_mss: false,
         stats: PeerStats::new(1),
     };
     table.insert(Prefix::V4(subnet(theirs).parse().unwrap()), peer);
