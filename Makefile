@@ -50,7 +50,7 @@ check: deps
 bench: build
 	cargo bench --locked
 	mkdir -p $(TARGET)/bench
-	$(AS_ROOT) $(TARGET)/release/kersey bench vs-kernel --offloads on,off --underlay-offloads on,off --json $(TARGET)/bench/vs-kernel.json $(ARGS)
+	$(AS_ROOT) $(TARGET)/release/kersey bench vs-kernel --offloads on,off --underlay-offloads on,off --loss-free --json $(TARGET)/bench/vs-kernel.json $(ARGS)
 
 fuzz: build-deps
 	@if ! cargo fuzz --version >/dev/null 2>&1; then \

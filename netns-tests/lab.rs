@@ -193,19 +193,26 @@ fn a_search_ends_below_what_a_wire_loses() {
 }
 
 #[test]
-fn a_lab_of_vxlan_nodes_passes_its_checks() {
-    if !require_root("a_lab_of_vxlan_nodes_passes_its_checks") {
+fn a_lab_passes_its_checks_with_every_backend() {
+    if !require_root("a_lab_passes_its_checks_with_every_backend") {
         return;
     }
-    let report = lab(&["--nodes", "3", "--backend", "vxlan", "--dual-stack"]);
-    assert_eq!(report["passed"], true, "{report:#}");
-    // Every ordered pair of three nodes, in two families.
-    assert_eq!(report["pings"].as_array().unwrap().len(), 12);
-    assert_eq!(report["far"], 2);
-    assert_eq!(report["tcp_back"], serde_json::Value::Null);
-    for status in report["status"].as_array().unwrap() {
-        assert_eq!(status["backend"]["name"], "vxlan");
-        assert_eq!(status["backend"]["port"], 8472);
+    let none = serde_json::Value::Null;
+    for (backend, port, inner_mtu) in [
+        ("udp", 8285.into(), 1452),
+        ("vxlan", 8472.into(), 1430),
+        ("host-gw", none.clone(), 1500),
+    ] {
+        let report = lab(&["--nodes", "3", "--backend", backend, "--dual-stack"]);
+        assert_eq!(report["passed"], true, "{backend}: {report:#}");
+        // Every ordered pair of three nodes, in two families.
+        assert_eq!(report["pings"].as_array().unwrap().len(), 12, "{backend}");
+        assert_eq!(report["inner_mtu"], inner_mtu, "{backend}");
+        assert_eq!((&report["far"], &report["tcp_back"]), (&2.into(), &none));
+        for status in report["status"].as_array().unwrap() {
+            assert_eq!(status["backend"]["name"], backend);
+            assert_eq!(status["backend"]["port"], port);
+        }
     }
 }
 

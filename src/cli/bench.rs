@@ -52,7 +52,7 @@ enum What {
 #[derive(Debug, Args)]
 struct VsKernel {
     /// How kersey's pair carries packets; with vxlan, mixed pairs of kersey and kernel are measured too
-    #[arg(long, default_value = "udp", value_name = "TYPE", value_parser = super::lab::BACKENDS)]
+    #[arg(long, default_value = "udp", value_name = "TYPE", value_parser = BACKENDS)]
     backend: String,
     /// Rounds; each measures every contestant once
     #[arg(long, default_value_t = 5, value_name = "N")]
@@ -106,6 +106,8 @@ struct VsKernel {
     quick: bool,
 }
 
+/// Kersey's backends that are tunnels.
+const BACKENDS: [&str; 2] = ["udp", "vxlan"];
 /// How close a search without loss gets, relative to the rate.
 const RESOLUTION: f64 = 0.03;
 /// The same for a look.

@@ -90,7 +90,7 @@ pub(crate) struct Shape {
 }
 
 /// The backends a lab can be made of.
-pub(super) const BACKENDS: [&str; 2] = ["udp", "vxlan"];
+const BACKENDS: [&str; 3] = ["udp", "vxlan", "host-gw"];
 
 impl LabOptions {
     /// Refuses what clap cannot tell to be wrong.
