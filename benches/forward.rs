@@ -56,6 +56,7 @@ fn inbound(criterion: &mut Criterion) {
                 check,
                 verify_inner: false,
                 inner_mtu: Mtu::new(1472).expect("an MTU"),
+                clamp_mss: false,
             };
             let mut worker = Inbound::new(Udp, edges(Merge::NONE), routes().reader(), stats, options, now());
             let messages: Vec<_> = (0..PACKETS)

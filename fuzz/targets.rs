@@ -576,6 +576,7 @@ fn inbound<E: Encap>(
         check,
         verify_inner: false,
         inner_mtu: mtu(),
+        clamp_mss: false,
     };
     let edges = (MemoryDevice::new(merge), MemoryUnderlay::new());
     Inbound::new(

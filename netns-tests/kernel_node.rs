@@ -113,7 +113,8 @@ fn changes_of_a_peer_are_followed_and_its_end_leaves_nothing() {
     reach(&one, &two, "at another underlay address");
 
     two.leave().unwrap();
-    one.follow(Duration::from_secs(5), |peers| peers.is_empty()).unwrap();
+    one.follow(Duration::from_secs(5), |peers| peers.is_empty())
+        .unwrap();
     let namespace = &network.lab.nodes[0].namespace;
     assert_eq!(peers_installed(namespace, &one.device_names()).unwrap(), 0);
     let left = network.neighbours(1);
@@ -258,9 +259,11 @@ impl Network {
         show("ip", &["neigh", "show", "dev", device])
             .lines()
             .map(|line| line.replacen(" lladdr", &format!(" dev {device} lladdr"), 1) + "\n")
-            .chain(show("bridge", &["fdb", "show", "dev", device]).lines().map(|line| {
-                line.replacen(" dst", &format!(" dev {device} dst"), 1) + "\n"
-            }))
+            .chain(
+                show("bridge", &["fdb", "show", "dev", device])
+                    .lines()
+                    .map(|line| line.replacen(" dst", &format!(" dev {device} dst"), 1) + "\n"),
+            )
             .collect()
     }
 }

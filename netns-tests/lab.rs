@@ -1,13 +1,18 @@
-//! The lab itself: namespaces, links and traffic over a plain wire, and that nothing stays behind.
+//! The lab itself: namespaces, links and traffic over a plain wire, and that nothing stays behind; then the commands
+//! made of it.
 //!
 //! ```text
 //!   node 1 eth0 192.0.2.1 --- br0 in the hub --- 192.0.2.2 eth0 node 2
 //! ```
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "in the helpers of tests it says where a test failed"
+)]
+
 mod support;
 
 use std::net::IpAddr;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -19,6 +24,7 @@ use kersey::lab::netns::Namespace;
 use kersey::lab::topology::{HUB_V4, Plan, Wiring};
 use kersey::lab::traffic::End;
 use kersey::lab::traffic::latency;
+use kersey::lab::traffic::loss_free::LossFree;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::probe::Probe;
 use kersey::lab::traffic::tcp::{Bulk, Verified};
@@ -96,7 +102,12 @@ fn the_kernels_vxlan_carries_what_flannel_would_send_over_it() {
     plan.wiring = Wiring::Pair;
     let lab = plan.build().unwrap();
     contestant::add_kernel_vxlan(&lab).unwrap();
-    let running = contestant::start(Contestant::KernelVxlan, &lab, Path::new("/nonexistent"), &[]).unwrap();
+    let kersey = contestant::Kersey {
+        backend: "udp".to_owned(),
+        folder: "/nonexistent".into(),
+        arguments: Vec::new(),
+    };
+    let running = contestant::start(Contestant::KernelVxlan, &lab, &kersey).unwrap();
     let (one, two) = running.ends(&lab).unwrap();
     let sizes = [56, 1450 - 28, 4000];
     for data_bytes in sizes {
@@ -152,6 +163,164 @@ fn every_measurement_measures() {
         report.answered > 100 && report.p50_us <= report.p99_us,
         "{report:?}"
     );
+}
+
+#[test]
+fn a_search_ends_below_what_a_wire_loses() {
+    if !require_root("a_search_ends_below_what_a_wire_loses") {
+        return;
+    }
+    let lab = Plan::private("search", 2).build().unwrap();
+    let search = LossFree {
+        payload_bytes: 64,
+        trial: Duration::from_millis(100),
+        start: 10_000,
+        resolution: 0.5,
+    };
+    let report = search
+        .run(lab.nodes[0].underlay(), lab.nodes[1].underlay())
+        .unwrap();
+    let (ndr, pdr) = (report.ndr.received_per_s, report.pdr.received_per_s);
+    assert!(ndr.is_some_and(|rate| rate > 1000.0), "{report:#?}");
+    assert!(pdr >= ndr.map(|rate| rate * 0.9), "{report:#?}");
+    for trial in &report.trials {
+        assert_eq!(
+            trial.sent - trial.lost,
+            (trial.received_per_s / trial.sent_per_s * trial.sent as f64).round() as u64,
+            "{trial:?}"
+        );
+    }
+}
+
+#[test]
+fn a_lab_of_vxlan_nodes_passes_its_checks() {
+    if !require_root("a_lab_of_vxlan_nodes_passes_its_checks") {
+        return;
+    }
+    let report = lab(&["--nodes", "3", "--backend", "vxlan", "--dual-stack"]);
+    assert_eq!(report["passed"], true, "{report:#}");
+    // Every ordered pair of three nodes, in two families.
+    assert_eq!(report["pings"].as_array().unwrap().len(), 12);
+    assert_eq!(report["far"], 2);
+    assert_eq!(report["tcp_back"], serde_json::Value::Null);
+    for status in report["status"].as_array().unwrap() {
+        assert_eq!(status["backend"]["name"], "vxlan");
+        assert_eq!(status["backend"]["port"], 8472);
+    }
+}
+
+#[test]
+fn a_lab_takes_the_kernel_as_its_last_node() {
+    if !require_root("a_lab_takes_the_kernel_as_its_last_node") {
+        return;
+    }
+    for flags in [&["--nodes", "2"][..], &["--nodes", "3", "--dual-stack"]] {
+        let flags = [flags, &["--backend", "vxlan", "--peer", "kernel-vxlan"]].concat();
+        let report = lab(&flags);
+        assert_eq!(report["passed"], true, "{flags:?}: {report:#}");
+        assert_eq!(report["peer"], "kernel-vxlan");
+        assert_eq!(report["far"], report["nodes"]);
+        let daemons = report["status"].as_array().unwrap();
+        assert_eq!(
+            daemons.len() + 1,
+            usize::try_from(report["nodes"].as_u64().unwrap()).unwrap()
+        );
+        for transfer in report["transfers"].as_array().unwrap() {
+            assert_eq!(transfer["intact"], true, "{flags:?}: {transfer}");
+        }
+        assert!(
+            report["tcp_back"]["bytes"].as_u64().unwrap() > 1 << 20,
+            "{flags:?}"
+        );
+    }
+}
+
+#[test]
+fn a_bench_over_vxlan_measures_mixed_pairs_too() {
+    if !require_root("a_bench_over_vxlan_measures_mixed_pairs_too") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        .args(["bench", "vs-kernel", "--quick", "--backend", "vxlan"])
+        .args([
+            "--pairs",
+            "1",
+            "--seconds",
+            "0.2",
+            "--warmup",
+            "0",
+            "--streams",
+            "1",
+        ])
+        .args(["--loss-free", "--trial-seconds", "0.1"])
+        .arg("--json")
+        .arg(&json)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    for word in ["kersey to kernel", "kernel to kersey", "UDP 1400 B, no loss"] {
+        assert!(text.contains(word), "{word:?} is not in {text}");
+    }
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(report["backend"], "vxlan");
+    let metrics = report["scenarios"][0]["metrics"].as_array().unwrap();
+    let of = |name: &str, contestant: &str| -> Vec<f64> {
+        let metric = metrics.iter().find(|metric| metric["name"] == name).unwrap();
+        let samples = metric["samples"].as_array().unwrap();
+        let samples = samples.iter().find(|pair| pair[0] == contestant).unwrap();
+        let samples = samples[1].as_array().unwrap();
+        samples.iter().filter_map(serde_json::Value::as_f64).collect()
+    };
+    for contestant in ["kernel-vxlan", "kersey", "kersey-to-kernel", "kernel-to-kersey"] {
+        let rates = of("TCP 1 stream, cubic", contestant);
+        assert!(rates.len() == 1 && rates[0] > 0.01, "{contestant}: {rates:?}");
+    }
+    for contestant in ["kernel-vxlan", "kersey"] {
+        let rates = of("UDP 64 B, ≤ 0.5 % lost", contestant);
+        assert!(rates.len() == 1 && rates[0] > 100.0, "{contestant}: {rates:?}");
+    }
+    assert_eq!(of("UDP 64 B, no loss", "kersey-to-kernel"), [] as [f64; 0]);
+}
+
+#[test]
+fn impossible_labs_are_misuse() {
+    for (flags, word) in [
+        (&["--nodes", "1"][..], "--nodes 1: a lab has 2 to 200 nodes"),
+        (&["--nodes", "300"], "--nodes 300"),
+        (&["up", "--nodes", "0"], "--nodes 0"),
+        (
+            &["--peer", "kernel-vxlan"],
+            "--peer kernel-vxlan cannot be had with --backend udp",
+        ),
+        (&["--backend", "carrier-pigeon"], "carrier-pigeon"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
+            .arg("lab")
+            .args(flags)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {text}");
+        assert!(
+            text.starts_with("error: ") && text.contains(word),
+            "{flags:?}: {text}"
+        );
+    }
+}
+
+/// The JSON report of a short lab.
+fn lab(flags: &[&str]) -> serde_json::Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        .args(["lab", "--duration", "0.3", "--json"])
+        .args(flags)
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{flags:?}: {error}\n{log}"))
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use futures_util::StreamExt;
 use kersey::addr::Prefix;
 use kersey::host::interface::{Families, InterfaceRequest};
-use kersey::host::netlink::{Gateway, LinkChange, Netlink, NetlinkError, Route, Vxlan};
+use kersey::host::netlink::{Gateway, LinkChange, Netlink, NetlinkError, Route, RouteOwner, Vxlan};
 use kersey::host::sysctl;
 use kersey::lab::netns::Namespace;
 use kersey::lab::topology::{HUB_V4, INTERFACE, Plan};
@@ -30,15 +30,32 @@ fn routes_are_told_from_other_peoples_and_replacing_is_idempotent() {
         let mut onlink = Route::direct(v4("10.244.7.0/24"), index);
         onlink.gateway = Gateway::OnLink("10.244.7.0".parse()?);
         onlink.mtu_bytes = Some(1300);
+        let mut narrow = Route::direct(v6("fd00:10:244:7::/64"), index);
+        narrow.mtu_bytes = Some(1320);
         let mut routes = vec![
             Route::direct(v4("10.244.0.0/16"), index),
             onlink,
             Route::direct(v6("fd00:10:244::/56"), index),
+            narrow,
         ];
         for route in &routes {
             netlink.replace_route(route).await?;
             netlink.replace_route(route).await?;
         }
+        let mut own = netlink.own_routes().await?;
+        own.sort_by_key(|route| route.destination);
+        assert_eq!(own, routes);
+        let all = netlink.routes().await?;
+        let connected = all
+            .iter()
+            .find(|held| held.route.destination == v4("192.0.2.0/24"));
+        assert_eq!(connected.map(|held| held.owner), Some(RouteOwner::Kernel));
+        let ours = all.iter().filter(|held| held.owner == RouteOwner::Kersey);
+        assert_eq!(ours.count(), routes.len());
+
+        // Another MTU is another route.
+        routes[3].mtu_bytes = Some(1400);
+        netlink.replace_route(&routes[3]).await?;
         let mut own = netlink.own_routes().await?;
         own.sort_by_key(|route| route.destination);
         assert_eq!(own, routes);
@@ -49,7 +66,7 @@ fn routes_are_told_from_other_peoples_and_replacing_is_idempotent() {
         let gone = routes.remove(0);
         netlink.delete_route(&gone).await?;
         netlink.delete_route(&gone).await?;
-        assert_eq!(netlink.own_routes().await?.len(), 2);
+        assert_eq!(netlink.own_routes().await?.len(), 3);
         Ok(())
     });
 }

@@ -145,6 +145,14 @@ pub enum Prefix {
 }
 
 impl Prefix {
+    /// The prefix of `addr` alone.
+    pub fn host(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(addr) => Self::V4(Ipv4Prefix(Ipv4Net::from(addr))),
+            IpAddr::V6(addr) => Self::V6(Ipv6Prefix(Ipv6Net::from(addr))),
+        }
+    }
+
     /// The network address.
     pub fn addr(self) -> IpAddr {
         match self {
@@ -171,6 +179,15 @@ impl Prefix {
             (Self::V4(prefix), IpAddr::V4(addr)) => prefix.contains(addr),
             (Self::V6(prefix), IpAddr::V6(addr)) => prefix.contains(addr),
             (Self::V4(_), IpAddr::V6(_)) | (Self::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
+
+    /// Whether `other` is of the same family and lies wholly in the prefix.
+    pub fn covers(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::V4(prefix), Self::V4(other)) => prefix.covers(other),
+            (Self::V6(prefix), Self::V6(other)) => prefix.covers(other),
+            (Self::V4(_), Self::V6(_)) | (Self::V6(_), Self::V4(_)) => false,
         }
     }
 }

@@ -14,6 +14,7 @@
 //! folder with its flags, one variant of [`Command`] and one arm in `parse`.
 
 pub mod bench;
+pub mod cleanup;
 mod environment;
 mod go_flags;
 pub mod lab;
@@ -35,13 +36,14 @@ use clap::{Args, FromArgMatches};
 pub use self::logging::start_logging;
 
 use self::bench::BenchOptions;
+use self::cleanup::CleanupArgs;
 use self::environment::Variables;
 use self::go_flags::{Grammar, Setting};
 use self::lab::LabOptions;
 use self::run::RunArgs;
 use self::server::ServerArgs;
 use self::status::StatusArgs;
-use crate::options::{LogOptions, RunOptions, ServerOptions, StatusOptions};
+use crate::options::{CleanupOptions, LogOptions, RunOptions, ServerOptions, StatusOptions};
 
 /// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only.
 pub mod exit {
@@ -66,6 +68,8 @@ pub enum Command {
     Server(Box<ServerOptions>),
     /// `kersey status`.
     Status(StatusOptions),
+    /// `kersey cleanup`.
+    Cleanup(CleanupOptions),
     /// `kersey lab`.
     Lab(Box<LabOptions>),
     /// `kersey bench`.
@@ -192,6 +196,13 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
                 notes: Vec::new(),
             })
         }
+        Some((word, flags)) if word == "cleanup" => {
+            let (args, _) = flags_of::<CleanupArgs>("cleanup", flags, variables, Entry::Kersey)?;
+            Ok(Parsed {
+                command: Command::Cleanup(args.into_options()),
+                notes: Vec::new(),
+            })
+        }
         // These two have no flannel ancestor: clap reads them as they are.
         Some((word, flags)) if word == "lab" => {
             let options = plain::<LabOptions>("lab", flags)?;
@@ -214,14 +225,14 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
 }
 
 /// Names of the subcommands whose flags are in Go's syntax.
-const SUBCOMMANDS: [&str; 3] = ["run", "server", "status"];
+const SUBCOMMANDS: [&str; 4] = ["run", "server", "status", "cleanup"];
 
 /// The options for logging that a command carries.
 pub fn log_options(command: &Command) -> Option<LogOptions> {
     match command {
         Command::Run(options) => Some(options.log),
         Command::Server(options) => Some(options.log),
-        Command::Status(_) | Command::Lab(_) | Command::Bench(_) => None,
+        Command::Status(_) | Command::Cleanup(_) | Command::Lab(_) | Command::Bench(_) => None,
     }
 }
 
@@ -430,6 +441,7 @@ fn top_level(words: &[String]) -> Stop {
         .subcommand(with_help::<RunArgs>("run"))
         .subcommand(with_help::<ServerArgs>("server"))
         .subcommand(with_help::<StatusArgs>("status"))
+        .subcommand(with_help::<CleanupArgs>("cleanup"))
         .subcommand(with_help::<LabOptions>("lab"))
         .subcommand(with_help::<BenchOptions>("bench"))
         .after_help("Started under the name flanneld, the program takes the flags of `kersey run` directly.");
@@ -455,7 +467,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::options::{IngressCheck, LogLevel, StatusForm, StoreKind};
+    use crate::options::{CleanupMode, IngressCheck, LogLevel, StatusForm, StoreKind};
 
     #[test]
     fn flanneld_without_flags_is_flannels_defaults() {
@@ -729,6 +741,22 @@ mod tests {
             (options.socket.as_path(), options.form),
             (Path::new("/s"), StatusForm::Json)
         );
+    }
+
+    #[test]
+    fn cleanup_asks_the_socket_the_daemon_was_told_and_removes_unless_told_not_to() {
+        for (flags, mode) in [
+            (&[] as &[&str], CleanupMode::Remove),
+            (&["-dry-run"], CleanupMode::DryRun),
+            (&["--dry-run=false"], CleanupMode::Remove),
+        ] {
+            let args = [&["kersey", "cleanup"], flags].concat();
+            let parsed = parse(&words(&args), &variables(&[("KERSEY_STATUS_SOCKET", "/s")])).unwrap();
+            let Command::Cleanup(options) = parsed.command else {
+                panic!("{:?}", parsed.command);
+            };
+            assert_eq!((options.socket.as_path(), options.mode), (Path::new("/s"), mode));
+        }
     }
 
     fn run_options(args: &[&str], environment: &[(&str, &str)]) -> RunOptions {

@@ -7,13 +7,18 @@
 //!             └▶ a device changed by hand → put right · signals
 //! ```
 //!
+//! A backend without a tunnel goes the same way as far as the lease; `plain` is the rest.
+//!
 //! The status socket comes first: it is how a second daemon finds out. `subnet.env` comes last: to a CNI plugin it means
 //! "ready". What may come right by itself is retried for ever (store, config, interface, a device or port in use); only what this machine lacks
 //! (`/dev/net/tun`, a capability) or a config we cannot run ends the process.
 //!
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
+mod direct;
+mod kernel_routes;
 mod network;
+mod plain;
 mod report;
 
 use std::process::ExitCode;
@@ -26,17 +31,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::addr::Mtu;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
 use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::daemon::direct::DirectRoutes;
+use crate::daemon::kernel_routes::Denied;
 use crate::daemon::network::{DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
+use crate::host::socket::UnderlayError;
 use crate::host::tun::TunError;
-use crate::lease::{Lease, LeaseAttrs};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::RunOptions;
 use crate::server;
 use crate::server::status::StatusSocket;
@@ -81,9 +90,12 @@ pub fn run(options: RunOptions) -> ExitCode {
             let status = exit_status(&error);
             tracing::error!("{error:#}");
             if status == ENVIRONMENT {
-                tracing::error!(
-                    "kersey needs /dev/net/tun and CAP_NET_ADMIN; see docs/operations.md#privileges"
-                );
+                let needs = if error.downcast_ref::<Denied>().is_some() {
+                    "CAP_NET_ADMIN"
+                } else {
+                    "/dev/net/tun and CAP_NET_ADMIN"
+                };
+                tracing::error!("kersey needs {needs}; see docs/operations.md#privileges");
             }
             ExitCode::from(status)
         }
@@ -108,6 +120,9 @@ fn exit_status(error: &anyhow::Error) -> u8 {
     }
     if let Some(OpenError::Config(_)) = error.downcast_ref::<OpenError>() {
         return CONFIG;
+    }
+    if error.downcast_ref::<Denied>().is_some() {
+        return ENVIRONMENT;
     }
     match error.downcast_ref::<TunError>() {
         Some(TunError::Missing { .. } | TunError::Denied { .. }) => ENVIRONMENT,
@@ -184,6 +199,8 @@ async fn node(options: &RunOptions) -> Result<()> {
     match select(&config.backend.kind, &config.backend.json, identity)? {
         AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
         AnyBackend::Vxlan(backend) => join(options, backend, config, control, store, report).await,
+        AnyBackend::HostGw(backend) => plain::join(options, backend, config, control, store, report).await,
+        AnyBackend::Alloc(backend) => plain::join(options, backend, config, control, store, report).await,
     }
 }
 
@@ -207,7 +224,7 @@ async fn join<B: Backend>(
     report: Arc<Report>,
 ) -> Result<()> {
     let netlink = Netlink::open()?;
-    let interface = underlay_interface(options, &config, &netlink).await;
+    let interface = underlay_interface(options, &families(&config), &netlink).await;
     let underlay = Underlay {
         v4: interface.v4,
         v6: interface.v6,
@@ -274,31 +291,27 @@ async fn stay<B: Backend>(
 ) -> Result<()> {
     let mut changes = Netlink::watch()?;
     let repairs = RateLimit::default();
+    let mut direct = DirectRoutes::new(setup);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease, failed).await?;
-        plane.follow(&published.peers.borrow_and_update());
+        let mut table = published.peers.borrow_and_update().clone();
+        plane.follow(&table);
         report.set_plane(&plane);
-        if let Err(error) = subnet_file::write(
-            &options.subnet_file,
-            setup.config,
-            lease.subnet,
-            setup.inner_mtu,
-            subnet_file::IpMasq::Off,
-        ) {
-            tracing::warn!(%error, file = %options.subnet_file.display(), "cannot write the subnet file");
-        } else {
-            report.set_ready();
-            // Without systemd there is nobody to notify.
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-        }
+        report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
+        announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
         loop {
             tokio::select! {
                 // The sender lives as long as the daemon: an error here would be the end of the process anyway.
                 Ok(()) = published.peers.changed() => {
-                    plane.follow(&published.peers.borrow_and_update());
+                    table = published.peers.borrow_and_update().clone();
+                    plane.follow(&table);
                     report.set_plane(&plane);
+                    direct.kernel.soon();
+                }
+                () = sleep_until(direct.kernel.due()) => {
+                    report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
                 }
                 Ok(()) = published.lease.changed() => {
                     let new = published.lease.borrow_and_update().clone();
@@ -310,6 +323,7 @@ async fn stay<B: Backend>(
                     lease = new;
                 }
                 Some(change) = changes.next() => {
+                    direct.kernel.note(&change, &setup.interface.name);
                     if concerns(&change, &options.packet_path.device, plane.index) {
                         look_due.get_or_insert_with(|| Instant::now() + GATHER);
                     }
@@ -339,6 +353,18 @@ async fn stay<B: Backend>(
         }
         report.not_ready();
     }
+}
+
+/// Writes the subnet file, and tells whoever waits for it.
+fn announce(options: &RunOptions, config: &NetworkConfig, own: Subnet, inner_mtu: Mtu, report: &Report) {
+    let file = &options.subnet_file;
+    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
+        tracing::warn!(%error, file = %file.display(), "cannot write the subnet file");
+        return;
+    }
+    report.set_ready();
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
 /// Whether a change may have touched our device.
@@ -377,7 +403,10 @@ async fn up<B: Backend>(
         if exit_status(&error) == ENVIRONMENT {
             return Err(error);
         }
-        let text = format!("{error:#}");
+        let mut text = format!("{error:#}");
+        if let Some(holder) = port_holder(&error, &setup.netlink).await {
+            text = format!("{text}: {holder}");
+        }
         if text != told {
             tracing::warn!(error = text, "cannot bring the data plane up; trying again");
             told = text;
@@ -386,24 +415,47 @@ async fn up<B: Backend>(
     }
 }
 
-/// Chooses the underlay interface, waiting for one to come.
-///
-/// The families follow the network's; a network of one family takes an underlay of the other where there is nothing else.
-async fn underlay_interface(
-    options: &RunOptions,
-    config: &NetworkConfig,
-    netlink: &Netlink,
-) -> UnderlayInterface {
-    let wanted = match (config.v4.is_some(), config.v6.is_some()) {
+/// Which of the kernel's own tunnels has the port we were refused, and what to do about it.
+async fn port_holder(error: &anyhow::Error, netlink: &Netlink) -> Option<String> {
+    let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>() else {
+        return None;
+    };
+    let devices = netlink.vxlan_devices().await.ok()?;
+    let holder = devices.iter().find(|device| device.holds(*addr))?;
+    let remedy = if holder.has_flannels_name() {
+        format!(
+            "if flannel does not run here any more, `ip link del {}`, or stop kersey and run `kersey cleanup`",
+            holder.link.name
+        )
+    } else {
+        "take it down, or give the network another port".to_owned()
+    };
+    Some(format!(
+        "the kernel's vxlan device {:?} (VNI {}) has it; {remedy}",
+        holder.link.name, holder.vni
+    ))
+}
+
+/// The families an underlay should have, best first: those of the network, or of one family or the other where there is nothing else.
+fn families(config: &NetworkConfig) -> [Families; 3] {
+    match (config.v4.is_some(), config.v6.is_some()) {
         (true, true) => [Families::Dual, Families::V4, Families::V6],
         (false, true) => [Families::V6, Families::V4, Families::V4],
         (true | false, false) => [Families::V4, Families::V6, Families::V6],
-    };
+    }
+}
+
+/// Chooses the underlay interface, waiting for one to come.
+async fn underlay_interface(
+    options: &RunOptions,
+    wanted: &[Families],
+    netlink: &Netlink,
+) -> UnderlayInterface {
     let mut told = String::new();
     let mut backoff = Backoff::new(RETRY);
     loop {
         let mut first_error = None;
-        for families in wanted {
+        for &families in wanted {
             let request = InterfaceRequest {
                 ifaces: options.interface.iface.clone(),
                 iface_regexes: options.interface.iface_regex.clone(),

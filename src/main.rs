@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         Command::Run(options) => kersey::daemon::run(*options),
         Command::Server(options) => cli::server::run(&options),
         Command::Status(options) => cli::status::run(&options),
+        Command::Cleanup(options) => cli::cleanup::run(&options),
         Command::Lab(options) => cli::lab::run(*options).unwrap_or_else(failed),
         Command::Bench(options) => cli::bench::run(*options).unwrap_or_else(failed),
     }

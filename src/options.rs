@@ -55,6 +55,24 @@ pub struct StatusOptions {
     pub form: StatusForm,
 }
 
+/// `kersey cleanup`: remove what a dead daemon left on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CleanupOptions {
+    /// The daemon's socket; nothing is removed while one answers.
+    pub socket: PathBuf,
+    /// Whether to remove or only to tell.
+    pub mode: CleanupMode,
+}
+
+/// What `kersey cleanup` does with what it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CleanupMode {
+    /// Lists it.
+    DryRun,
+    /// Removes it.
+    Remove,
+}
+
 /// How `kersey status` prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusForm {
@@ -180,6 +198,12 @@ pub struct PacketPathOptions {
     pub queues: Option<NonZeroUsize>,
     /// How workers are laid out on threads.
     pub threads: ThreadLayout,
+    /// How long a worker looks for more after a request or response before it sleeps; zero is not at all.
+    pub busy_poll: Duration,
+    /// What becomes of outer datagrams larger than their path.
+    pub outer_df: OuterDf,
+    /// Whether TCP connections are made to announce segments that fit the overlay.
+    pub clamp_mss: bool,
     /// UDP source ports outbound flows are spread over; the backend's choice if absent.
     pub source_ports: Option<NonZeroU16>,
 }
@@ -204,6 +228,18 @@ pub enum Offload {
     Auto,
     /// Do without.
     Off,
+}
+
+/// "Don't fragment" of the outer IPv4 header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OuterDf {
+    /// As the backend's other implementations do: udp sets it while the datagram fits, vxlan leaves it clear.
+    #[default]
+    Auto,
+    /// Set: nothing is fragmented, and what does not fit is refused and its sender told.
+    Set,
+    /// Clear: any router may fragment.
+    Clear,
 }
 
 /// What to do about checksums of inner packets.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// Kersey's version.
     pub version: String,
-    /// `true` once the lease is held, the device is up, routes are in and subnet.env is written.
+    /// `true` once the lease is held, the device is up if there is one, routes are in and subnet.env is written.
     pub ready: bool,
     /// Seconds since the daemon started.
     pub uptime_s: f64,
@@ -22,7 +22,8 @@ pub struct Status {
     pub backend: Backend,
     /// The store.
     pub store: StoreStatus,
-    /// The TUN device and the packet path behind it.
+    /// The TUN device and the packet path behind it; absent for a backend without a tunnel.
+    #[serde(default, skip_serializing_if = "DeviceStatus::is_absent")]
     pub device: DeviceStatus,
     /// Other nodes, by subnet.
     pub peers: Vec<Peer>,
@@ -60,7 +61,7 @@ pub struct Backend {
     pub reason: String,
     /// UDP port, where it has one.
     pub port: Option<u16>,
-    /// How inbound packets are checked: `strict`, `loose` or `off`.
+    /// How inbound packets are checked: `strict`, `loose` or `off`; empty without a tunnel.
     pub ingress_check: String,
 }
 
@@ -90,13 +91,23 @@ pub struct DeviceStatus {
     pub offloads: BTreeMap<String, String>,
 }
 
+impl DeviceStatus {
+    /// Whether there is none.
+    pub fn is_absent(&self) -> bool {
+        self.name.is_empty()
+    }
+}
+
 /// One peer.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Peer {
     /// Its subnet(s), CIDR text.
     pub subnets: Vec<String>,
-    /// Underlay endpoints, `addr:port`.
+    /// Underlay endpoints: `addr:port`, without a tunnel `addr`.
     pub endpoints: Vec<String>,
+    /// The kernel's own route to it, past any tunnel: `installed`, or why there is none. Absent if none is wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_route: Option<String>,
     /// Packets and bytes sent to it and received from it (inner, super-packets counted as their segments).
     pub outbound_packets: u64,
     /// See `outbound_packets`.

@@ -53,6 +53,7 @@ fn what_the_proxy_sent_is_delivered_with_one_ttl_less() {
             check: IngressCheck::Strict,
             verify_inner: false,
             inner_mtu: Mtu::new(1472).unwrap(),
+            clamp_mss: false,
         };
         let (edges, stats) = (edges(), (0, Arc::new(WorkerStats::default())));
         let mut inbound = Inbound::new(Udp, edges, routes.reader(), stats, options, now());

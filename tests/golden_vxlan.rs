@@ -74,13 +74,7 @@ fn what_we_send_is_byte_for_byte_what_the_kernel_sent() {
     each_packet(|what, datagram| {
         let routes = routes(datagram.from, datagram.to);
         let stats = (0, Arc::new(WorkerStats::default()));
-        let mut outbound = Outbound::new(
-            own(datagram.from),
-            edges(MERGE),
-            routes.reader(),
-            stats,
-            now(),
-        );
+        let mut outbound = Outbound::new(own(datagram.from), edges(MERGE), routes.reader(), stats, now());
         let packet = datagram.payload[HEADERS_LEN..].to_vec();
         let host = &mut outbound.device().from_host;
         host.push_back((VirtioHeader::default(), packet));
@@ -92,7 +86,10 @@ fn what_we_send_is_byte_for_byte_what_the_kernel_sent() {
             datagram.checksum,
             "{what}: the outer checksum"
         );
-        assert_eq!(sent[0].ecn as u8, datagram.tos, "{what}: the outer type of service");
+        assert_eq!(
+            sent[0].ecn as u8, datagram.tos,
+            "{what}: the outer type of service"
+        );
     });
 }
 
@@ -194,6 +191,7 @@ type MemoryInbound = Inbound<Vxlan, MemoryDevice, MemoryUnderlay>;
 fn inbound(datagram: &Datagram, merge: Merge) -> MemoryInbound {
     let options = InboundOptions {
         check: IngressCheck::Strict,
+        clamp_mss: false,
         verify_inner: false,
         inner_mtu: mtu(datagram.to),
     };

@@ -173,6 +173,7 @@ async fn a_silent_store_is_waited_for_or_the_cache_is_used() {
         );
         assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
         assert_eq!(node.published.peers.borrow().len(), 1);
+        assert!(!node.published.peers.borrow().is_confirmed());
         assert!(!node.published.health.borrow().connected);
         let renewals = fake.script().renewals;
         sleep(Duration::from_secs(1)).await;
@@ -190,6 +191,23 @@ async fn a_silent_store_is_waited_for_or_the_cache_is_used() {
     let mut control = Control::new(fake.clone(), options(Some(dir.path())));
     control.network_config().await;
     assert!(timeout(HOUR, control.acquire(&attrs(7))).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_peers_are_confirmed_once_the_store_has_listed_them() {
+    let fake = Fake::new();
+    let mut node = start(&fake, options(None)).await;
+    sleep(Duration::from_secs(1)).await;
+    assert!(!node.published.peers.borrow_and_update().is_confirmed());
+    // A list in which nobody is new is news all the same.
+    fake.tell(LeaseUpdate::Snapshot(vec![lease(OWN, 1)]));
+    let told = timeout(Duration::from_secs(1), node.published.peers.changed()).await;
+    told.unwrap().unwrap();
+    assert!(node.published.peers.borrow_and_update().is_confirmed());
+    // The second time it is not.
+    fake.tell(LeaseUpdate::Snapshot(vec![lease(OWN, 1)]));
+    sleep(Duration::from_secs(1)).await;
+    assert!(!node.published.peers.has_changed().unwrap());
 }
 
 #[tokio::test(start_paused = true)]

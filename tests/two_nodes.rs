@@ -127,7 +127,11 @@ fn a_kernel_on_the_same_machine_leaves_its_work_to_us_and_every_byte_arrives() {
                     let case = format!("{family:?} {merge:?} refuses {refuses:?}, {lost_per_mille} lost");
                     let receiver = &outcome.nodes[1];
                     let whole = receiver.counted(Count::InboundSuperPackets);
-                    assert_eq!(whole > 0, merge.tcp && refuses.is_empty(), "{case}: {whole} whole");
+                    assert_eq!(
+                        whole > 0,
+                        merge.tcp && refuses.is_empty(),
+                        "{case}: {whole} whole"
+                    );
                     let fallbacks = receiver.counted(Count::DeviceFallbacks);
                     assert_eq!(
                         fallbacks > 0,

@@ -17,6 +17,7 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod cleanup;
 mod faults;
 mod icmp;
 mod ingress;
@@ -27,5 +28,6 @@ mod offloads;
 mod outage;
 mod overlay;
 mod restart;
+mod routed;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,7 +1,10 @@
 //! Encapsulations: one file each, holding header, lease data and next hop.
 //!
 //! Nothing here knows threads, sockets or stores. A new encapsulation is a file with an [`Encap`] and a [`Backend`], and one arm in [`select`].
+//! A backend without packets of its own is a file with a [`NoTunnel`].
 
+pub mod alloc;
+pub mod host_gw;
 pub mod udp;
 pub mod vxlan;
 
@@ -69,6 +72,9 @@ pub trait Backend: Clone + Send + 'static {
         1
     }
 
+    /// Bytes added to an inner packet on its way to `endpoint`, the outer IP header included.
+    fn overhead(&self, endpoint: IpAddr) -> u16;
+
     /// What becomes of outer datagrams larger than their path.
     fn oversize(&self) -> OversizePolicy;
 
@@ -103,6 +109,35 @@ pub trait Backend: Clone + Send + 'static {
     ) -> Result<<Self::Encap as Encap>::Hop, Unreachable>;
 }
 
+/// A backend without packets of its own: the kernel carries them bare, or nobody does.
+pub trait NoTunnel: Copy + Send + 'static {
+    /// Its name in configs and logs.
+    fn name(&self) -> &'static str;
+
+    /// What the lease says: `BackendType`, empty for none. There is no `BackendData`.
+    fn lease_type(&self) -> &'static str;
+
+    /// Whether the backend works with these addresses of `interface` and those peers are told.
+    ///
+    /// # Errors
+    /// It does not, whatever happens next.
+    fn check(&self, interface: &str, own: Underlay, public: Underlay) -> Result<(), BackendError>;
+
+    /// Whether it makes kernel routes to peers.
+    fn makes_routes(&self) -> bool;
+
+    /// The gateway to `prefix` of the peer that `attrs` describes; none if the backend makes no routes.
+    ///
+    /// # Errors
+    /// This peer can have no route.
+    fn gateway(
+        &self,
+        prefix: Prefix,
+        attrs: &LeaseAttrs,
+        underlay: Underlay,
+    ) -> Result<Option<IpAddr>, Unreachable>;
+}
+
 /// Why a peer cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
@@ -124,7 +159,9 @@ pub enum Unreachable {
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// We do not have it.
-    #[error("the network config asks for backend {kind:?}, which kersey does not have; it has udp and vxlan")]
+    #[error(
+        "the network config asks for backend {kind:?}, which kersey does not have; it has udp, vxlan, host-gw and alloc"
+    )]
     Unknown {
         /// What was asked for.
         kind: String,
@@ -141,6 +178,21 @@ pub enum BackendError {
     /// The MTU is out of range.
     #[error("the network config is invalid: Backend.MTU is {0}: an MTU is from {min} to 65535", min = Mtu::MIN)]
     Mtu(u32),
+    /// Peers are told an address that does not lead straight here.
+    #[error(
+        "backend {backend} makes the public address a gateway, and {public} is not {interface}'s address, which is {own}: \
+         drop --public-ip and --public-ipv6, or choose the interface with that address by --iface"
+    )]
+    PublicIpElsewhere {
+        /// The backend.
+        backend: &'static str,
+        /// The underlay interface.
+        interface: String,
+        /// Its address.
+        own: IpAddr,
+        /// The address peers would be told.
+        public: IpAddr,
+    },
 }
 
 /// What a backend is to know of the node it runs on.
@@ -157,6 +209,10 @@ pub enum AnyBackend {
     Udp(udp::UdpBackend),
     /// flannel's vxlan.
     Vxlan(vxlan::VxlanBackend),
+    /// flannel's host-gw.
+    HostGw(host_gw::HostGw),
+    /// flannel's alloc.
+    Alloc(alloc::Alloc),
 }
 
 /// Picks the backend a network config names.
@@ -167,6 +223,8 @@ pub fn select(kind: &str, json: &str, identity: Identity) -> Result<AnyBackend, 
     match kind {
         "udp" => Ok(AnyBackend::Udp(udp::UdpBackend::parse(json)?)),
         "vxlan" => Ok(AnyBackend::Vxlan(vxlan::VxlanBackend::parse(json, identity.mac)?)),
+        "host-gw" => Ok(AnyBackend::HostGw(host_gw::HostGw)),
+        "alloc" => Ok(AnyBackend::Alloc(alloc::Alloc)),
         _ => Err(BackendError::Unknown {
             kind: kind.to_owned(),
         }),
@@ -246,6 +304,18 @@ mod tests {
 
     fn refused(kind: &str, json: &str) -> String {
         select(kind, json, IDENTITY).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn backends_without_a_tunnel_are_found_by_name() {
+        assert!(matches!(
+            select("host-gw", r#"{"Type":"host-gw"}"#, IDENTITY),
+            Ok(AnyBackend::HostGw(_))
+        ));
+        assert!(matches!(
+            select("alloc", r#"{"Type":"ALLOC"}"#, IDENTITY),
+            Ok(AnyBackend::Alloc(_))
+        ));
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! Of the settings, `GBP` and `Learning` concern the kernel's device and have no meaning here: the group policy bits are read over and never
 //! sent, and addresses come from leases alone.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
 use crate::backend::{
@@ -223,11 +223,20 @@ impl Backend for VxlanBackend {
         SOURCE_PORTS
     }
 
+    fn overhead(&self, endpoint: IpAddr) -> u16 {
+        if endpoint.is_ipv6() {
+            OVERHEAD_V6
+        } else {
+            OVERHEAD_V4
+        }
+    }
+
     fn oversize(&self) -> OversizePolicy {
-        // As the kernel's device: routers may fragment over IPv4.
+        // As the kernel's device: routers may fragment over IPv4. Over IPv6 only a sender can, and must: a path of 1280 bytes has no room for
+        // an inner packet of 1280, which IPv6 inside is promised (RFC 2473 §7.1).
         OversizePolicy {
             v4: Oversize::FragmentAnywhere,
-            v6: Oversize::Refuse,
+            v6: Oversize::FragmentHere,
         }
     }
 

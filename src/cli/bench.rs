@@ -3,7 +3,11 @@
 //! Two runs that follow one another closely see the same machine; two that lie minutes apart may not. So contestants
 //! take turns: one round measures each once, the order turning with every round, and what is reported is the ratio
 //! within a round, its median over all rounds and its spread.
+//!
+//! Rates without loss are searched for (`--loss-free`) by each contestant in each round as well, so they are subject to
+//! the same rule.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,10 +20,11 @@ use serde::Serialize;
 use crate::addr::Mtu;
 use crate::cli::progress::{Progress, grouped, table};
 use crate::host::ethtool::Switch;
-use crate::lab::contestant::{self, Contestant};
+use crate::lab::contestant::{self, Contestant, Kersey};
 use crate::lab::interrupt;
 use crate::lab::topology::{Plan, Wiring};
 use crate::lab::traffic::cpu::MachineCpu;
+use crate::lab::traffic::loss_free::{Limit, LossFree};
 use crate::lab::traffic::tcp::{self, Bulk};
 use crate::lab::traffic::udp::Flood;
 use crate::lab::traffic::{End, latency};
@@ -46,6 +51,9 @@ enum What {
 
 #[derive(Debug, Args)]
 struct VsKernel {
+    /// How kersey's pair carries packets; with vxlan, mixed pairs of kersey and kernel are measured too
+    #[arg(long, default_value = "udp", value_name = "TYPE", value_parser = super::lab::BACKENDS)]
+    backend: String,
     /// Rounds; each measures every contestant once
     #[arg(long, default_value_t = 5, value_name = "N")]
     pairs: usize,
@@ -84,13 +92,26 @@ struct VsKernel {
     /// A further argument for the daemons; may be repeated
     #[arg(long = "daemon-arg", value_name = "ARG", allow_hyphen_values = true)]
     daemon_args: Vec<String>,
+    /// Search for the highest rates at which no UDP datagram is lost, and at most 0.5 %
+    #[arg(long)]
+    loss_free: bool,
+    /// Seconds of each trial of that search
+    #[arg(long, default_value_t = 2.0, value_name = "S")]
+    trial_seconds: f64,
     /// Write everything measured to a file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Two rounds of one second, cubic only: a look, not a result
+    /// Two rounds of one second, cubic only, coarse search: a look, not a result
     #[arg(long)]
     quick: bool,
 }
+
+/// How close a search without loss gets, relative to the rate.
+const RESOLUTION: f64 = 0.03;
+/// The same for a look.
+const QUICK_RESOLUTION: f64 = 0.15;
+/// Trials a search takes, for the estimate of the time it all takes.
+const TRIALS: f64 = 14.0;
 
 fn switch(text: &str) -> Result<Switch, &'static str> {
     match text {
@@ -126,6 +147,7 @@ pub fn run(options: BenchOptions) -> Result<ExitCode> {
 #[derive(Debug, Serialize)]
 struct Report {
     command: Vec<String>,
+    backend: String,
     kernel: String,
     processors: usize,
     link_mtu: u16,
@@ -144,6 +166,8 @@ struct Scenario {
     kersey_offloads: Switch,
     steal_percent: f64,
     metrics: Vec<Metric>,
+    /// Searches that ended because the sender could send no faster.
+    sender_limited: Vec<SenderLimited>,
     /// Each measurement as it came.
     raw: Vec<Raw>,
 }
@@ -162,8 +186,16 @@ struct Metric {
     name: String,
     unit: Unit,
     samples: Vec<(Contestant, Vec<f64>)>,
-    /// Contender over kernel VXLAN, round by round.
-    ratio: Option<Spread>,
+    /// Each contestant over the kernel's VXLAN, round by round.
+    ratios: Vec<(Contestant, Spread)>,
+}
+
+/// In how many rounds the sender was the limit of a search.
+#[derive(Debug, Serialize)]
+struct SenderLimited {
+    contestant: Contestant,
+    test: String,
+    rounds: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -203,6 +235,12 @@ struct Spread {
 }
 
 impl Spread {
+    /// The median, with a mark if it says little.
+    fn show(self) -> String {
+        let mark = if self.is_wide() { "~ " } else { "" };
+        format!("{mark}{:.2}", self.median)
+    }
+
     /// Whether rounds differ more than a result may.
     fn is_wide(self) -> bool {
         self.max - self.min > TRUSTED_SPREAD * self.median
@@ -219,6 +257,9 @@ impl Spread {
     }
 }
 
+/// Pairs of one node of each kind.
+const MIXED: [Contestant; 2] = [Contestant::KerseyToKernel, Contestant::KernelToKersey];
+
 /// One measurement: a number for each metric it gives.
 type Sample = (String, Unit, f64);
 
@@ -229,13 +270,19 @@ type Sample = (String, Unit, f64);
 )]
 fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     if options.quick {
-        (options.pairs, options.seconds, options.warmup) = (2, 1.0, 0.3);
+        options.pairs = options.pairs.min(2);
+        options.seconds = options.seconds.min(1.0);
+        options.warmup = options.warmup.min(0.3);
+        options.trial_seconds = options.trial_seconds.min(0.5);
         options.cc.truncate(1);
     }
     for name in &options.cc {
         tcp::has_congestion_control(name)?;
     }
     let mut contestants = vec![Contestant::KernelVxlan, options.contender];
+    if options.backend == "vxlan" {
+        contestants.extend(MIXED);
+    }
     if options.with_veth {
         contestants.push(Contestant::Veth);
     }
@@ -246,6 +293,7 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
         .context("cannot make a folder")?;
     let mut report = Report {
         command: std::env::args().collect(),
+        backend: options.backend.clone(),
         kernel: nix::sys::utsname::uname()?
             .release()
             .to_string_lossy()
@@ -259,12 +307,13 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
         scenarios: Vec::new(),
     };
     eprintln!(
-        "kersey bench vs-kernel · Linux {} · {} processors · MTU {} · {} rounds · about {} min\n",
+        "kersey bench vs-kernel · {} backend · Linux {} · {} processors · MTU {} · {} rounds · about {} min\n",
+        options.backend,
         report.kernel,
         report.processors,
         options.mtu,
         options.pairs,
-        options.minutes(contestants.len()).ceil()
+        options.minutes(&contestants).ceil()
     );
     let progress = Progress::new();
     progress.check("this machine, left alone", || {
@@ -306,11 +355,22 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
 }
 
 impl VsKernel {
-    fn minutes(&self, contestants: usize) -> f64 {
-        let tcp = (self.streams.len() * self.cc.len()) as f64 * (self.warmup + self.seconds);
-        let rest = 3.0 * self.seconds;
-        let rounds = self.pairs * contestants * self.offloads.len() * self.underlay_offloads.len();
-        (tcp + rest) * rounds as f64 / 60.0
+    fn minutes(&self, contestants: &[Contestant]) -> f64 {
+        let tcp = |streams: usize| (streams * self.cc.len()) as f64 * (self.warmup + self.seconds);
+        let search = if self.loss_free {
+            2.0 * TRIALS * (self.trial_seconds + 0.2)
+        } else {
+            0.0
+        };
+        let one = |contestant: &Contestant| {
+            if MIXED.contains(contestant) {
+                tcp(1)
+            } else {
+                tcp(self.streams.len()) + 3.0 * self.seconds + search
+            }
+        };
+        let rounds = self.pairs * self.offloads.len() * self.underlay_offloads.len();
+        contestants.iter().map(one).sum::<f64>() * rounds as f64 / 60.0
     }
 
     fn scenario(
@@ -340,6 +400,7 @@ impl VsKernel {
             kersey_offloads,
             steal_percent: 0.0,
             metrics: Vec::new(),
+            sender_limited: Vec::new(),
             raw: Vec::new(),
         };
         let cpu = MachineCpu::now()?;
@@ -350,16 +411,24 @@ impl VsKernel {
                 let name = format!("round {round}, {}", contestant.name());
                 let samples = progress.step(&name, || {
                     let folder = tempfile::tempdir_in(folder)?;
-                    let running = contestant::start(contestant, &topology, folder.path(), &arguments)?;
+                    let kersey = Kersey {
+                        backend: self.backend.clone(),
+                        folder: folder.path().to_owned(),
+                        arguments: arguments.clone(),
+                    };
+                    let running = contestant::start(contestant, &topology, &kersey)?;
                     let (one, two) = running.ends(&topology).context("a comparison takes 2 nodes")?;
-                    let samples = self.measure(one, two, |test, report| {
-                        let test = test.to_owned();
-                        scenario.raw.push(Raw {
-                            round,
-                            contestant,
-                            test,
-                            report,
-                        });
+                    let samples = self.measure(contestant, one, two, |found| match found {
+                        Finding::Raw(test, report) => {
+                            let test = test.to_owned();
+                            scenario.raw.push(Raw {
+                                round,
+                                contestant,
+                                test,
+                                report,
+                            });
+                        }
+                        Finding::SenderLimited(test) => scenario.note_sender(contestant, test),
                     })?;
                     let outcome = samples
                         .first()
@@ -372,24 +441,29 @@ impl VsKernel {
         }
         scenario.steal_percent = (MachineCpu::now()? - cpu).steal_percent();
         for metric in &mut scenario.metrics {
-            metric.ratio = metric.ratio_of(self.contender, Contestant::KernelVxlan);
+            let others = contestants.iter().filter(|&&of| of != Contestant::KernelVxlan);
+            let ratio = |&of: &Contestant| Some((of, metric.ratio_of(of, Contestant::KernelVxlan)?));
+            metric.ratios = others.filter_map(ratio).collect();
         }
         drop(topology);
         Ok(scenario)
     }
 
-    /// Everything there is to measure about one contestant.
+    /// Everything there is to measure about one contestant; of a mixed pair, one TCP stream.
     fn measure(
         &self,
+        contestant: Contestant,
         one: End<'_>,
         two: End<'_>,
-        mut raw: impl FnMut(&str, serde_json::Value),
+        mut found: impl FnMut(Finding<'_>),
     ) -> Result<Vec<Sample>> {
+        let mixed = MIXED.contains(&contestant);
+        let streams = if mixed { &[1] } else { self.streams.as_slice() };
         let duration = Duration::try_from_secs_f64(self.seconds).context("--seconds")?;
         let warmup = Duration::try_from_secs_f64(self.warmup).context("--warmup")?;
         let mut samples = Vec::new();
         for congestion in &self.cc {
-            for &streams in &self.streams {
+            for &streams in streams {
                 let plural = if streams == 1 { "" } else { "s" };
                 let test = format!("TCP {streams} stream{plural}, {congestion}");
                 let bulk = Bulk {
@@ -399,7 +473,7 @@ impl VsKernel {
                     congestion: Some(congestion.clone()),
                 };
                 let report = bulk.run(one, two).with_context(|| test.clone())?;
-                raw(&test, serde_json::to_value(&report)?);
+                found(Finding::Raw(&test, serde_json::to_value(&report)?));
                 samples.push((test.clone(), Unit::GbitPerS, report.gbit_per_s));
                 samples.push((
                     test.clone(),
@@ -409,6 +483,9 @@ impl VsKernel {
                 samples.push((test, Unit::Segments, report.retransmits as f64));
             }
         }
+        if mixed {
+            return Ok(samples);
+        }
         for payload_bytes in [64, 1400] {
             let test = format!("UDP {payload_bytes} B");
             let flood = Flood {
@@ -417,19 +494,42 @@ impl VsKernel {
                 duration,
             };
             let report = flood.run(one, two).with_context(|| test.clone())?;
-            raw(&test, serde_json::to_value(&report)?);
+            found(Finding::Raw(&test, serde_json::to_value(&report)?));
             samples.push((test.clone(), Unit::PacketsPerS, report.received_per_s));
             samples.push((
                 test,
                 Unit::CpuUsPerPacket,
                 report.cpu_us_per_packet.unwrap_or(f64::NAN),
             ));
+            if self.loss_free {
+                // What a flood gets through is near what can be had, from above.
+                let search = self.search(payload_bytes, report.received_per_s)?;
+                let names = [NO_LOSS, LITTLE_LOSS].map(|suffix| format!("UDP {payload_bytes} B{suffix}"));
+                let report = search.run(one, two).with_context(|| names[0].clone())?;
+                found(Finding::Raw(&names[0], serde_json::to_value(&report)?));
+                for (name, result) in names.into_iter().zip([report.ndr, report.pdr]) {
+                    if result.limit == Limit::Sender {
+                        found(Finding::SenderLimited(&name));
+                    }
+                    let rate = result.received_per_s.unwrap_or(f64::NAN);
+                    samples.push((name, Unit::PacketsPerS, rate));
+                }
+            }
         }
         let report = latency::measure(one, two, duration).context("round trip")?;
-        raw("round trip", serde_json::to_value(&report)?);
+        found(Finding::Raw("round trip", serde_json::to_value(&report)?));
         samples.push(("UDP 64 B and back, p50".to_owned(), Unit::Us, report.p50_us));
         samples.push(("UDP 64 B and back, p99".to_owned(), Unit::Us, report.p99_us));
         Ok(samples)
+    }
+
+    fn search(&self, payload_bytes: usize, start: f64) -> Result<LossFree> {
+        Ok(LossFree {
+            payload_bytes,
+            trial: Duration::try_from_secs_f64(self.trial_seconds).context("--trial-seconds")?,
+            start: start as u32,
+            resolution: if self.quick { QUICK_RESOLUTION } else { RESOLUTION },
+        })
     }
 
     fn text(&self, scenario: &Scenario, contestants: &[Contestant]) -> String {
@@ -448,26 +548,13 @@ impl VsKernel {
                 .and_then(|samples| Spread::of(samples.to_vec()));
             spread.map_or_else(|| "–".to_owned(), |spread| metric.unit.show(spread.median))
         };
-        let mut last = "";
         let rows = scenario.metrics.iter().map(|metric| {
-            let name = if metric.name == last {
-                String::new()
-            } else {
-                metric.name.clone()
-            };
-            last = &metric.name;
-            let (ratio, spread) = match metric.ratio {
-                Some(ratio) => {
-                    let mark = if ratio.is_wide() { "~ " } else { "" };
-                    (
-                        format!("{mark}{:.2}", ratio.median),
-                        format!("{:.2} to {:.2}", ratio.min, ratio.max),
-                    )
-                }
+            let (ratio, spread) = match metric.ratio(self.contender) {
+                Some(ratio) => (ratio.show(), format!("{:.2} to {:.2}", ratio.min, ratio.max)),
                 None => ("–".to_owned(), "–".to_owned()),
             };
             [
-                name,
+                metric.name.clone(),
                 median(metric, Contestant::KernelVxlan),
                 median(metric, self.contender),
                 ratio,
@@ -475,7 +562,7 @@ impl VsKernel {
                 median(metric, Contestant::Veth),
             ]
         });
-        let rows: Vec<_> = rows.collect();
+        let rows = without_repeats(rows.collect());
         let head = ["", "kernel vxlan", contender, "ratio", "min to max", "plain veth"];
         if contestants.contains(&Contestant::Veth) && self.contender != Contestant::Veth {
             text += &table(head, &rows);
@@ -487,11 +574,42 @@ impl VsKernel {
                 .collect();
             text += &table([a, b, c, d, e], &rows);
         }
+        let mixed = scenario.metrics.iter().filter_map(|metric| {
+            let [there, back] = MIXED.map(|of| metric.samples_of(of).is_some_and(|found| !found.is_empty()));
+            let [to_kernel, to_kersey] = MIXED.map(|of| {
+                let ratio = metric.ratio(of);
+                ratio.map_or_else(|| "–".to_owned(), Spread::show)
+            });
+            (there && back).then(|| {
+                [
+                    metric.name.clone(),
+                    median(metric, Contestant::KernelVxlan),
+                    median(metric, Contestant::KerseyToKernel),
+                    to_kernel,
+                    median(metric, Contestant::KernelToKersey),
+                    to_kersey,
+                ]
+            })
+        });
+        let mixed: Vec<_> = mixed.collect();
+        if !mixed.is_empty() {
+            let [there, back] = MIXED.map(Contestant::name);
+            let head = ["mixed pairs", "kernel vxlan", there, "ratio", back, "ratio"];
+            text += "\n";
+            text += &table(head, &without_repeats(mixed));
+        }
         text += &format!(
             "\n  ratio: {contender} over kernel vxlan within a round; for time and CPU less is better\n  \
              ~ rounds differ by more than {} %\n",
             TRUSTED_SPREAD * 100.0
         );
+        if self.loss_free {
+            text += &format!(
+                "  no loss, ≤ 0.5 % lost: the highest rates found, in trials of {} s\n",
+                self.trial_seconds
+            );
+            text += &scenario.limits();
+        }
         if scenario.steal_percent > TRUSTED_STEAL_PERCENT {
             text += "  the host took processor time away: measure again\n";
         }
@@ -499,20 +617,84 @@ impl VsKernel {
     }
 }
 
+/// What a measurement has to say beside its samples.
+enum Finding<'a> {
+    /// A report as it came.
+    Raw(&'a str, serde_json::Value),
+    /// The sender could send no faster.
+    SenderLimited(&'a str),
+}
+
+const NO_LOSS: &str = ", no loss";
+const LITTLE_LOSS: &str = ", ≤ 0.5 % lost";
+
+/// Whether a test is the result of a search for a rate.
+fn is_search(test: &str) -> bool {
+    [NO_LOSS, LITTLE_LOSS].iter().any(|suffix| test.ends_with(suffix))
+}
+
+/// Blanks what the row above says already in the first column.
+fn without_repeats<const N: usize>(mut rows: Vec<[String; N]>) -> Vec<[String; N]> {
+    for nth in (1..rows.len()).rev() {
+        if rows[nth][0] == rows[nth - 1][0] {
+            rows[nth][0].clear();
+        }
+    }
+    rows
+}
+
 impl Scenario {
+    fn note_sender(&mut self, contestant: Contestant, test: &str) {
+        let mut known = self.sender_limited.iter_mut();
+        match known.find(|known| known.contestant == contestant && known.test == test) {
+            Some(known) => known.rounds += 1,
+            None => self.sender_limited.push(SenderLimited {
+                contestant,
+                test: test.to_owned(),
+                rounds: 1,
+            }),
+        }
+    }
+
+    /// Where the sender, not loss, ended searches: whose, and how many of how many.
+    fn limits(&self) -> String {
+        let searches = |contestant| {
+            let rates = self.metrics.iter().filter(|metric| is_search(&metric.name));
+            let samples = rates.filter_map(|metric| metric.samples_of(contestant));
+            samples.map(<[f64]>::len).sum::<usize>()
+        };
+        let mut ended = BTreeMap::new();
+        for found in &self.sender_limited {
+            *ended.entry(found.contestant).or_insert(0) += found.rounds;
+        }
+        let line = |(contestant, ended): (Contestant, usize)| {
+            format!(
+                "    {}: {ended} of {} searches ended because the sender could send no faster\n",
+                contestant.name(),
+                searches(contestant)
+            )
+        };
+        ended.into_iter().map(line).collect()
+    }
+
     fn take(&mut self, contestant: Contestant, samples: Vec<Sample>, contestants: &[Contestant]) {
-        for (nth, (name, unit, value)) in samples.into_iter().enumerate() {
-            if self.metrics.len() <= nth {
-                self.metrics.push(Metric {
-                    name,
-                    unit,
-                    samples: contestants
-                        .iter()
-                        .map(|&contestant| (contestant, Vec::new()))
-                        .collect(),
-                    ratio: None,
+        for (name, unit, value) in samples {
+            let nth = self
+                .metrics
+                .iter()
+                .position(|metric| metric.name == name && metric.unit == unit)
+                .unwrap_or_else(|| {
+                    self.metrics.push(Metric {
+                        name,
+                        unit,
+                        samples: contestants
+                            .iter()
+                            .map(|&contestant| (contestant, Vec::new()))
+                            .collect(),
+                        ratios: Vec::new(),
+                    });
+                    self.metrics.len() - 1
                 });
-            }
             let mut columns = self.metrics[nth].samples.iter_mut();
             if let Some((_, column)) = columns.find(|(of, _)| *of == contestant) {
                 column.push(value);
@@ -525,6 +707,12 @@ impl Metric {
     fn samples_of(&self, contestant: Contestant) -> Option<&[f64]> {
         let column = self.samples.iter().find(|(of, _)| *of == contestant);
         column.map(|(_, samples)| samples.as_slice())
+    }
+
+    /// A contestant over the kernel's VXLAN.
+    fn ratio(&self, contestant: Contestant) -> Option<Spread> {
+        let mut ratios = self.ratios.iter();
+        ratios.find(|(of, _)| *of == contestant).map(|(_, ratio)| *ratio)
     }
 
     /// Resent segments are no ratio's business: the good case is zero.
@@ -563,11 +751,68 @@ mod tests {
                 (Contestant::KernelVxlan, vec![10.0, 20.0]),
                 (Contestant::Kersey, vec![5.0, 10.0]),
             ],
-            ratio: None,
+            ratios: Vec::new(),
         };
         let ratio = metric
             .ratio_of(Contestant::Kersey, Contestant::KernelVxlan)
             .unwrap();
         assert_eq!((ratio.min, ratio.max), (0.5, 0.5));
+    }
+
+    #[test]
+    fn samples_find_their_row_whoever_measured_less() {
+        let mut scenario = scenario();
+        let contestants = [Contestant::KernelVxlan, Contestant::KerseyToKernel];
+        let sample = |name: &str, unit, value| (name.to_owned(), unit, value);
+        let mixed = vec![sample("TCP", Unit::GbitPerS, 3.0)];
+        let whole = vec![
+            sample("UDP", Unit::PacketsPerS, 7.0),
+            sample("TCP", Unit::CpuSPerGb, 0.5),
+            sample("TCP", Unit::GbitPerS, 6.0),
+        ];
+        scenario.take(Contestant::KerseyToKernel, mixed, &contestants);
+        scenario.take(Contestant::KernelVxlan, whole, &contestants);
+
+        let of = |nth: usize, contestant| scenario.metrics[nth].samples_of(contestant).unwrap().to_vec();
+        assert_eq!(of(0, Contestant::KernelVxlan), [6.0]);
+        assert_eq!(of(0, Contestant::KerseyToKernel), [3.0]);
+        assert_eq!(of(1, Contestant::KernelVxlan), [7.0]);
+        assert_eq!(of(1, Contestant::KerseyToKernel), [] as [f64; 0]);
+        let ratio = scenario.metrics[0].ratio_of(Contestant::KerseyToKernel, Contestant::KernelVxlan);
+        assert_eq!(ratio.unwrap().median, 0.5);
+        let none = scenario.metrics[1].ratio_of(Contestant::KerseyToKernel, Contestant::KernelVxlan);
+        assert_eq!(none, None);
+    }
+
+    #[test]
+    fn what_limited_searches_is_counted() {
+        let mut scenario = scenario();
+        assert_eq!(scenario.limits(), "");
+        let samples = |rate| {
+            let rate = |suffix| (format!("UDP 64 B{suffix}"), Unit::PacketsPerS, rate);
+            vec![rate(NO_LOSS), rate(LITTLE_LOSS), rate("")]
+        };
+        for rate in [1.0, 2.0] {
+            scenario.take(Contestant::Kersey, samples(rate), &[Contestant::Kersey]);
+        }
+        for test in ["UDP 64 B, no loss", "UDP 64 B, ≤ 0.5 % lost", "UDP 64 B, no loss"] {
+            scenario.note_sender(Contestant::Kersey, test);
+        }
+        let text = scenario.limits();
+        assert!(
+            text.trim().starts_with("kersey: 3 of 4 searches ended because"),
+            "{text}"
+        );
+    }
+
+    fn scenario() -> Scenario {
+        Scenario {
+            underlay_offloads: Switch::On,
+            kersey_offloads: Switch::On,
+            steal_percent: 0.0,
+            metrics: Vec::new(),
+            sender_limited: Vec::new(),
+            raw: Vec::new(),
+        }
     }
 }

@@ -90,7 +90,7 @@ pub(crate) struct Shape {
 }
 
 /// The backends a lab can be made of.
-const BACKENDS: [&str; 2] = ["udp", "vxlan"];
+pub(super) const BACKENDS: [&str; 2] = ["udp", "vxlan"];
 
 impl LabOptions {
     /// Refuses what clap cannot tell to be wrong.
@@ -113,7 +113,10 @@ impl Shape {
         }
         if self.peer == Peer::KernelVxlan && self.backend != "vxlan" {
             return Err(UsageError::new(
-                format!("--peer kernel-vxlan cannot be had with --backend {}", self.backend),
+                format!(
+                    "--peer kernel-vxlan cannot be had with --backend {}",
+                    self.backend
+                ),
                 "the kernel's VXLAN talks to nodes of a VXLAN network: add --backend vxlan",
             ));
         }

@@ -11,8 +11,8 @@ use super::logging::LogArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
 use crate::options::{
-    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, Offload, PacketPathOptions,
-    RunOptions, ServerAddress, ServerOptions, StoreKind, ThreadLayout,
+    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, Offload, OuterDf,
+    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, StoreKind, ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -160,6 +160,23 @@ struct PacketPathArgs {
     /// One thread for both directions of a queue, or one for each
     #[arg(long, value_name = "LAYOUT", value_enum, default_value = "auto")]
     threads: ThreadLayout,
+    /// How long a worker looks for more after a request or response before it sleeps; 0 is not at all
+    #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = clap::value_parser!(u16).range(..=1000))]
+    busy_poll: u16,
+    /// "Don't fragment" of the outer IPv4 header [default: as flannel's backend of that name]
+    #[arg(
+        long,
+        value_name = "AUTO|SET|CLEAR",
+        value_enum,
+        default_value = "auto",
+        hide_possible_values = true,
+        hide_default_value = true
+    )]
+    outer_df: OuterDf,
+    /// Make TCP connections announce segments that fit the overlay
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", value_parser = parse_bool)]
+    clamp_mss: bool,
     /// UDP source ports to spread outbound flows over [default: the backend's choice]
     #[arg(long, value_name = "N", value_parser = source_ports)]
     source_ports: Option<NonZeroU16>,
@@ -368,6 +385,9 @@ impl RunArgs {
                 },
                 queues: path.queues,
                 threads: path.threads,
+                busy_poll: Duration::from_micros(path.busy_poll.into()),
+                outer_df: path.outer_df,
+                clamp_mss: path.clamp_mss,
                 source_ports: path.source_ports,
             },
             status_socket: self.other.status_socket,

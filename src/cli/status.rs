@@ -156,6 +156,9 @@ impl Colour {
     }
 }
 
+/// What a daemon says of a peer's kernel route that is in place.
+const INSTALLED: &str = "installed";
+
 const BOLD: &str = "1";
 const GREEN: &str = "32";
 const RED: &str = "31";
@@ -181,7 +184,10 @@ fn table(status: &Status, colour: Colour) -> String {
     let node = &status.node;
     let mut line = format!("{} in {}", or_none(&node.subnets), or_none(&node.networks));
     let _ = write!(line, " · {} {}", node.interface, node.public_ips.join(" "));
-    let _ = write!(line, " · MTU {} (link {})", node.inner_mtu, node.link_mtu);
+    let _ = write!(line, " · MTU {}", node.inner_mtu);
+    if node.inner_mtu != node.link_mtu {
+        let _ = write!(line, " (link {})", node.link_mtu);
+    }
     row(&mut out, colour, "node", &line);
 
     let backend = &status.backend;
@@ -189,10 +195,10 @@ fn table(status: &Status, colour: Colour) -> String {
         .port
         .map(|port| format!(" port {port}"))
         .unwrap_or_default();
-    let line = format!(
-        "{}{port}: {} · ingress check {}",
-        backend.name, backend.reason, backend.ingress_check
-    );
+    let mut line = format!("{}{port}: {}", backend.name, backend.reason);
+    if !backend.ingress_check.is_empty() {
+        let _ = write!(line, " · ingress check {}", backend.ingress_check);
+    }
     row(&mut out, colour, "backend", &line);
 
     let store = &status.store;
@@ -212,35 +218,37 @@ fn table(status: &Status, colour: Colour) -> String {
     }
 
     let device = &status.device;
+    if device.is_absent() {
+        plain_peers(&mut out, colour, &status.peers);
+    } else {
+        tunnel(&mut out, colour, status);
+    }
+    counts(&mut out, colour, "drops", status.drops.iter());
+    counts(&mut out, colour, "leases refused", status.rejected_leases.iter());
+    out
+}
+
+/// The device, and the peers behind it with their traffic.
+fn tunnel(out: &mut String, colour: Colour, status: &Status) {
+    let device = &status.device;
     let line = format!(
         "{} · {} · {}",
         device.name,
         counted(device.queues, "queue"),
         counted(device.threads, "thread")
     );
-    row(&mut out, colour, "device", &line);
+    row(out, colour, "device", &line);
     let offloads: Vec<String> = device
         .offloads
         .iter()
         .map(|(name, state)| format!("{name} {state}"))
         .collect();
     if !offloads.is_empty() {
-        row(&mut out, colour, "offloads", &offloads.join(" · "));
+        row(out, colour, "offloads", &offloads.join(" · "));
     }
-
-    peers(&mut out, colour, &status.peers);
-    counts(&mut out, colour, "drops", status.drops.iter());
-    counts(&mut out, colour, "leases refused", status.rejected_leases.iter());
-    out
-}
-
-fn peers(out: &mut String, colour: Colour, peers: &[Peer]) {
-    out.push('\n');
-    if peers.is_empty() {
-        push(out, &format!("{}  none", colour.paint(BOLD, "peers")));
+    if !heading(out, colour, &status.peers) {
         return;
     }
-    push(out, &format!("{}  {}", colour.paint(BOLD, "peers"), peers.len()));
     let header = [
         "subnet",
         "endpoint",
@@ -252,10 +260,17 @@ fn peers(out: &mut String, colour: Colour, peers: &[Peer]) {
     ]
     .map(str::to_owned);
     let mut rows = vec![header];
-    for peer in peers {
+    for peer in &status.peers {
+        let mut endpoints = or_none(&peer.endpoints);
+        if let Some(route) = &peer.kernel_route {
+            let _ = match route.as_str() {
+                INSTALLED => write!(endpoints, ", direct"),
+                _ => write!(endpoints, ", not direct"),
+            };
+        }
         rows.push([
             or_none(&peer.subnets),
-            or_none(&peer.endpoints),
+            endpoints,
             count(peer.outbound_packets),
             bytes(peer.outbound_bytes),
             count(peer.inbound_packets),
@@ -263,18 +278,56 @@ fn peers(out: &mut String, colour: Colour, peers: &[Peer]) {
             count(peer.drops.values().sum()),
         ]);
     }
+    columns(out, &rows, 2);
+}
+
+/// The peers of a backend without a tunnel, with the kernel's routes if it makes any.
+fn plain_peers(out: &mut String, colour: Colour, peers: &[Peer]) {
+    if !heading(out, colour, peers) {
+        return;
+    }
+    if peers.iter().all(|peer| peer.kernel_route.is_none()) {
+        let mut rows = vec![["subnet", "node"].map(str::to_owned)];
+        rows.extend(
+            peers
+                .iter()
+                .map(|peer| [or_none(&peer.subnets), or_none(&peer.endpoints)]),
+        );
+        columns(out, &rows, 2);
+        return;
+    }
+    let mut rows = vec![["subnet", "gateway", "kernel route"].map(str::to_owned)];
+    for peer in peers {
+        let route = peer.kernel_route.clone().unwrap_or_default();
+        rows.push([or_none(&peer.subnets), or_none(&peer.endpoints), route]);
+    }
+    columns(out, &rows, 3);
+}
+
+/// How many peers there are; whether there are any.
+fn heading(out: &mut String, colour: Colour, peers: &[Peer]) -> bool {
+    let count = match peers.len() {
+        0 => "none".to_owned(),
+        count => count.to_string(),
+    };
+    out.push('\n');
+    push(out, &format!("{}  {count}", colour.paint(BOLD, "peers")));
+    !peers.is_empty()
+}
+
+/// Rows of cells under one another, the first `texts` columns to the left, numbers to the right.
+fn columns<const N: usize>(out: &mut String, rows: &[[String; N]], texts: usize) {
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())
             .max()
             .unwrap_or(0)
     };
-    let widths: [usize; 7] = std::array::from_fn(width);
-    for row in &rows {
+    let widths: [usize; N] = std::array::from_fn(width);
+    for row in rows {
         let mut line = String::from("  ");
         for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
-            // Names to the left, numbers to the right.
-            let _ = if column < 2 {
+            let _ = if column < texts {
                 write!(line, "{cell:<width$}  ")
             } else {
                 write!(line, "{cell:>width$}  ")
@@ -391,6 +444,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::status::DeviceStatus;
 
     #[test]
     fn a_busy_node_reads_well_in_a_hundred_columns() {
@@ -418,6 +472,29 @@ mod tests {
             text.contains("peers") && text.contains("none") && text.contains("\x1b[31mnot ready"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_node_without_a_tunnel_shows_its_routes_and_nothing_it_has_not() {
+        let mut status = routed();
+        assert_eq!(table(&status, Colour::Off), ROUTED);
+        // alloc makes none.
+        for peer in &mut status.peers {
+            peer.kernel_route = None;
+        }
+        let text = table(&status, Colour::Off);
+        assert!(text.contains("  subnet                         node\n"), "{text}");
+        let json = serde_json::to_value(&status).unwrap();
+        assert!(json.get("device").is_none(), "{json}");
+        assert!(serde_json::from_value::<Status>(json).unwrap().device.is_absent());
+    }
+
+    #[test]
+    fn a_peer_past_the_tunnel_is_marked() {
+        let mut status = busy();
+        status.peers[0].kernel_route = Some("installed".into());
+        let text = table(&status, Colour::Off);
+        assert!(text.contains("10.0.0.1:8472, direct "), "{text}");
     }
 
     #[test]
@@ -461,6 +538,49 @@ drops
              3  malformed
 ";
 
+    const ROUTED: &str = "\
+kersey 0.1.0, ready, up 1 min 5 s
+
+node      10.244.3.0/24 in 10.244.0.0/16 · eth0 10.0.0.3 · MTU 1500
+backend   host-gw: the network config asks for it
+store     etcd http://10.0.0.1:2379 · connected for 1 min 5 s
+
+peers  2
+  subnet                         gateway               kernel route
+  10.244.1.0/24 fd00:0:0:1::/64  10.0.0.1 2001:db8::1  installed
+  10.244.20.0/24                 10.0.9.20             Network is unreachable
+";
+
+    fn routed() -> Status {
+        let mut status = Status {
+            device: DeviceStatus::default(),
+            drops: BTreeMap::new(),
+            uptime_s: 65.0,
+            ..busy()
+        };
+        status.node.inner_mtu = 1500;
+        status.backend.name = "host-gw".into();
+        status.backend.port = None;
+        status.backend.ingress_check.clear();
+        status.store.connected = true;
+        status.store.error = None;
+        let peer = |subnets: &[&str], endpoints: &[&str], route: &str| Peer {
+            subnets: subnets.iter().map(|&text| text.to_owned()).collect(),
+            endpoints: endpoints.iter().map(|&text| text.to_owned()).collect(),
+            kernel_route: Some(route.to_owned()),
+            ..Peer::default()
+        };
+        status.peers = vec![
+            peer(
+                &["10.244.1.0/24", "fd00:0:0:1::/64"],
+                &["10.0.0.1", "2001:db8::1"],
+                "installed",
+            ),
+            peer(&["10.244.20.0/24"], &["10.0.9.20"], "Network is unreachable"),
+        ];
+        status
+    }
+
     fn busy() -> Status {
         let mut status = Status {
             version: "0.1.0".into(),
@@ -495,6 +615,7 @@ drops
                 inbound_packets: 678,
                 inbound_bytes: 67_800,
                 drops: BTreeMap::from([("malformed".into(), 3)]),
+                kernel_route: None,
             },
             Peer {
                 subnets: vec!["10.244.20.0/24".into()],

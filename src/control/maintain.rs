@@ -182,6 +182,7 @@ impl Follow<'_> {
         }
         let (rejected, held) = (self.table.rejected(), self.table.held());
         let changes = self.table.apply(&update);
+        let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
         if self.table.held() > 0 && self.linger_due.is_none() {
             tracing::warn!(
                 peers = self.table.held(),
@@ -195,7 +196,8 @@ impl Follow<'_> {
         if refused != rejected && !refused.is_empty() && self.refusal_complaints.allows() {
             tracing::warn!(?refused, "some leases are refused");
         }
-        self.publish(&changes, refused != rejected || self.table.held() != held);
+        let counters_changed = refused != rejected || self.table.held() != held;
+        self.publish(&changes, counters_changed || confirmed);
     }
 
     fn own_changed(&mut self) {

@@ -97,6 +97,7 @@ pub struct PeerTable {
     peers: Leases,
     rejected: BTreeMap<Subnet, Reject>,
     over_cap: u64,
+    confirmed: bool,
 }
 
 impl PeerTable {
@@ -111,7 +112,19 @@ impl PeerTable {
             peers: Leases::new(),
             rejected: BTreeMap::new(),
             over_cap: 0,
+            confirmed: false,
         }
+    }
+
+    /// Notes that the store itself has given a complete list: who is not in the table from here on is no peer, rather than one not
+    /// heard of yet. Gives whether that was news.
+    pub fn confirm(&mut self) -> bool {
+        !std::mem::replace(&mut self.confirmed, true)
+    }
+
+    /// Whether the store has given a complete list since this process started; before that the peers are those of a cache.
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed
     }
 
     /// Takes in what the store told, whole values compared.

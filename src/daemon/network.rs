@@ -12,11 +12,11 @@ use crate::addr::{Mtu, Prefix};
 use crate::backend::{Backend, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
-use crate::dataplane::Encap;
 use crate::dataplane::forward::IngressCheck;
 use crate::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
 use crate::dataplane::stats::PeerStats;
 use crate::dataplane::worker::InboundOptions;
+use crate::dataplane::{Encap, Oversize};
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::queues::{Layout, Queues};
@@ -24,7 +24,7 @@ use crate::host::socket::{SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl;
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
-use crate::options::{self, InnerChecksums, Offload, PacketPathOptions, ThreadLayout};
+use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, ThreadLayout};
 
 /// What stays the same for as long as the daemon runs.
 pub(super) struct Setup<'a, B> {
@@ -101,7 +101,11 @@ impl<B: Backend> DataPlane<B> {
             queues: queue_count,
             gso: switch(options.udp_gso),
             gro: switch(options.udp_gro),
-            v4_oversize: setup.backend.oversize().v4,
+            v4_oversize: match options.outer_df {
+                OuterDf::Auto => setup.backend.oversize().v4,
+                OuterDf::Set => Oversize::Refuse,
+                OuterDf::Clear => Oversize::FragmentAnywhere,
+            },
             v6_oversize: setup.backend.oversize().v6,
         };
         let underlays = (0..queue_count)
@@ -118,13 +122,14 @@ impl<B: Backend> DataPlane<B> {
             },
             verify_inner: options.inner_checksums == InnerChecksums::Verify,
             inner_mtu: setup.inner_mtu,
+            clamp_mss: options.clamp_mss,
         };
         let queues = Queues::start(
             setup.backend.encap(),
             tun,
             underlays,
             &routes,
-            (layout, inbound),
+            (layout, options.busy_poll, inbound),
             failed,
         )?;
         let mut plane = Self {
@@ -253,7 +258,7 @@ fn overlay(config: &NetworkConfig, own: Subnet) -> Overlay {
 }
 
 /// The prefixes of a subnet, one a family.
-pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
+pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> + Clone {
     subnet
         .ipv4()
         .map(Prefix::V4)
@@ -329,7 +334,7 @@ pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet)
 }
 
 /// The overlay's networks, one a family.
-fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
+pub(super) fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
     let v4 = config.v4.map(|range| Prefix::V4(range.network));
     let v6 = config.v6.map(|range| Prefix::V6(range.network));
     v4.into_iter().chain(v6)

@@ -5,14 +5,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::time::Instant;
 
-use crate::backend::Backend;
+use crate::addr::Mtu;
+use crate::backend::{Backend, NoTunnel};
 use crate::control::Published;
+use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::host::interface::UnderlayInterface;
 use crate::lease::Subnet;
 use crate::options::RunOptions;
 use crate::status::{self, Status};
+
+/// Why the backend is the one it is.
+const CONFIGURED: &str = "the network config says so";
 
 /// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
 pub(super) struct Report {
@@ -26,6 +32,7 @@ struct Parts {
     store: Option<Arc<dyn Store>>,
     published: Option<Published>,
     peers: BTreeMap<Subnet, InstalledPeer>,
+    kernel_routes: BTreeMap<Subnet, String>,
     workers: Vec<Arc<WorkerStats>>,
 }
 
@@ -69,34 +76,48 @@ impl Report {
             crate::options::IngressCheck::Off => "off",
         };
         self.edit(|parts| {
-            parts.fixed.node = status::Node {
-                networks: setup
-                    .config
-                    .v4
-                    .map(|range| range.network.to_string())
-                    .into_iter()
-                    .chain(setup.config.v6.map(|range| range.network.to_string()))
-                    .collect(),
-                subnets: Vec::new(),
-                interface: interface.name.clone(),
-                public_ips: interface
-                    .public_v4
-                    .map(|addr| addr.to_string())
-                    .into_iter()
-                    .chain(interface.public_v6.map(|addr| addr.to_string()))
-                    .collect(),
-                link_mtu: interface.mtu.bytes(),
-                inner_mtu: setup.inner_mtu.bytes(),
-            };
+            parts.fixed.node = node(setup.config, interface, setup.inner_mtu);
             parts.fixed.backend = status::Backend {
                 name: setup.backend.name().to_owned(),
-                reason: "the network config says so".to_owned(),
+                reason: CONFIGURED.to_owned(),
                 port: Some(setup.backend.port()),
                 ingress_check: check.to_owned(),
             };
             parts.store = Some(store);
             parts.published = Some(published.clone());
         });
+    }
+
+    /// As [`set_node`](Self::set_node), for a backend without a tunnel.
+    pub(super) fn set_plain_node(
+        &self,
+        backend: &impl NoTunnel,
+        config: &NetworkConfig,
+        interface: &UnderlayInterface,
+        published: &Published,
+        store: Arc<dyn Store>,
+    ) {
+        self.edit(|parts| {
+            parts.fixed.node = node(config, interface, interface.mtu);
+            parts.fixed.backend = status::Backend {
+                name: backend.name().to_owned(),
+                reason: CONFIGURED.to_owned(),
+                ..Default::default()
+            };
+            parts.fixed.device = status::DeviceStatus::default();
+            parts.store = Some(store);
+            parts.published = Some(published.clone());
+        });
+    }
+
+    /// Lists the peers of a backend without a tunnel.
+    pub(super) fn set_plain_peers(&self, peers: Vec<status::Peer>) {
+        self.edit(|parts| parts.fixed.peers = peers);
+    }
+
+    /// Says of peers of a tunnel how the kernel routes them past it.
+    pub(super) fn set_kernel_routes(&self, routes: BTreeMap<Subnet, String>) {
+        self.edit(|parts| parts.kernel_routes = routes);
     }
 
     pub(super) fn set_plane<B: Backend>(&self, plane: &DataPlane<B>) {
@@ -131,16 +152,18 @@ impl Report {
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         let mut status = parts.fixed.clone();
         status.uptime_s = self.started.elapsed().as_secs_f64();
-        for count in Count::ALL {
+        // Without a tunnel there is nothing that counts.
+        let counts = if parts.workers.is_empty() { &[] } else { Count::ALL };
+        for count in counts {
             let total = parts.workers.iter().map(|worker| worker.counted(*count)).sum();
             status.counters.insert(count.name().to_owned(), total);
         }
         status.drops = nonzero(|reason| parts.workers.iter().map(|worker| worker.dropped(reason)).sum());
-        status.peers = parts
-            .peers
-            .iter()
-            .map(|(subnet, peer)| peer_status(*subnet, peer))
-            .collect();
+        let tunnelled = parts.peers.iter().map(|(subnet, peer)| status::Peer {
+            kernel_route: parts.kernel_routes.get(subnet).cloned(),
+            ..peer_status(*subnet, peer)
+        });
+        status.peers.extend(tunnelled);
         if let Some(published) = &parts.published {
             let lease = published.lease.borrow();
             status.node.subnets = prefixes(lease.subnet).map(|prefix| prefix.to_string()).collect();
@@ -176,6 +199,22 @@ fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
         inbound_packets,
         inbound_bytes,
         drops: nonzero(|reason| peer.stats.dropped(reason)),
+        ..Default::default()
+    }
+}
+
+fn node(config: &NetworkConfig, interface: &UnderlayInterface, inner_mtu: Mtu) -> status::Node {
+    let v4 = config.v4.map(|range| range.network.to_string());
+    let v6 = config.v6.map(|range| range.network.to_string());
+    let public_v4 = interface.public_v4.map(|addr| addr.to_string());
+    let public_v6 = interface.public_v6.map(|addr| addr.to_string());
+    status::Node {
+        networks: v4.into_iter().chain(v6).collect(),
+        subnets: Vec::new(),
+        interface: interface.name.clone(),
+        public_ips: public_v4.into_iter().chain(public_v6).collect(),
+        link_mtu: interface.mtu.bytes(),
+        inner_mtu: inner_mtu.bytes(),
     }
 }
 

@@ -26,8 +26,10 @@ use crate::dataplane::{EcnPolicy, Encap, Manners, PeerOffloads, TtlPolicy};
 use crate::wire::Malformed;
 use crate::wire::icmp::IcmpError;
 use crate::wire::ip::{
-    Addrs, Ecn, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, set_ecn, verify_v4_header,
+    Addrs, Ecn, Fragment, IpHeader, Scope, V4_LEN, V6_LEN, decrement_ttl, protocol, scope, set_ecn,
+    verify_v4_header,
 };
+use crate::wire::transport::{clamp_mss, tcp};
 
 /// How strictly inbound packets are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +96,8 @@ pub struct Sending {
     pub v6: RunLimits,
     /// Size of the pool of source ports, at least 1.
     pub ports: usize,
+    /// Whether SYNs are made to announce segments that fit the path.
+    pub clamp_mss: bool,
 }
 
 /// Decides about packet `index` of the batch and puts its segments into the plan.
@@ -156,6 +160,10 @@ pub fn outbound<E: Encap>(
                 return Err(refuse(DropReason::TtlExpired, Some(IcmpError::TimeExceeded)));
             }
         }
+    }
+    if sending.clamp_mss {
+        let finished = meta.header.checksum.is_none();
+        clamp_segments(batch.front_mut(meta), &ip, peer.inner_mtu, finished);
     }
     let to = peer.hop.endpoint();
     let limits = if to.is_ipv4() { sending.v4 } else { sending.v6 };
@@ -240,6 +248,8 @@ pub struct Ingress<'a, E: Encap> {
     pub verify_inner: bool,
     /// The largest packet of the overlay: a longer TCP packet is a super-packet.
     pub inner_mtu: Mtu,
+    /// Whether SYNs are made to announce segments that fit the overlay.
+    pub clamp_mss: bool,
     /// The snapshot for this batch.
     pub routes: &'a RouteTable<E::Hop>,
     /// Which queue this is, for peers' counters.
@@ -316,6 +326,11 @@ impl<E: Encap> Ingress<'_, E> {
                                 finish_for_kernel(packet, &ip, self.inner_mtu, coalescer.merge())
                             }),
                     };
+                    if self.clamp_mss
+                        && let Some(packet) = batch.bytes_mut().get_mut(at..at + ip.total_len)
+                    {
+                        clamp_segments(packet, &ip, self.inner_mtu, unfinished.is_none());
+                    }
                     let buffer = batch.bytes();
                     let flow = flow_hash(&ip, buffer.get(at..at + ip.total_len).unwrap_or(&[]));
                     let offer = Offer {
@@ -431,6 +446,21 @@ impl<E: Encap> Ingress<'_, E> {
             Scope::Routable => Err(DropReason::NotForUs),
             Scope::Multicast | Scope::LinkLocal | Scope::Martian => Err(DropReason::NotUnicast),
         }
+    }
+}
+
+/// Makes a SYN announce segments that fit a path of `mtu`.
+#[inline]
+fn clamp_segments(packet: &mut [u8], ip: &IpHeader, mtu: Mtu, finished: bool) {
+    let has_header = ip.fragment != Fragment::Later;
+    if let (protocol::TCP, true, Some(l4)) = (ip.protocol, has_header, packet.get_mut(ip.l4..)) {
+        let ip_len = match ip.addrs {
+            Addrs::V4 { .. } => V4_LEN,
+            Addrs::V6 { .. } => V6_LEN,
+        };
+        // Options do not count: the size announced is for segments without (RFC 6691 §2).
+        let limit = usize::from(mtu.bytes()).saturating_sub(ip_len + tcp::MIN_LEN);
+        clamp_mss(l4, u16::try_from(limit).unwrap_or(u16::MAX), finished);
     }
 }
 

@@ -147,6 +147,8 @@ named! {
         DeviceFallbacks = "device_fallbacks",
         /// Runs the kernel refused to segment (EIO, EINVAL, EMSGSIZE) and that were resent one by one.
         GsoFallbacks = "gso_fallbacks",
+        /// Runs and datagrams larger than the underlay's path carries, as far as it is known (EMSGSIZE).
+        PathTooBig = "path_too_big",
         /// Datagrams the kernel dropped because our receive buffer was full (SO_RXQ_OVFL).
         ReceiveOverflows = "receive_overflows",
         /// Sends that had to wait for room.

@@ -60,6 +60,7 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             v4: underlay.limits(any_v4),
             v6: underlay.limits(any_v6),
             ports: underlay.source_ports().max(1),
+            clamp_mss: false,
         };
         Self {
             encap,
@@ -74,6 +75,11 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             plan: SendPlan::new(),
             failures: Vec::with_capacity(64),
         }
+    }
+
+    /// Makes TCP connections announce segments that fit the path from now on, or no longer.
+    pub fn set_clamp_mss(&mut self, clamp: bool) {
+        self.sending.clamp_mss = clamp;
     }
 
     /// Moves one batch.
@@ -193,6 +199,8 @@ pub struct InboundOptions {
     pub verify_inner: bool,
     /// The largest packet of the overlay.
     pub inner_mtu: Mtu,
+    /// Whether TCP connections are made to announce segments that fit it.
+    pub clamp_mss: bool,
 }
 
 impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
@@ -244,6 +252,7 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             check: self.options.check,
             verify_inner: self.options.verify_inner,
             inner_mtu: self.options.inner_mtu,
+            clamp_mss: self.options.clamp_mss,
             routes,
             queue: self.queue,
             stats: &self.stats,

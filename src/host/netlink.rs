@@ -19,14 +19,17 @@ use netlink_packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteProtocol};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup,
     RouteMessageBuilder,
 };
 
-pub use self::message::{Gateway, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup};
-use self::message::{change, ip, link, link_addr, route};
+pub use self::message::{
+    Gateway, HeldRoute, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup, RouteOwner,
+    VxlanDevice,
+};
+use self::message::{change, held_route, ip, link, link_addr, vxlan_device};
 
 /// A request to the kernel failed.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +137,19 @@ impl Netlink {
             .or_refused("list", "network interfaces")?
             .into_iter()
             .map(link)
+            .collect())
+    }
+
+    /// The VXLAN devices of the kernel's, by number.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn vxlan_devices(&self) -> Result<Vec<VxlanDevice>, NetlinkError> {
+        let links = self.handle.link().get().execute().try_collect::<Vec<_>>().await;
+        Ok(links
+            .or_refused("list", "network interfaces")?
+            .into_iter()
+            .filter_map(vxlan_device)
             .collect())
     }
 
@@ -349,9 +365,9 @@ impl Netlink {
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn own_routes(&self) -> Result<Vec<Route>, NetlinkError> {
-        let mut routes = self.main_routes().await?;
-        routes.retain(|(protocol, _)| *protocol == RouteProtocol::Other(KERSEY_PROTOCOL));
-        Ok(routes.into_iter().map(|(_, route)| route).collect())
+        let mut routes = self.routes().await?;
+        routes.retain(|held| held.owner == RouteOwner::Kersey);
+        Ok(routes.into_iter().map(|held| held.route).collect())
     }
 
     /// The default routes of both families, in the kernel's order.
@@ -359,12 +375,16 @@ impl Netlink {
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn default_routes(&self) -> Result<Vec<Route>, NetlinkError> {
-        let mut routes = self.main_routes().await?;
-        routes.retain(|(_, route)| route.destination.len() == 0);
-        Ok(routes.into_iter().map(|(_, route)| route).collect())
+        let mut routes = self.routes().await?;
+        routes.retain(|held| held.route.destination.len() == 0);
+        Ok(routes.into_iter().map(|held| held.route).collect())
     }
 
-    async fn main_routes(&self) -> Result<Vec<(RouteProtocol, Route)>, NetlinkError> {
+    /// All routes of the main table, whoever made them, in the kernel's order.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn routes(&self) -> Result<Vec<HeldRoute>, NetlinkError> {
         let mut found = Vec::new();
         let dumps = [
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -380,7 +400,7 @@ impl Netlink {
                 .await;
             for message in messages.or_refused("list", "routes")? {
                 if message.header.table == RouteHeader::RT_TABLE_MAIN {
-                    found.extend(route(&message).map(|route| (message.header.protocol, route)));
+                    found.extend(held_route(&message));
                 }
             }
         }
@@ -519,7 +539,8 @@ impl Netlink {
             .attributes
             .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         let result = self.handle.neighbours().del(message).execute().await;
-        gone(result, &[libc::ENOENT, libc::ENODEV]).or_refused("delete a forwarding entry of interface", index)
+        gone(result, &[libc::ENOENT, libc::ENODEV])
+            .or_refused("delete a forwarding entry of interface", index)
     }
 
     /// Pins a neighbour's Ethernet address.

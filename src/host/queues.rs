@@ -3,13 +3,16 @@
 //! Two layouts. *Joined*: one thread a queue takes both directions in turn and sleeps when both are idle; fewer wake-ups, for machines with
 //! few cores. *Split*: a thread a direction, for machines with cores to spare. A sleeping thread wakes at least once a second, so that
 //! it lets go of an old route snapshot.
+//!
+//! After requests and responses, a thread looks a little longer before it sleeps ([`Watch`]): being woken costs more than all that is done to a
+//! small packet. Bulk transfers never get there.
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::iter::once;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -51,6 +54,8 @@ pub struct Queues {
 impl Queues {
     /// Starts the threads of all queues.
     ///
+    /// `busy_poll` is how long a thread looks for more after a request or response before it sleeps; zero is not at all.
+    ///
     /// A thread whose device or socket is beyond use says why on `failed` and ends. The channel holds a message a thread; if it is full, the
     /// reader already knows.
     ///
@@ -61,7 +66,7 @@ impl Queues {
         tun: Tun,
         underlays: Vec<UdpUnderlay>,
         routes: &SharedRoutes<E::Hop>,
-        (layout, options): (Layout, InboundOptions),
+        (layout, busy_poll, options): (Layout, Duration, InboundOptions),
         failed: mpsc::Sender<io::Error>,
     ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
@@ -86,6 +91,7 @@ impl Queues {
                 stats(),
                 now,
             );
+            outbound.set_clamp_mss(options.clamp_mss);
             let mut inbound = Inbound::new(
                 encap.clone(),
                 (tun_in, underlay),
@@ -102,13 +108,23 @@ impl Queues {
                     queues.spawn(
                         format!("queue-{index}"),
                         Joined { outbound, inbound },
-                        &stopped,
-                        &failed,
+                        busy_poll,
+                        (&stopped, &failed),
                     )?;
                 }
                 Layout::Split => {
-                    queues.spawn(format!("outbound-{index}"), outbound, &stopped, &failed)?;
-                    queues.spawn(format!("inbound-{index}"), inbound, &stopped, &failed)?;
+                    queues.spawn(
+                        format!("outbound-{index}"),
+                        outbound,
+                        busy_poll,
+                        (&stopped, &failed),
+                    )?;
+                    queues.spawn(
+                        format!("inbound-{index}"),
+                        inbound,
+                        busy_poll,
+                        (&stopped, &failed),
+                    )?;
                 }
             }
         }
@@ -119,13 +135,13 @@ impl Queues {
         &mut self,
         name: String,
         mut work: impl Work + Send + 'static,
-        stopped: &PipeReader,
-        failed: &mpsc::Sender<io::Error>,
+        busy_poll: Duration,
+        (stopped, failed): (&PipeReader, &mpsc::Sender<io::Error>),
     ) -> io::Result<()> {
         let stopped = stopped.try_clone()?;
         let failed = failed.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run(&mut work, &stopped) {
+            if let Err(error) = run(&mut work, Watch::new(busy_poll), &stopped) {
                 // Full or closed: the daemon is already rebuilding or stopping.
                 let _ = failed.try_send(error);
             }
@@ -160,6 +176,8 @@ impl Drop for Queues {
 trait Work {
     fn turn(&mut self, now: Instant) -> io::Result<Turn>;
     fn stats(&self) -> &WorkerStats;
+    /// Bytes moved so far.
+    fn moved(&self) -> u64;
     /// Waits until there may be something to do, or `stopped` says that there never will be: then the first is ready.
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready>;
 }
@@ -171,6 +189,10 @@ impl<E: Encap> Work for Outbound<E, TunQueue, UdpUnderlay> {
 
     fn stats(&self) -> &WorkerStats {
         Outbound::stats(self)
+    }
+
+    fn moved(&self) -> u64 {
+        Outbound::stats(self).counted(Count::OutboundBytes)
     }
 
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
@@ -185,6 +207,10 @@ impl<E: Encap> Work for Inbound<E, TunQueue, UdpUnderlay> {
 
     fn stats(&self) -> &WorkerStats {
         Inbound::stats(self)
+    }
+
+    fn moved(&self) -> u64 {
+        Inbound::stats(self).counted(Count::InboundBytes)
     }
 
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
@@ -213,6 +239,10 @@ impl<E: Encap> Work for Joined<E> {
         self.outbound.stats()
     }
 
+    fn moved(&self) -> u64 {
+        self.outbound.moved().wrapping_add(self.inbound.moved())
+    }
+
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
         let device = self.outbound.device().readable();
         let sockets = self.inbound.underlay().readable();
@@ -220,18 +250,97 @@ impl<E: Encap> Work for Joined<E> {
     }
 }
 
-fn run(work: &mut impl Work, stopped: &PipeReader) -> io::Result<()> {
+/// Decides how long an idle thread looks for more before it sleeps.
+///
+/// It lingers only when turns have moved next to nothing for a while, as requests and responses do, and only while that pays: what comes
+/// too late costs credit, what comes in time earns it. In a bulk transfer it would take the processor from those who have work.
+struct Watch {
+    busy_poll: Duration,
+    light_turns: u32,
+    /// Until when the last heavy turn is remembered.
+    heavy_until: Option<Instant>,
+    credit: i32,
+    until: Option<Instant>,
+}
+
+/// A turn that moved no more than this was light, bytes.
+const LIGHT_BYTES: u64 = 4096;
+/// Light turns in a row that look like requests and responses.
+const LIGHT_TURNS: u32 = 4;
+/// How long after a heavy turn there is no lingering: acknowledgements of a bulk transfer are light.
+const HEAVY: Duration = Duration::from_millis(10);
+/// Most credit, and most debt.
+const CREDIT: i32 = 16;
+/// In debt, one idle moment in so many is lingered in, to see whether it would pay again.
+const TRY_EVERY: u32 = 64;
+
+impl Watch {
+    fn new(busy_poll: Duration) -> Self {
+        Self {
+            busy_poll,
+            light_turns: 0,
+            heavy_until: None,
+            credit: 0,
+            until: None,
+        }
+    }
+
+    /// A turn moved so many bytes.
+    fn moved(&mut self, bytes: u64, now: Instant) {
+        if self.until.take().is_some() {
+            self.credit = (self.credit + 1).min(CREDIT);
+        }
+        if bytes > LIGHT_BYTES {
+            self.light_turns = 0;
+            self.heavy_until = Some(now + HEAVY);
+        } else {
+            self.light_turns = self.light_turns.saturating_add(1);
+        }
+    }
+
+    /// A turn found nothing; whether to look again rather than to sleep.
+    fn lingers(&mut self, now: Instant) -> bool {
+        match self.until {
+            Some(until) if now < until => true,
+            Some(_) => {
+                self.until = None;
+                self.credit = (self.credit - 1).max(-CREDIT);
+                false
+            }
+            None => {
+                let pays = self.credit >= 0 || self.light_turns.is_multiple_of(TRY_EVERY);
+                let begins = !self.busy_poll.is_zero()
+                    && self.light_turns >= LIGHT_TURNS
+                    && self.heavy_until.is_none_or(|until| now > until)
+                    && pays;
+                if begins {
+                    self.until = Some(now + self.busy_poll);
+                }
+                begins
+            }
+        }
+    }
+}
+
+fn run(work: &mut impl Work, mut watch: Watch, stopped: &PipeReader) -> io::Result<()> {
     // How often a busy loop looks whether it is to stop.
     const CHECK_EVERY: u32 = 256;
     let mut turns = 0u32;
+    let mut before = work.moved();
     loop {
-        match work.turn(now())? {
+        let now = now();
+        match work.turn(now)? {
             Turn::Busy => {
+                let moved = work.moved();
+                watch.moved(moved.wrapping_sub(before), now);
+                before = moved;
                 turns = turns.wrapping_add(1);
                 if turns.is_multiple_of(CHECK_EVERY) && sys::wait_readable([stopped.as_fd()], 0)?.any() {
                     return Ok(());
                 }
             }
+            // Whoever waits for this processor may have it: often it is the one who would answer.
+            Turn::Idle if watch.lingers(now) => std::thread::yield_now(),
             Turn::Idle => {
                 work.stats().count(Count::Sleeps, 1);
                 if work.wait(stopped.as_fd())?.first() {
@@ -248,4 +357,58 @@ fn run(work: &mut impl Work, stopped: &PipeReader) -> io::Result<()> {
 )]
 fn now() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINGER: Duration = Duration::from_micros(50);
+
+    /// Turns with requests, `every` apart, each followed by idle turns 1 us apart until the next; gives how many of those were lingered in
+    /// rather than slept in.
+    fn requests(watch: &mut Watch, count: u32, every: Duration, mut now: Instant) -> u32 {
+        let mut lingered = 0;
+        for _ in 0..count {
+            watch.moved(100, now);
+            let next = now + every;
+            while now < next {
+                if !watch.lingers(now) {
+                    break;
+                }
+                lingered += 1;
+                now += Duration::from_micros(1);
+            }
+            now = next;
+        }
+        lingered
+    }
+
+    #[test]
+    fn fast_requests_are_waited_for_awake() {
+        let mut watch = Watch::new(LINGER);
+        requests(&mut watch, 20, Duration::from_micros(20), now());
+        assert_eq!(requests(&mut watch, 100, Duration::from_micros(20), now()), 2000);
+    }
+
+    #[test]
+    fn slow_requests_are_soon_waited_for_asleep() {
+        let mut watch = Watch::new(LINGER);
+        requests(&mut watch, 100, Duration::from_micros(500), now());
+        let lingered = requests(&mut watch, 6400, Duration::from_micros(500), now());
+        assert_eq!(lingered, 100 * 50, "one in {TRY_EVERY} is tried");
+    }
+
+    #[test]
+    fn bulk_never_lingers_and_neither_does_a_watch_of_no_length() {
+        let mut watch = Watch::new(LINGER);
+        let mut now = now();
+        for turn in 0..100 {
+            watch.moved(if turn % 20 == 0 { 65_000 } else { 60 }, now);
+            assert!(!watch.lingers(now));
+            now += HEAVY / 25;
+        }
+        let mut watch = Watch::new(Duration::ZERO);
+        assert_eq!(requests(&mut watch, 100, Duration::from_micros(20), now), 0);
+    }
 }

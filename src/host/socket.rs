@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::addr::Mtu;
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
 use crate::dataplane::stats::{Count, WorkerStats};
@@ -39,6 +40,8 @@ const LARGE_BYTES: usize = 4096;
 const MAX_SEGMENTS: usize = 64;
 /// How long a destination goes without segmentation offload after the kernel refused a run.
 const GSO_HOLIDAY: Duration = Duration::from_secs(60);
+/// The same after the path turned out too small for the segments: by then their senders know.
+const PATH_HOLIDAY: Duration = Duration::from_secs(3);
 /// How long full sockets are waited for in one batch, in tries of a millisecond.
 ///
 /// A fast link makes room within that; on a slow one the buffer is the queue, and what does not fit it is dropped, as a full device
@@ -483,6 +486,8 @@ impl Underlay for UdpUnderlay {
             if error.raw_os_error() == Some(libc::EBADF) {
                 return Err(error);
             }
+            let too_big = error.raw_os_error() == Some(libc::EMSGSIZE);
+            stats.count(Count::PathTooBig, u64::from(too_big));
             match classify(&error) {
                 SendError::Busy if waits < WAIT_TRIES => {
                     waits += 1;
@@ -494,7 +499,8 @@ impl Underlay for UdpUnderlay {
                 }
                 _ if segments > 1 && refuses_segmentation(&error) => {
                     stats.count(Count::GsoFallbacks, 1);
-                    self.holidays.push((run.to, now() + GSO_HOLIDAY));
+                    let holiday = if too_big { PATH_HOLIDAY } else { GSO_HOLIDAY };
+                    self.holidays.push((run.to, now() + holiday));
                     continue;
                 }
                 error @ (SendError::Busy
@@ -535,6 +541,30 @@ fn refuses_segmentation(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)
     )
+}
+
+/// The largest datagram, IP header included, that the kernel would send to `to` unfragmented: the MTU of the route, or of the path as far as
+/// "too big" answers have told it.
+///
+/// # Errors
+/// There is no route, or no socket to be had.
+pub fn path_mtu(to: IpAddr) -> io::Result<Mtu> {
+    let to = SocketAddr::new(to, 9);
+    let socket = Socket::new(
+        Domain::for_address(to),
+        Type::DGRAM.cloexec(),
+        Some(Protocol::UDP),
+    )?;
+    // Connecting a UDP socket sends nothing; it looks the route up.
+    socket.connect(&to.into())?;
+    let (level, name) = match to {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
+    };
+    let bytes = sys::option(socket.as_fd(), level, name)?;
+    // Loopback has 65,536.
+    let bytes = u32::try_from(bytes).unwrap_or(0).min(u32::from(u16::MAX));
+    Mtu::new(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))
 }
 
 /// What a failed send means for the packets in it.

@@ -306,10 +306,7 @@ impl Cluster {
         let (Some(pods), Some(node)) = (pods, node) else {
             bail!("there is no node {nth}");
         };
-        Ok(pods
-            .iter()
-            .map(|&addr| End::new(&node.namespace, addr))
-            .collect())
+        Ok(pods.iter().map(|&addr| End::new(&node.namespace, addr)).collect())
     }
 
     /// The nodes' subnets, in the order of the topology; those of one node in one text.

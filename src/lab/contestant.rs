@@ -3,13 +3,16 @@
 //! ```text
 //!   node 1                                   node 2
 //!   lo        10.244.a.2   kersey pod        lo        10.244.b.2
-//!   flannel0               kersey's TUN      flannel0
+//!   flannel0               kersey's TUN      flannel0  or, in a mixed pair, the kernel's flannel.3
 //!   flannel.1 10.245.1.0   kernel VXLAN      flannel.1 10.245.2.0
 //!   eth0      192.0.2.1 ------ veth -------- eth0      192.0.2.2
 //! ```
+//!
+//! The kernel's pair stays for the life of the topology and owns port 8472 on both nodes, so whoever else speaks VXLAN
+//! has a VNI and a port of its own: Kersey's pair 4789, a mixed pair 4790.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -17,23 +20,29 @@ use serde::Serialize;
 use crate::addr::Ipv4Prefix;
 use crate::host::netlink::{Gateway, Route, Vxlan};
 use crate::host::sysctl;
-use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind};
+use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind, VXLAN_PORT};
 use crate::lab::topology::{INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
 
 /// What flannel subtracts: outer IPv4, UDP and VXLAN headers, and the inner Ethernet header.
 const VXLAN_OVERHEAD: u32 = 20 + 8 + 8 + 14;
-/// Linux's VXLAN port, which flannel keeps.
-const VXLAN_PORT: u16 = 8472;
+/// VNI and port of Kersey's pair, if its backend is vxlan. The port is IANA's.
+const KERSEY_VXLAN: (u32, u16) = (2, 4789);
+/// VNI and port of a mixed pair.
+const MIXED_VXLAN: (u32, u16) = (3, 4790);
 
 /// A way of carrying packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contestant {
-    /// Two kersey daemons, UDP backend.
+    /// Two kersey daemons.
     Kersey,
     /// The kernel's VXLAN, as flannel sets it up.
     KernelVxlan,
+    /// Kersey's vxlan backend on node 1, which sends, and the kernel's VXLAN on node 2.
+    KerseyToKernel,
+    /// The same pair with the kernel sending.
+    KernelToKersey,
     /// No tunnel at all.
     Veth,
 }
@@ -44,6 +53,8 @@ impl Contestant {
         match self {
             Self::Kersey => "kersey",
             Self::KernelVxlan => "kernel vxlan",
+            Self::KerseyToKernel => "kersey to kernel",
+            Self::KernelToKersey => "kernel to kersey",
             Self::Veth => "plain veth",
         }
     }
@@ -53,19 +64,29 @@ impl Contestant {
 #[derive(Debug)]
 pub struct Running {
     addrs: [std::net::IpAddr; 2],
+    sender: Sender,
     _cluster: Option<Cluster>,
 }
 
+/// Which node traffic comes from.
+#[derive(Clone, Copy, Debug)]
+enum Sender {
+    One,
+    Two,
+}
+
 impl Running {
-    /// The ends traffic goes between.
+    /// The ends traffic goes between, the sending one first.
     pub fn ends<'a>(&self, topology: &'a Topology) -> Option<(End<'a>, End<'a>)> {
         let [one, two] = topology.nodes.as_slice() else {
             return None;
         };
-        Some((
-            End::new(&one.namespace, self.addrs[0]),
-            End::new(&two.namespace, self.addrs[1]),
-        ))
+        let one = End::new(&one.namespace, self.addrs[0]);
+        let two = End::new(&two.namespace, self.addrs[1]);
+        Some(match self.sender {
+            Sender::One => (one, two),
+            Sender::Two => (two, one),
+        })
     }
 }
 
@@ -122,17 +143,43 @@ fn vxlan_subnet(nth: u8) -> Result<Ipv4Prefix> {
     Ok(Ipv4Prefix::new(Ipv4Addr::new(10, 245, nth, 0), 24)?)
 }
 
+/// How Kersey takes part in a comparison.
+#[derive(Clone, Debug)]
+pub struct Kersey {
+    /// The backend of Kersey's pair.
+    pub backend: String,
+    /// Where files of the daemons go; it must exist.
+    pub folder: PathBuf,
+    /// Further arguments for the daemons.
+    pub arguments: Vec<String>,
+}
+
+impl Kersey {
+    /// Starts a pair, of which the last node may be the kernel's.
+    fn start(&self, topology: &Topology, peer: Peer) -> Result<Cluster> {
+        let vxlan = |(vni, port)| ClusterPlan::vxlan_network(vni, port, false);
+        let plan = ClusterPlan {
+            program: std::env::current_exe().context("cannot find our own program")?,
+            folder: self.folder.clone(),
+            store: StoreKind::Embedded,
+            network: match (peer, self.backend.as_str()) {
+                (Peer::KernelVxlan, _) => vxlan(MIXED_VXLAN),
+                (Peer::Kersey, "vxlan") => vxlan(KERSEY_VXLAN),
+                (Peer::Kersey, other) => ClusterPlan::network(other, false),
+            },
+            peer,
+            arguments: self.arguments.clone(),
+        };
+        plan.start(topology)
+    }
+}
+
 /// Puts a contestant in place. Kersey's daemons are started afresh each time: what they found out about the kernel
 /// and gave up on holds until they end.
 ///
 /// # Errors
 /// The daemons do not get ready.
-pub fn start(
-    contestant: Contestant,
-    topology: &Topology,
-    folder: &Path,
-    arguments: &[String],
-) -> Result<Running> {
+pub fn start(contestant: Contestant, topology: &Topology, kersey: &Kersey) -> Result<Running> {
     let underlay = |nth: usize| {
         topology
             .nodes
@@ -140,30 +187,27 @@ pub fn start(
             .map(|node| node.v4)
             .context("a comparison takes 2 nodes")
     };
-    let (addrs, cluster) = match contestant {
-        Contestant::Veth => ([underlay(0)?.into(), underlay(1)?.into()], None),
-        Contestant::KernelVxlan => (
-            [vxlan_subnet(1)?.addr().into(), vxlan_subnet(2)?.addr().into()],
-            None,
-        ),
-        Contestant::Kersey => {
-            let plan = ClusterPlan {
-                program: std::env::current_exe().context("cannot find our own program")?,
-                folder: folder.to_owned(),
-                store: StoreKind::Embedded,
-                network: ClusterPlan::network("udp", false),
-                peer: Peer::Kersey,
-                arguments: arguments.to_vec(),
-            };
-            let cluster = plan.start(topology)?;
-            (
-                [cluster.pod(topology, 1)?.addr, cluster.pod(topology, 2)?.addr],
-                Some(cluster),
-            )
-        }
+    let pair = |peer, sender| -> Result<Running> {
+        let cluster = kersey.start(topology, peer)?;
+        Ok(Running {
+            addrs: [cluster.pod(topology, 1)?.addr, cluster.pod(topology, 2)?.addr],
+            sender,
+            _cluster: Some(cluster),
+        })
     };
-    Ok(Running {
+    let standing = |addrs| Running {
         addrs,
-        _cluster: cluster,
-    })
+        sender: Sender::One,
+        _cluster: None,
+    };
+    match contestant {
+        Contestant::Veth => Ok(standing([underlay(0)?.into(), underlay(1)?.into()])),
+        Contestant::KernelVxlan => Ok(standing([
+            vxlan_subnet(1)?.addr().into(),
+            vxlan_subnet(2)?.addr().into(),
+        ])),
+        Contestant::Kersey => pair(Peer::Kersey, Sender::One),
+        Contestant::KerseyToKernel => pair(Peer::KernelVxlan, Sender::One),
+        Contestant::KernelToKersey => pair(Peer::KernelVxlan, Sender::Two),
+    }
 }

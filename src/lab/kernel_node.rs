@@ -386,10 +386,7 @@ impl Device {
         let made = netlink.link(&name).await?;
         Ok(Self {
             index: made.index,
-            mac: made
-                .mac
-                .context("a VXLAN device has an Ethernet address")?
-                .into(),
+            mac: made.mac.context("a VXLAN device has an Ethernet address")?.into(),
             name,
             local,
         })
@@ -497,9 +494,7 @@ impl Devices {
         let (gone, new) = changes(installed, wanted);
         for path in gone {
             let device = self.at(path)?;
-            netlink
-                .delete_neighbour(device.index, path.prefix.addr())
-                .await?;
+            netlink.delete_neighbour(device.index, path.prefix.addr()).await?;
             if !wanted.iter().any(|other| other.shares_entry(path)) {
                 netlink.delete_fdb(device.index, path.mac.octets()).await?;
             }
@@ -580,10 +575,7 @@ fn changes(installed: &BTreeSet<Path>, wanted: &BTreeSet<Path>) -> (Vec<Path>, V
 /// Where a peer is reached for `prefix`: over the prefix's own family if both sides have it, else over the other.
 fn underlay_of(prefix: Prefix, attrs: &LeaseAttrs, ours: Underlay) -> Option<IpAddr> {
     let v4 = (!attrs.public_ip.is_unspecified() && ours.v4.is_some()).then_some(attrs.public_ip.into());
-    let v6 = attrs
-        .public_ipv6
-        .filter(|_| ours.v6.is_some())
-        .map(IpAddr::from);
+    let v6 = attrs.public_ipv6.filter(|_| ours.v6.is_some()).map(IpAddr::from);
     match prefix {
         Prefix::V4(_) => v4.or(v6),
         Prefix::V6(_) => v6.or(v4),

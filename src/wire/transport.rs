@@ -1,6 +1,7 @@
 //! TCP and UDP headers, RFC 9293 and RFC 768: named byte ranges and the few fields split and coalesce work on.
 
 use super::Malformed;
+use super::checksum::replace_word;
 
 /// Byte ranges of a TCP header.
 pub mod tcp {
@@ -23,6 +24,8 @@ pub mod tcp {
 
     /// FIN
     pub const FIN: u8 = 0x01;
+    /// SYN
+    pub const SYN: u8 = 0x02;
     /// PSH
     pub const PSH: u8 = 0x08;
     /// ACK
@@ -62,9 +65,56 @@ pub fn tcp_header_len(l4: &[u8]) -> Result<usize, Malformed> {
     Ok(len)
 }
 
+/// Lowers the maximum segment size that a TCP SYN announces (RFC 9293 §3.7.1) to `limit` bytes, so that neither end sends segments too large for a
+/// path whose "too big" answers get lost. `finished` says whether the checksum is complete and must follow.
+///
+/// Gives the old size if it was larger. A segment without SYN or without the option, and options that make no sense, are left alone.
+#[inline]
+pub fn clamp_mss(l4: &mut [u8], limit: u16, finished: bool) -> Option<u16> {
+    const END: u8 = 0;
+    const NOP: u8 = 1;
+    const MSS: u8 = 2;
+    if l4.get(tcp::FLAGS)? & tcp::SYN == 0 {
+        return None;
+    }
+    let end = tcp_header_len(l4).ok()?;
+    let mut at = tcp::MIN_LEN;
+    while at + 4 <= end {
+        match *l4.get(at..at + 4)? {
+            [END, ..] => return None,
+            [NOP, ..] => at += 1,
+            [MSS, 4, high, low] => {
+                let old = u16::from_be_bytes([high, low]);
+                if old <= limit {
+                    return None;
+                }
+                l4.get_mut(at + 2..at + 4)?.copy_from_slice(&limit.to_be_bytes());
+                if finished {
+                    // An option may start at an odd place, where its bytes count in the other order.
+                    let turn = |value: u16| {
+                        if at.is_multiple_of(2) {
+                            value
+                        } else {
+                            value.swap_bytes()
+                        }
+                    };
+                    let field = l4.get_mut(tcp::CHECKSUM)?;
+                    let sum = u16::from_be_bytes([field[0], field[1]]);
+                    field.copy_from_slice(&replace_word(sum, turn(old), turn(limit)).to_be_bytes());
+                }
+                return Some(old);
+            }
+            [_, len, ..] if len >= 2 => at += usize::from(len),
+            _ => return None,
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::checksum::Sum;
 
     #[test]
     fn a_tcp_header_says_its_length() {
@@ -75,5 +125,65 @@ mod tests {
         header[tcp::DATA_OFFSET] = 0x40;
         assert_eq!(tcp_header_len(&header), Err(Malformed::HeaderLength));
         assert_eq!(tcp_header_len(&header[..19]), Err(Malformed::Truncated));
+    }
+
+    /// A SYN with these options, padded, and its right checksum (no pseudo header: its sum is a constant).
+    fn syn(options: &[u8]) -> Vec<u8> {
+        let mut l4 = vec![0; tcp::MIN_LEN];
+        l4[tcp::FLAGS] = tcp::SYN;
+        l4.extend_from_slice(options);
+        l4.resize(l4.len().next_multiple_of(4), 0);
+        l4[tcp::DATA_OFFSET] = u8::try_from(l4.len() / 4).unwrap() << 4;
+        let sum = Sum::of(&l4).finish();
+        l4[tcp::CHECKSUM].copy_from_slice(&sum.to_be_bytes());
+        l4
+    }
+
+    #[test]
+    fn a_large_segment_size_is_lowered_and_the_checksum_follows() {
+        for options in [
+            &[2, 4, 0x05, 0xb4][..],
+            &[1, 2, 4, 0x05, 0xb4, 0],
+            &[1, 1, 2, 4, 0x23, 0x00],
+            &[8, 10, 1, 2, 3, 4, 5, 6, 7, 8, 2, 4, 0xff, 0xff],
+            &[3, 3, 7, 2, 4, 0x05, 0xb4, 0],
+        ] {
+            let mut l4 = syn(options);
+            assert!(clamp_mss(&mut l4, 1410, true).is_some(), "{options:?}");
+            assert_eq!(Sum::of(&l4).fold(), 0xffff, "{options:?}");
+            assert!(
+                l4.windows(4).any(|window| window == [2, 4, 0x05, 0x82]),
+                "{options:?}"
+            );
+            assert_eq!(clamp_mss(&mut l4, 1410, true), None, "once is enough");
+        }
+    }
+
+    #[test]
+    fn what_is_small_absent_or_senseless_is_left_alone() {
+        let mut not_syn = syn(&[2, 4, 0x05, 0xb4]);
+        not_syn[tcp::FLAGS] = tcp::ACK_FLAG;
+        for l4 in [
+            not_syn,
+            syn(&[2, 4, 0x05, 0x82]),
+            syn(&[]),
+            syn(&[0, 2, 4, 0x05, 0xb4]),
+            syn(&[2, 3, 0x05, 0xb4]),
+            syn(&[9, 0, 2, 4]),
+            syn(&[9, 40, 2, 4]),
+            vec![2; 10],
+        ] {
+            let mut clamped = l4.clone();
+            assert_eq!(clamp_mss(&mut clamped, 1410, true), None, "{l4:?}");
+            assert_eq!(clamped, l4);
+        }
+    }
+
+    #[test]
+    fn a_checksum_that_is_not_finished_stays() {
+        let mut l4 = syn(&[2, 4, 0x05, 0xb4]);
+        let before = l4[tcp::CHECKSUM].to_vec();
+        assert_eq!(clamp_mss(&mut l4, 1000, false), Some(1460));
+        assert_eq!(l4[tcp::CHECKSUM], before);
     }
 }

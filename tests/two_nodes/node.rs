@@ -118,6 +118,7 @@ impl<E: Tunnel> NodeOf<E> {
             check: kind.check,
             verify_inner: false,
             inner_mtu: mtu(kind.inner_mtu),
+            clamp_mss: false,
         };
         let start = start();
         Self {

@@ -157,10 +157,7 @@ impl Transfer {
             inner_mtu: self.inner_mtu,
             ..Kind::default()
         };
-        let mut nodes = [
-            NodeOf::<E>::new(1, kind, &[2]),
-            NodeOf::<E>::new(2, kind, &[1]),
-        ];
+        let mut nodes = [NodeOf::<E>::new(1, kind, &[2]), NodeOf::<E>::new(2, kind, &[1])];
         nodes[1].inbound.device().refuses = self.refuses.to_vec();
         let address = |number| match self.family {
             Family::V4 => v4(number, 2),

@@ -45,12 +45,28 @@ fn frames_of_other_networks_stations_and_kinds_are_refused_by_what_they_are() {
         ("VNI 2", with(&four, 4, &[0, 0, 2]), OtherVni),
         ("VNI 0x010001", with(&four, 4, &[1, 0, 1]), OtherVni),
         ("VNI 0xffffff", with(&four, 4, &[0xff; 3]), OtherVni),
-        ("for the peer itself", with(&four, DST, &mac(1).octets()), OtherStation),
-        ("for a third node", with(&four, DST, &mac(3).octets()), OtherStation),
+        (
+            "for the peer itself",
+            with(&four, DST, &mac(1).octets()),
+            OtherStation,
+        ),
+        (
+            "for a third node",
+            with(&four, DST, &mac(3).octets()),
+            OtherStation,
+        ),
         ("for station 0", with(&four, DST, &[0; 6]), OtherStation),
         ("for everybody", with(&four, DST, &[0xff; 6]), OtherStation),
-        ("for an IPv4 group", with(&four, DST, &[1, 0, 0x5e, 0, 0, 1]), OtherStation),
-        ("for an IPv6 group", with(&six, DST, &[0x33, 0x33, 0, 0, 0, 1]), OtherStation),
+        (
+            "for an IPv4 group",
+            with(&four, DST, &[1, 0, 0x5e, 0, 0, 1]),
+            OtherStation,
+        ),
+        (
+            "for an IPv6 group",
+            with(&six, DST, &[0x33, 0x33, 0, 0, 0, 1]),
+            OtherStation,
+        ),
         ("from ourselves", with(&four, SRC, &mac(2).octets()), OwnStation),
         ("ARP", with(&four, TYPE, &[0x08, 0x06]), NotIp),
         ("a VLAN tag", with(&four, TYPE, &[0x81, 0x00]), NotIp),
@@ -58,8 +74,16 @@ fn frames_of_other_networks_stations_and_kinds_are_refused_by_what_they_are() {
         ("MPLS", with(&four, TYPE, &[0x88, 0x47]), NotIp),
         ("an 802.3 length", with(&four, TYPE, &[0x00, 0x40]), NotIp),
         ("EtherType 0", with(&four, TYPE, &[0, 0]), NotIp),
-        ("IPv4 said to be IPv6", with(&four, TYPE, &[0x86, 0xdd]), EthertypeMismatch),
-        ("IPv6 said to be IPv4", with(&six, TYPE, &[0x08, 0x00]), EthertypeMismatch),
+        (
+            "IPv4 said to be IPv6",
+            with(&four, TYPE, &[0x86, 0xdd]),
+            EthertypeMismatch,
+        ),
+        (
+            "IPv6 said to be IPv4",
+            with(&six, TYPE, &[0x08, 0x00]),
+            EthertypeMismatch,
+        ),
         ("version 5", with(&four, HEADERS_LEN, &[0x55]), EthertypeMismatch),
         ("nothing inside", headers_only, Truncated),
     ] {
@@ -80,7 +104,13 @@ fn inner_addresses_are_checked_as_in_every_encapsulation() {
         ("our own pod", 1, v4(2, 9), v4(2, 2), MartianSource),
         ("to a third node", 1, v4(1, 2), v4(3, 2), NotForUs),
         ("to a group", 1, v4(1, 2), ip("239.1.2.3"), NotUnicast),
-        ("IPv6: router solicitation", 1, ip("fe80::1"), ip("ff02::2"), MartianSource),
+        (
+            "IPv6: router solicitation",
+            1,
+            ip("fe80::1"),
+            ip("ff02::2"),
+            MartianSource,
+        ),
     ] {
         let message = from_peer(from, &frame(&Packet::new(src, dst).udp()));
         let blamed = if from == 1 { Blamed::Peer1 } else { Blamed::Nobody };
@@ -103,7 +133,11 @@ fn what_may_vary_does_not_matter() {
     ] {
         let mut frame = frame(&inner);
         frame[at..at + bytes.len()].copy_from_slice(bytes);
-        assert_eq!(deliver(&mut node(MERGE), what, from_peer(1, &frame)), plain(&inner), "{what}");
+        assert_eq!(
+            deliver(&mut node(MERGE), what, from_peer(1, &frame)),
+            plain(&inner),
+            "{what}"
+        );
     }
     let mut padded = frame(&inner);
     padded.extend([0xee; 18]);
@@ -359,10 +393,22 @@ fn a_wrong_checksum_is_not_made_right() {
 #[test]
 fn fragments_are_carried_as_they_are() {
     for (what, packet) in [
-        ("first of TCP", fragment(Packet::new(v4(1, 2), v4(2, 2)).tcp(), 0x2000)),
-        ("first of UDP", fragment(Packet::new(v4(1, 2), v4(2, 2)).udp(), 0x2000)),
-        ("a later one", fragment(Packet::new(v4(1, 2), v4(2, 2)).tcp(), 0x2010)),
-        ("the last", fragment(Packet::new(v4(1, 2), v4(2, 2)).udp(), 0x0010)),
+        (
+            "first of TCP",
+            fragment(Packet::new(v4(1, 2), v4(2, 2)).tcp(), 0x2000),
+        ),
+        (
+            "first of UDP",
+            fragment(Packet::new(v4(1, 2), v4(2, 2)).udp(), 0x2000),
+        ),
+        (
+            "a later one",
+            fragment(Packet::new(v4(1, 2), v4(2, 2)).tcp(), 0x2010),
+        ),
+        (
+            "the last",
+            fragment(Packet::new(v4(1, 2), v4(2, 2)).udp(), 0x0010),
+        ),
         (
             "longer than the MTU",
             fragment(
@@ -374,8 +420,14 @@ fn fragments_are_carried_as_they_are() {
                 0x2000,
             ),
         ),
-        ("IPv6, first", fragment_v6(Packet::new(v6(1, 2), v6(2, 2)).udp(), 1)),
-        ("IPv6, the last", fragment_v6(Packet::new(v6(1, 2), v6(2, 2)).tcp(), 0x40)),
+        (
+            "IPv6, first",
+            fragment_v6(Packet::new(v6(1, 2), v6(2, 2)).udp(), 1),
+        ),
+        (
+            "IPv6, the last",
+            fragment_v6(Packet::new(v6(1, 2), v6(2, 2)).tcp(), 0x40),
+        ),
     ] {
         for merge in [MERGE, Merge::NONE] {
             let delivered = deliver(&mut node(merge), what, from_peer(1, &frame(&packet)));

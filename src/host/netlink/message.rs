@@ -1,11 +1,13 @@
 //! What the kernel's messages about links, addresses and routes mean to us.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
 };
@@ -18,7 +20,7 @@ use crate::addr::{Ipv4Prefix, Ipv6Prefix, Prefix};
 pub const KERSEY_PROTOCOL: u8 = b'K';
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     /// Its number.
     pub index: u32,
@@ -48,6 +50,39 @@ impl Link {
     /// Whether it is a loopback.
     pub fn is_loopback(&self) -> bool {
         self.flags.contains(LinkFlags::Loopback)
+    }
+}
+
+/// A VXLAN device as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VxlanDevice {
+    /// The device itself.
+    pub link: Link,
+    /// Network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP destination port, which is also the one it receives on.
+    pub port: u16,
+    /// Number of the underlay link, if it is bound to one.
+    pub underlay_index: Option<u32>,
+    /// Underlay source address, if it has one.
+    pub local: Option<IpAddr>,
+}
+
+impl VxlanDevice {
+    /// Whether the device's socket keeps others from binding its port on `addr`: while it is up, all IPv4 addresses or all IPv6
+    /// addresses are the device's.
+    pub fn holds(&self, addr: SocketAddr) -> bool {
+        let family_is_its = self.local.is_none_or(|local| local.is_ipv4() == addr.is_ipv4());
+        self.link.is_up() && self.port == addr.port() && family_is_its
+    }
+
+    /// Whether it is called as flannel calls its devices: `flannel.VNI`, or `flannel-v6.VNI`.
+    pub fn has_flannels_name(&self) -> bool {
+        let named = |prefix: &str| {
+            let vni = self.link.name.strip_prefix(prefix);
+            vni == Some(self.vni.to_string().as_str())
+        };
+        named("flannel.") || named("flannel-v6.")
     }
 }
 
@@ -149,6 +184,26 @@ impl fmt::Display for Route {
     }
 }
 
+/// Who made a route, by its protocol number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteOwner {
+    /// Kersey: [`KERSEY_PROTOCOL`].
+    Kersey,
+    /// The kernel, for an address of a link.
+    Kernel,
+    /// Anybody else.
+    Other,
+}
+
+/// A route as it stands in the main table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldRoute {
+    /// Who made it.
+    pub owner: RouteOwner,
+    /// The route.
+    pub route: Route,
+}
+
 /// How the kernel would send to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RouteLookup {
@@ -198,6 +253,61 @@ pub(super) fn link(message: LinkMessage) -> Link {
         }
     }
     link
+}
+
+/// The VXLAN device `message` is about, if it is about one.
+pub(super) fn vxlan_device(message: LinkMessage) -> Option<VxlanDevice> {
+    let mut device = VxlanDevice {
+        link: Link::default(),
+        vni: 0,
+        port: 0,
+        underlay_index: None,
+        local: None,
+    };
+    let mut is_vxlan = false;
+    for attribute in &message.attributes {
+        let LinkAttribute::LinkInfo(infos) = attribute else {
+            continue;
+        };
+        for info in infos {
+            if let LinkInfo::Kind(kind) = info {
+                is_vxlan = *kind == InfoKind::Vxlan;
+            } else if let LinkInfo::Data(InfoData::Vxlan(settings)) = info {
+                for setting in settings {
+                    device.set(setting);
+                }
+            }
+        }
+    }
+    device.link = link(message);
+    is_vxlan.then_some(device)
+}
+
+impl VxlanDevice {
+    fn set(&mut self, setting: &InfoVxlan) {
+        if let InfoVxlan::Id(vni) = setting {
+            self.vni = *vni;
+        } else if let InfoVxlan::Port(port) = setting {
+            self.port = *port;
+        } else if let InfoVxlan::Link(index) = setting {
+            self.underlay_index = (*index != 0).then_some(*index);
+        } else if let InfoVxlan::Local(addr) = setting {
+            self.local = Some((*addr).into());
+        } else if let InfoVxlan::Local6(addr) = setting {
+            self.local = Some((*addr).into());
+        }
+    }
+}
+
+pub(super) fn held_route(message: &RouteMessage) -> Option<HeldRoute> {
+    let owner = if message.header.protocol == RouteProtocol::Other(KERSEY_PROTOCOL) {
+        RouteOwner::Kersey
+    } else if message.header.protocol == RouteProtocol::Kernel {
+        RouteOwner::Kernel
+    } else {
+        RouteOwner::Other
+    };
+    route(message).map(|route| HeldRoute { owner, route })
 }
 
 pub(super) fn link_addr(message: &AddressMessage) -> Option<LinkAddr> {

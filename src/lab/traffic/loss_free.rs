@@ -312,10 +312,7 @@ mod tests {
         let before = plan(20_000)
             .highest(0.0, &mut Vec::new(), &mut |rate| Ok(link.trial(rate)))
             .unwrap();
-        assert_eq!(
-            before, report.ndr,
-            "the second search does not disturb the first"
-        );
+        assert_eq!(before, report.ndr, "the second search does not disturb the first");
     }
 
     #[test]

@@ -1,0 +1,288 @@
+//! `kersey cleanup`: removes from this host what a flannel or a killed Kersey left behind.
+//!
+//! What is found belongs to one of them for certain: a device of the kernel's VXLAN driver that is called as flannel calls it by its own
+//! VNI, a route with our protocol number, a status socket on which nobody answers. Default routes are left alone whatever their number:
+//! no daemon makes one, only labs do. A device takes its routes and neighbours along, so devices go first.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use super::exit;
+use super::go_flags::parse_bool;
+use super::status::DEFAULT_SOCKET;
+use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
+use crate::options::{CleanupMode, CleanupOptions};
+
+/// Remove what a flannel or a killed Kersey left on this machine: vxlan devices, routes, a dead status socket
+///
+/// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's), and the
+/// status socket if nobody answers on it. Stop flannel first: it would make its device anew. Leases, subnet.env and the
+/// data directory stay.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Options", after_help = AFTER_HELP)]
+pub(super) struct CleanupArgs {
+    /// Only list what would be removed
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", value_parser = parse_bool)]
+    dry_run: bool,
+    /// The daemon's socket, its --status-socket; while one answers, nothing is removed
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    status_socket: PathBuf,
+}
+
+const AFTER_HELP: &str = "\
+Exit status: 0 removed, or nothing there; 1 a daemon runs, or something could not be removed; 2 misused; \
+3 CAP_NET_ADMIN is missing.";
+
+impl CleanupArgs {
+    pub(super) fn into_options(self) -> CleanupOptions {
+        CleanupOptions {
+            socket: self.status_socket,
+            mode: if self.dry_run {
+                CleanupMode::DryRun
+            } else {
+                CleanupMode::Remove
+            },
+        }
+    }
+}
+
+/// Something left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Leftover {
+    Device(VxlanDevice),
+    Route {
+        route: Route,
+        /// The name of its link.
+        link: String,
+    },
+    Socket(PathBuf),
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device(device) => write!(
+                f,
+                "vxlan device {} (VNI {}, UDP port {})",
+                device.link.name, device.vni, device.port
+            ),
+            Self::Route { route, link } => {
+                write!(f, "route {}", route.destination)?;
+                match route.gateway {
+                    Gateway::Direct => {}
+                    Gateway::Via(addr) | Gateway::OnLink(addr) => write!(f, " via {addr}")?,
+                }
+                write!(f, " dev {link}")
+            }
+            Self::Socket(path) => write!(f, "status socket {}", path.display()),
+        }
+    }
+}
+
+/// Why nothing, or not all, was removed.
+#[derive(Debug, thiserror::Error)]
+enum CleanupError {
+    #[error("a daemon is running: it answers on {}; stop it first", .0.display())]
+    DaemonRuns(PathBuf),
+    #[error("cannot ask whether a daemon runs: {}: {source}", .path.display())]
+    Socket { path: PathBuf, source: io::Error },
+    #[error("cannot start the runtime: {0}")]
+    Runtime(io::Error),
+    #[error("cannot look for what was left behind: {}", told(.0))]
+    Look(NetlinkError),
+    #[error("cannot remove {what}: {cause}")]
+    Remove { what: String, cause: String },
+    #[error("cannot remove {0}: this takes CAP_NET_ADMIN; try sudo")]
+    Denied(String),
+}
+
+/// An error with its cause.
+fn told(error: &NetlinkError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+/// Looks for what was left behind and removes it, or lists it.
+pub fn run(options: &CleanupOptions) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = runtime
+        .map_err(CleanupError::Runtime)
+        .and_then(|runtime| runtime.block_on(clean(options)));
+    let errors = match done {
+        Ok(errors) => errors,
+        Err(error) => vec![error],
+    };
+    let mut status = exit::OK;
+    for error in &errors {
+        // Nobody is left to tell when the terminal is gone.
+        let _ = writeln!(io::stderr(), "error: {error}");
+        status = match error {
+            CleanupError::Denied(_) => exit::ENVIRONMENT,
+            CleanupError::DaemonRuns(_)
+            | CleanupError::Socket { .. }
+            | CleanupError::Runtime(_)
+            | CleanupError::Look(_)
+            | CleanupError::Remove { .. } => exit::FAILED,
+        };
+    }
+    ExitCode::from(status)
+}
+
+/// Removes or lists; gives what could not be removed.
+async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupError> {
+    let socket = dead_socket(&options.socket)?;
+    let netlink = Netlink::open().map_err(CleanupError::Look)?;
+    let mut found = leftovers(&netlink).await.map_err(CleanupError::Look)?;
+    found.extend(socket.map(Leftover::Socket));
+    let mut errors = Vec::new();
+    for leftover in &found {
+        let line = match options.mode {
+            CleanupMode::DryRun => format!("would remove {leftover}\n"),
+            CleanupMode::Remove => match remove(&netlink, leftover).await {
+                Ok(()) => format!("removed {leftover}\n"),
+                Err(error) => {
+                    errors.push(error);
+                    continue;
+                }
+            },
+        };
+        // As above: a terminal that is gone keeps nothing from being removed.
+        let _ = io::stdout().write_all(line.as_bytes());
+    }
+    if found.is_empty() {
+        let _ = io::stdout().write_all(b"nothing to clean up\n");
+    }
+    Ok(errors)
+}
+
+/// The socket's path, if there is one and nobody answers on it.
+fn dead_socket(path: &Path) -> Result<Option<PathBuf>, CleanupError> {
+    let failed = |source| CleanupError::Socket {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => {}
+        // The daemon refuses to start over something that is no socket, and says so; it is not ours to remove.
+        Ok(_) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    }
+    match UnixStream::connect(path) {
+        Ok(stream) => {
+            // It has nothing to tell us that we want to know.
+            let _ = stream.shutdown(Shutdown::Both);
+            Err(CleanupError::DaemonRuns(path.to_owned()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(Some(path.to_owned())),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Devices and routes left behind.
+async fn leftovers(netlink: &Netlink) -> Result<Vec<Leftover>, NetlinkError> {
+    let mut devices = netlink.vxlan_devices().await?;
+    devices.retain(VxlanDevice::has_flannels_name);
+    let links = netlink.links().await?;
+    let mut routes = netlink.own_routes().await?;
+    let goes_with_a_device = |route: &Route| devices.iter().any(|device| device.link.index == route.index);
+    routes.retain(|route| route.destination.len() > 0 && !goes_with_a_device(route));
+    let routes = routes.into_iter().map(|route| Leftover::Route {
+        link: name(&links, route.index),
+        route,
+    });
+    let devices: Vec<_> = devices.into_iter().map(Leftover::Device).collect();
+    Ok(devices.into_iter().chain(routes).collect())
+}
+
+fn name(links: &[Link], index: u32) -> String {
+    let link = links.iter().find(|link| link.index == index);
+    link.map_or_else(|| format!("interface {index}"), |link| link.name.clone())
+}
+
+async fn remove(netlink: &Netlink, leftover: &Leftover) -> Result<(), CleanupError> {
+    let what = leftover.to_string();
+    let removed = match leftover {
+        Leftover::Device(device) => netlink.delete_link(device.link.index).await,
+        Leftover::Route { route, .. } => netlink.delete_route(route).await,
+        Leftover::Socket(path) => {
+            let cause = match fs::remove_file(path) {
+                Ok(()) => return Ok(()),
+                Err(error) => error.to_string(),
+            };
+            return Err(CleanupError::Remove { what, cause });
+        }
+    };
+    removed.map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => CleanupError::Denied(what),
+        Some(_) | None => CleanupError::Remove {
+            what,
+            cause: told(&error),
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn each_leftover_is_one_line_an_operator_knows() {
+        let device = VxlanDevice {
+            link: Link {
+                name: "flannel.1".into(),
+                ..Link::default()
+            },
+            vni: 1,
+            port: 8472,
+            underlay_index: Some(2),
+            local: None,
+        };
+        let route = Route {
+            gateway: Gateway::Via([192, 0, 2, 2].into()),
+            ..Route::direct(crate::addr::Prefix::V4("10.244.2.0/24".parse().unwrap()), 2)
+        };
+        let link = "eth0".to_owned();
+        for (leftover, line) in [
+            (
+                Leftover::Device(device),
+                "vxlan device flannel.1 (VNI 1, UDP port 8472)",
+            ),
+            (
+                Leftover::Route { route, link },
+                "route 10.244.2.0/24 via 192.0.2.2 dev eth0",
+            ),
+            (
+                Leftover::Socket("/run/k.sock".into()),
+                "status socket /run/k.sock",
+            ),
+        ] {
+            assert_eq!(leftover.to_string(), line);
+        }
+    }
+
+    #[test]
+    fn a_socket_is_dead_only_if_nobody_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("status.sock");
+        assert!(dead_socket(&path).unwrap().is_none(), "there is none");
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(matches!(dead_socket(&path), Err(CleanupError::DaemonRuns(_))));
+        drop(listener);
+        assert_eq!(dead_socket(&path).unwrap().as_deref(), Some(path.as_path()));
+        let file = dir.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert!(dead_socket(&file).unwrap().is_none(), "a file is no socket");
+    }
+}

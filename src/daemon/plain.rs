@@ -1,0 +1,208 @@
+//! A node whose backend has no tunnel: a lease, `subnet.env`, and kernel routes if the backend makes any.
+//!
+//! The underlay interface is looked up by its name each time routes are made, so that it may go and come back with another number. Its
+//! addresses are those it had at start; one that is gone makes the kernel refuse routes until it is back.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use anyhow::Result;
+use futures_util::StreamExt;
+use tokio::time::sleep_until;
+
+use crate::addr::Prefix;
+use crate::backend::{NoTunnel, Underlay};
+use crate::control::config::NetworkConfig;
+use crate::control::peers::PeerTable;
+use crate::control::store::Store;
+use crate::control::{Control, Published};
+use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Wanted};
+use crate::daemon::network::{networks, prefixes};
+use crate::daemon::report::Report;
+use crate::daemon::{UnusableMtu, announce, families, underlay_interface};
+use crate::host::interface::{Families, UnderlayInterface};
+use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
+use crate::lease::{LeaseAttrs, Subnet};
+use crate::options::RunOptions;
+use crate::status;
+
+/// Joins the network with a backend that has no tunnel, and stays in it.
+pub(super) async fn join<B: NoTunnel>(
+    options: &RunOptions,
+    backend: B,
+    config: NetworkConfig,
+    mut control: Control,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+) -> Result<()> {
+    let netlink = Netlink::open()?;
+    let wanted = families(&config);
+    // Packets leave bare, so there is no carrying one family over the other.
+    let wanted: &[Families] = if backend.makes_routes() {
+        &wanted[..1]
+    } else {
+        &wanted
+    };
+    let interface = underlay_interface(options, wanted, &netlink).await;
+    let own = Underlay {
+        v4: interface.v4,
+        v6: interface.v6,
+    };
+    let public = Underlay {
+        v4: interface.public_v4,
+        v6: interface.public_v6,
+    };
+    backend.check(&interface.name, own, public)?;
+    if config.v6.is_some() && interface.mtu.bytes() < 1280 {
+        // RFC 8200 §5
+        return Err(UnusableMtu {
+            interface: interface.name.clone(),
+            link_mtu: interface.mtu.bytes(),
+            rule: "IPv6 needs 1280".to_owned(),
+        }
+        .into());
+    }
+    let attrs = LeaseAttrs {
+        public_ip: interface.public_v4.unwrap_or(Ipv4Addr::UNSPECIFIED),
+        public_ipv6: interface.public_v6,
+        backend_type: backend.lease_type().to_owned(),
+        backend_data: None,
+        backend_v6_data: None,
+    };
+    let lease = control.acquire(&attrs).await;
+    tracing::info!(
+        subnet = %lease.subnet,
+        interface = interface.name,
+        public_ip = %attrs.public_ip,
+        public_ipv6 = attrs.public_ipv6.map(|addr| addr.to_string()),
+        mtu = interface.mtu.bytes(),
+        backend = backend.name(),
+        "lease acquired"
+    );
+    let (publish, published) = control.channels(&config, &lease);
+    let maintain = tokio::spawn(control.maintain(publish));
+    report.set_plain_node(&backend, &config, &interface, &published, store);
+    let node = Node {
+        options,
+        backend,
+        config: &config,
+        interface: &interface,
+        underlay: own,
+        routes: KernelRoutes::new(netlink.clone(), networks(&config)),
+        netlink,
+        gone_told: false,
+    };
+    let stayed = node.stay(lease.subnet, published, &report).await;
+    maintain.abort();
+    stayed
+}
+
+struct Node<'a, B> {
+    options: &'a RunOptions,
+    backend: B,
+    config: &'a NetworkConfig,
+    interface: &'a UnderlayInterface,
+    underlay: Underlay,
+    routes: KernelRoutes,
+    netlink: Netlink,
+    /// Whether the interface was missing when last looked for.
+    gone_told: bool,
+}
+
+impl<B: NoTunnel> Node<'_, B> {
+    /// Keeps routes and subnet file true.
+    async fn stay(mut self, mut own: Subnet, mut published: Published, report: &Report) -> Result<()> {
+        let mut changes = Netlink::watch()?;
+        let mut announced = None;
+        loop {
+            let table = published.peers.borrow_and_update().clone();
+            self.follow(&table, own, report).await?;
+            if announced != Some(own) {
+                announce(self.options, self.config, own, self.interface.mtu, report);
+                announced = Some(own);
+            }
+            loop {
+                tokio::select! {
+                    // The sender lives as long as the daemon: an error here would be the end of the process anyway.
+                    Ok(()) = published.peers.changed() => break,
+                    Ok(()) = published.lease.changed() => {
+                        let new = published.lease.borrow_and_update().subnet;
+                        if new != own {
+                            tracing::warn!(old = %own, %new, "moving to another subnet");
+                            report.not_ready();
+                            own = new;
+                            break;
+                        }
+                    }
+                    Some(change) = changes.next() => {
+                        self.routes.note(&change, &self.interface.name);
+                    }
+                    () = sleep_until(self.routes.due()) => break,
+                }
+            }
+        }
+    }
+
+    async fn follow(&mut self, table: &PeerTable, own: Subnet, report: &Report) -> Result<()> {
+        let index = match self.netlink.link(&self.interface.name).await {
+            Ok(link) => Some(link.index),
+            Err(NetlinkError::NoLink(_)) => None,
+            Err(error) => {
+                self.routes.cannot_look(error);
+                return Ok(());
+            }
+        };
+        if self.gone_told != index.is_none() {
+            self.gone_told = index.is_none();
+            if self.gone_told {
+                tracing::warn!(
+                    interface = self.interface.name,
+                    "the underlay interface is gone; waiting for it"
+                );
+            } else {
+                tracing::info!(interface = self.interface.name, "the underlay interface is back");
+            }
+        }
+        let wanted = self.wanted(table, index);
+        let own: Vec<Prefix> = prefixes(own).collect();
+        let index = index.unwrap_or(self.interface.index);
+        self.routes
+            .sync(wanted, &own, index, Leftovers::of(table))
+            .await?;
+        report.set_plain_peers(self.peers(table));
+        Ok(())
+    }
+
+    /// The routes to the peers, through the interface that has number `index` if it is there.
+    fn wanted(&self, table: &PeerTable, index: Option<u32>) -> Wanted {
+        let mut wanted = Wanted::default();
+        for (subnet, attrs) in table.iter() {
+            for prefix in prefixes(subnet) {
+                match (self.backend.gateway(prefix, attrs, self.underlay), index) {
+                    (Ok(Some(gateway)), Some(index)) => wanted.route(Route {
+                        gateway: Gateway::Via(gateway),
+                        ..Route::direct(prefix, index)
+                    }),
+                    (Ok(Some(_)), None) => wanted.trouble(prefix, "the underlay interface is gone"),
+                    (Ok(None), _) => {}
+                    (Err(why), _) => wanted.trouble(prefix, why),
+                }
+            }
+        }
+        wanted
+    }
+
+    fn peers(&self, table: &PeerTable) -> Vec<status::Peer> {
+        let peers = table.iter().map(|(subnet, attrs)| {
+            let v4 = (!attrs.public_ip.is_unspecified()).then_some(IpAddr::V4(attrs.public_ip));
+            let addresses = v4.into_iter().chain(attrs.public_ipv6.map(IpAddr::V6));
+            status::Peer {
+                subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
+                endpoints: addresses.map(|addr| addr.to_string()).collect(),
+                kernel_route: self.routes.describe(prefixes(subnet)),
+                ..Default::default()
+            }
+        });
+        peers.collect()
+    }
+}
