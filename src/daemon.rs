@@ -44,7 +44,7 @@ use crate::daemon::network::{DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
-use crate::host::socket::UnderlayError;
+use crate::host::socket::{self, UnderlayError};
 use crate::host::tun::TunError;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::RunOptions;
@@ -59,6 +59,8 @@ const CONFIG: u8 = 4;
 /// Longest pause before something that failed at start is tried again. The first is a tenth of a second: what is in the way after a restart
 /// is often the dying predecessor.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often an automatic second choice looks whether the first can be had.
+const RETRY_PORT: Duration = Duration::from_secs(5);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
 /// changing it against us should not keep us busy.
 const GATHER: Duration = Duration::from_millis(100);
@@ -192,12 +194,45 @@ async fn node(options: &RunOptions) -> Result<()> {
         "kersey starts"
     );
 
+    loop {
+        match live(options, Arc::clone(&store), Arc::clone(&report)).await {
+            Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
+                tracing::info!("choosing a backend again: {error}");
+                report.not_ready();
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// Another backend can be had now, or the one chosen can not: an automatic choice is to be made again.
+#[derive(Debug, thiserror::Error)]
+enum ChooseAgain {
+    /// The better one's port has become free.
+    #[error("port {0} is free")]
+    PortFree(u16),
+    /// The port of the one chosen is taken.
+    #[error("port {0} is taken")]
+    PortTaken(u16),
+}
+
+/// Joins the network with the backend its config names, and stays in it.
+async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options));
     let config = control.network_config().await;
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
     };
-    match select(&config.backend.kind, &config.backend.json, identity)? {
+    match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
+        AnyBackend::Auto(backend) => {
+            let backend = backend.settled(socket::port_is_taken(backend.port()));
+            tracing::info!(
+                backend = backend.name(),
+                reason = backend.reason(),
+                "backend chosen"
+            );
+            join(options, backend, config, control, store, report).await
+        }
         AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
         AnyBackend::Vxlan(backend) => join(options, backend, config, control, store, report).await,
         AnyBackend::HostGw(backend) => plain::join(options, backend, config, control, store, report).await,
@@ -293,6 +328,7 @@ async fn stay<B: Backend>(
     let mut changes = Netlink::watch()?;
     let repairs = RateLimit::default();
     let mut direct = DirectRoutes::new(setup);
+    let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease, failed).await?;
@@ -310,6 +346,12 @@ async fn stay<B: Backend>(
                     plane.follow(&table);
                     report.set_plane(&plane);
                     direct.kernel.peers_changed();
+                }
+                () = at(retry_port) => {
+                    if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
+                        return Err(ChooseAgain::PortFree(port).into());
+                    }
+                    retry_port = Some(Instant::now() + RETRY_PORT);
                 }
                 () = sleep_until(plane.paths_due()) => {
                     if plane.look_at_paths(Instant::now()) {
@@ -408,6 +450,11 @@ async fn up<B: Backend>(
         };
         if exit_status(&error) == ENVIRONMENT {
             return Err(error);
+        }
+        if let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>()
+            && setup.backend.has_another()
+        {
+            return Err(ChooseAgain::PortTaken(addr.port()).into());
         }
         let mut text = format!("{error:#}");
         if let Some(holder) = port_holder(&error, &setup.netlink).await {

@@ -17,6 +17,7 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod auto;
 mod cleanup;
 mod faults;
 mod icmp;

@@ -4,6 +4,7 @@
 //! A backend without packets of its own is a file with a [`NoTunnel`].
 
 pub mod alloc;
+pub mod auto;
 pub mod host_gw;
 pub mod udp;
 pub mod vxlan;
@@ -72,8 +73,23 @@ pub trait Backend: Clone + Send + 'static {
         1
     }
 
-    /// Bytes added to an inner packet on its way to `endpoint`, the outer IP header included.
-    fn overhead(&self, endpoint: IpAddr) -> u16;
+    /// Bytes added to an inner packet on its way, the outer IP header included.
+    fn overhead(&self, hop: &<Self::Encap as Encap>::Hop) -> u16;
+
+    /// Why it was chosen, in words.
+    fn reason(&self) -> String {
+        CONFIGURED.to_owned()
+    }
+
+    /// The port that somebody else has, and without which this backend is only second choice.
+    fn wanted_port(&self) -> Option<u16> {
+        None
+    }
+
+    /// Whether there is a second choice, should somebody else have the port.
+    fn has_another(&self) -> bool {
+        false
+    }
 
     /// What becomes of outer datagrams larger than their path.
     fn oversize(&self) -> OversizePolicy;
@@ -160,7 +176,7 @@ pub enum Unreachable {
 pub enum BackendError {
     /// We do not have it.
     #[error(
-        "the network config asks for backend {kind:?}, which kersey does not have; it has udp, vxlan, host-gw and alloc"
+        "the network config asks for backend {kind:?}, which kersey does not have; it has auto, udp, vxlan, host-gw and alloc"
     )]
     Unknown {
         /// What was asked for.
@@ -175,6 +191,11 @@ pub enum BackendError {
     /// The network identifier is out of range.
     #[error("the network config is invalid: Backend.VNI is {0}: a VNI is from 0 to {max}", max = Vni::MAX)]
     Vni(u32),
+    /// `Port` where it could mean one of two.
+    #[error(
+        "the network config is invalid: Backend.Port is given with Type auto, which may mean udp or vxlan: name one of them"
+    )]
+    AutoPort,
     /// The MTU is out of range.
     #[error("the network config is invalid: Backend.MTU is {0}: an MTU is from {min} to 65535", min = Mtu::MIN)]
     Mtu(u32),
@@ -209,18 +230,27 @@ pub enum AnyBackend {
     Udp(udp::UdpBackend),
     /// flannel's vxlan.
     Vxlan(vxlan::VxlanBackend),
+    /// Udp or vxlan, as it turns out.
+    Auto(auto::AutoBackend),
     /// flannel's host-gw.
     HostGw(host_gw::HostGw),
     /// flannel's alloc.
     Alloc(alloc::Alloc),
 }
 
-/// Picks the backend a network config names.
+/// Why a backend was chosen that the config names.
+pub const CONFIGURED: &str = "the network config says so";
+
+/// Picks the backend a network config names, or that for one that names none.
 ///
 /// # Errors
 /// See [`BackendError`].
-pub fn select(kind: &str, json: &str, identity: Identity) -> Result<AnyBackend, BackendError> {
+pub fn select(kind: Option<&str>, json: &str, identity: Identity) -> Result<AnyBackend, BackendError> {
+    let Some(kind) = kind else {
+        return Ok(AnyBackend::Auto(auto::AutoBackend::unnamed(identity.mac)?));
+    };
     match kind {
+        "auto" => Ok(AnyBackend::Auto(auto::AutoBackend::parse(json, identity.mac)?)),
         "udp" => Ok(AnyBackend::Udp(udp::UdpBackend::parse(json)?)),
         "vxlan" => Ok(AnyBackend::Vxlan(vxlan::VxlanBackend::parse(json, identity.mac)?)),
         "host-gw" => Ok(AnyBackend::HostGw(host_gw::HostGw)),
@@ -303,17 +333,17 @@ mod tests {
     };
 
     fn refused(kind: &str, json: &str) -> String {
-        select(kind, json, IDENTITY).err().unwrap().to_string()
+        select(Some(kind), json, IDENTITY).err().unwrap().to_string()
     }
 
     #[test]
     fn backends_without_a_tunnel_are_found_by_name() {
         assert!(matches!(
-            select("host-gw", r#"{"Type":"host-gw"}"#, IDENTITY),
+            select(Some("host-gw"), r#"{"Type":"host-gw"}"#, IDENTITY),
             Ok(AnyBackend::HostGw(_))
         ));
         assert!(matches!(
-            select("alloc", r#"{"Type":"ALLOC"}"#, IDENTITY),
+            select(Some("alloc"), r#"{"Type":"ALLOC"}"#, IDENTITY),
             Ok(AnyBackend::Alloc(_))
         ));
     }
@@ -345,7 +375,8 @@ mod tests {
 
     #[test]
     fn keys_match_whatever_their_case() {
-        let AnyBackend::Udp(backend) = select("udp", r#"{"Type":"udp","port":9000}"#, IDENTITY).unwrap()
+        let AnyBackend::Udp(backend) =
+            select(Some("udp"), r#"{"Type":"udp","port":9000}"#, IDENTITY).unwrap()
         else {
             panic!("another backend");
         };

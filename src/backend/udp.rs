@@ -7,7 +7,7 @@
 //! Wire-compatible with flannel's proxy for IPv4 (pkg/backend/udp/proxy_amd64.c): bare packet, TTL less one at each end. IPv6, inside and
 //! outside, is spoken between Kersey nodes only; flannel's proxy cannot carry it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::addr::{AddrError, Mtu, Prefix};
 use crate::backend::{
@@ -113,8 +113,8 @@ impl Backend for UdpBackend {
         self.port
     }
 
-    fn overhead(&self, endpoint: IpAddr) -> u16 {
-        if endpoint.is_ipv6() {
+    fn overhead(&self, hop: &UdpHop) -> u16 {
+        if hop.endpoint().is_ipv6() {
             OVERHEAD_V6
         } else {
             OVERHEAD_V4

@@ -11,7 +11,7 @@
 //! Of the settings, `GBP` and `Learning` concern the kernel's device and have no meaning here: the group policy bits are read over and never
 //! sent, and addresses come from leases alone.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
 use crate::backend::{
@@ -223,8 +223,8 @@ impl Backend for VxlanBackend {
         SOURCE_PORTS
     }
 
-    fn overhead(&self, endpoint: IpAddr) -> u16 {
-        if endpoint.is_ipv6() {
+    fn overhead(&self, hop: &VxlanHop) -> u16 {
+        if hop.endpoint().is_ipv6() {
             OVERHEAD_V6
         } else {
             OVERHEAD_V4

@@ -59,8 +59,8 @@ pub struct NetworkConfig {
 /// The backend's part of the config.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendConfig {
-    /// Its name in lower case; `udp` if the config names none.
-    pub kind: String,
+    /// Its name in lower case, unless the config has no `Backend`; to flannel that means udp.
+    pub kind: Option<String>,
     /// The whole `Backend` object, compact JSON text.
     pub json: String,
 }
@@ -152,7 +152,7 @@ impl BackendConfig {
     fn read(raw: Option<&str>) -> Result<Self, ConfigError> {
         let Some(raw) = raw else {
             return Ok(Self {
-                kind: "udp".to_owned(),
+                kind: None,
                 json: "{}".to_owned(),
             });
         };
@@ -165,7 +165,7 @@ impl BackendConfig {
             return Err(ConfigError::rule("Backend.Type", "missing", rule));
         }
         Ok(Self {
-            kind: kind.to_lowercase(),
+            kind: Some(kind.to_lowercase()),
             json: json::compact(raw),
         })
     }
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(v4.min.to_string(), "10.5.1.0/24");
         assert_eq!(v4.max.to_string(), "10.5.255.0/24");
         assert_eq!(config.v6, None);
-        assert_eq!(config.backend.kind, "udp");
+        assert_eq!(config.backend.kind, None);
         assert!(!config.enable_nftables);
         for (network, len) in [("10.0.0.0/22", 24), ("10.0.0.0/23", 25), ("10.0.0.0/28", 30)] {
             let config = parse(&format!("{{\"Network\":\"{network}\"}}"));
@@ -384,7 +384,7 @@ mod tests {
             (v4.min.to_string(), v4.max.to_string()),
             ("10.10.0.0/20".into(), "10.99.0.0/20".into())
         );
-        assert_eq!(config.backend.kind, "vxlan");
+        assert_eq!(config.backend.kind.as_deref(), Some("vxlan"));
         assert_eq!(config.backend.json, r#"{"Type":"VXLAN","VNI":100,"Port":8472}"#);
     }
 

@@ -52,6 +52,7 @@ pub(super) struct DataPlane<B: Backend> {
     backend: B,
     underlay: Underlay,
     inner_mtu: Mtu,
+    link_mtu: Mtu,
     paths: Paths,
     routes: SharedRoutes<<B::Encap as Encap>::Hop>,
     pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
@@ -150,6 +151,7 @@ impl<B: Backend> DataPlane<B> {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
             inner_mtu: setup.inner_mtu,
+            link_mtu: setup.interface.mtu,
             paths: Paths::new(setup.interface.mtu, Instant::now()),
             routes,
             peers: BTreeMap::new(),
@@ -241,10 +243,14 @@ impl<B: Backend> DataPlane<B> {
             if !peer.endpoints.contains(&endpoint) {
                 peer.endpoints.push(endpoint);
             }
-            let overhead = self.backend.overhead(endpoint.ip());
-            let inner_mtu = self
-                .paths
-                .inner_mtu(prefix, endpoint.ip(), overhead, self.inner_mtu);
+            // Peers may be reached by another encapsulation than the one we receive.
+            let overhead = self.backend.overhead(&hop);
+            let whole = self
+                .link_mtu
+                .minus(overhead)
+                .map_or(self.inner_mtu, |left| left.min(self.inner_mtu));
+            peer.whole_mtu = peer.whole_mtu.min(whole);
+            let inner_mtu = self.paths.inner_mtu(prefix, endpoint.ip(), overhead, whole);
             peer.inner_mtu = peer.inner_mtu.min(inner_mtu);
             let stats = peer.stats.clone();
             routes.insert(

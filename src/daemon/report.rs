@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::time::Instant;
 
 use crate::addr::Mtu;
-use crate::backend::{Backend, NoTunnel};
+use crate::backend::{Backend, CONFIGURED, NoTunnel};
 use crate::control::Published;
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
@@ -16,9 +16,6 @@ use crate::host::interface::UnderlayInterface;
 use crate::lease::Subnet;
 use crate::options::RunOptions;
 use crate::status::{self, Status};
-
-/// Why the backend is the one it is.
-const CONFIGURED: &str = "the network config says so";
 
 /// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
 pub(super) struct Report {
@@ -79,7 +76,7 @@ impl Report {
             parts.fixed.node = node(setup.config, interface, setup.inner_mtu);
             parts.fixed.backend = status::Backend {
                 name: setup.backend.name().to_owned(),
-                reason: CONFIGURED.to_owned(),
+                reason: setup.backend.reason(),
                 port: Some(setup.backend.port()),
                 ingress_check: check.to_owned(),
             };

@@ -543,6 +543,21 @@ fn refuses_segmentation(error: &io::Error) -> bool {
     )
 }
 
+/// Whether somebody has UDP port `port`, on whatever address of this machine.
+pub fn port_is_taken(port: u16) -> bool {
+    let taken = |domain: Domain, addr: IpAddr| {
+        Socket::new(domain, Type::DGRAM.cloexec(), Some(Protocol::UDP))
+            .and_then(|socket| {
+                if addr.is_ipv6() {
+                    socket.set_only_v6(true)?;
+                }
+                socket.bind(&SocketAddr::new(addr, port).into())
+            })
+            .is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    };
+    taken(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()) || taken(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into())
+}
+
 /// The largest datagram, IP header included, that the kernel would send to `to` unfragmented: the MTU of the route, or of the path as far as
 /// "too big" answers have told it.
 ///

@@ -601,9 +601,9 @@ fn vtep_mac(attrs: &LeaseAttrs, underlay: IpAddr) -> Option<MacAddr> {
 /// VNI and port of a network.
 fn settings(config: &NetworkConfig) -> Result<(Vni, u16)> {
     ensure!(
-        config.backend.kind == KIND,
+        config.backend.kind.as_deref() == Some(KIND),
         "the network's backend is {}, and the kernel's VXLAN has to do with {KIND} only",
-        config.backend.kind
+        config.backend.kind.as_deref().unwrap_or("not named")
     );
     let object = Object::parse(&config.backend.json, LARGEST_JSON)?;
     let vni = Vni::new(object.uint("VNI")?.unwrap_or(DEFAULT_VNI))?;
