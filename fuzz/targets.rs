@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use etherparse::PacketBuilder;
-use kersey::addr::{Ipv4Prefix, Ipv6Prefix, Mtu, Prefix};
+use kersey::addr::{Ipv4Prefix, Ipv6Prefix, MacAddr, Mtu, Prefix, Vni};
 use kersey::backend::udp::{Udp, UdpHop};
+use kersey::backend::vxlan::{Vxlan, VxlanHop};
 use kersey::control::config::NetworkConfig;
 use kersey::control::subnet_file::{self, IpMasq};
+use kersey::dataplane::Encap;
 use kersey::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge, Offer, Trust};
 use kersey::dataplane::forward::{IngressCheck, flow_hash};
 use kersey::dataplane::memory::{MemoryDevice, MemoryUnderlay, Message};
@@ -25,10 +27,11 @@ use kersey::lease::{LeaseAttrs, Subnet};
 use kersey::wire::checksum::{Sum, replace_word};
 use kersey::wire::icmp::{self, IcmpError};
 use kersey::wire::ip::{
-    Addrs, Ecn, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, verify_v4_header,
+    Addrs, Ecn, Fragment, IpHeader, Scope, decrement_ttl, protocol, scope, set_ecn, verify_v4_header,
 };
-use kersey::wire::transport::{tcp, tcp_header_len};
+use kersey::wire::transport::{tcp, tcp_header_len, udp};
 use kersey::wire::virtio::{GsoKind, VirtioHeader};
+use kersey::wire::vxlan::HEADERS_LEN;
 
 /// A target.
 pub(crate) type Target = fn(&[u8]);
@@ -36,6 +39,7 @@ pub(crate) type Target = fn(&[u8]);
 /// All targets by name.
 pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("udp_decap", udp_decap),
+    ("vxlan_decap", vxlan_decap),
     ("inner_validate", inner_validate),
     ("vnet_split", vnet_split),
     ("gro_coalesce", gro_coalesce),
@@ -66,27 +70,16 @@ fn udp_decap(data: &[u8]) {
     if datagram.is_empty() || datagram.len() > 65_507 {
         return;
     }
-    with_inbound(usize::from(mode % 4), |inbound, check, merge| {
-        let (packets, drops) = totals(inbound.stats());
-        let message = Message {
-            addr: peer_address(1),
-            bytes: datagram.to_vec(),
-            segment_size: size,
-            ecn: Ecn::NotEct,
-        };
-        inbound.underlay().incoming.push_back(message);
-        while inbound.turn(start()).expect("memory never fails") == Turn::Busy {}
-        let (packets_after, drops_after) = totals(inbound.stats());
-        let (accepted, dropped) = (packets_after - packets, drops_after - drops);
+    with_modes(&UDP, mode, |inbound, check, merge| {
+        let (delivered, accepted, dropped) = receive(inbound, datagram, size, Ecn::NotEct);
         assert_eq!(
             accepted + dropped,
             datagram.len().div_ceil(size) as u64,
             "every packet is counted once"
         );
-        let delivered = std::mem::take(&mut inbound.device().to_host);
-        inbound.device().answers.clear();
         for (_, packet) in &delivered {
             check_delivered(packet, check);
+            assert!(IpHeader::parse(packet).expect("a packet").ttl > 0);
         }
         if merge == Merge::NONE {
             assert_eq!(delivered.len() as u64, accepted);
@@ -96,6 +89,53 @@ fn udp_decap(data: &[u8]) {
                     chunks.any(|chunk| is_successor(chunk, packet)),
                     "delivered what did not come in"
                 );
+            }
+        }
+    });
+}
+
+/// The same for VXLAN: `[mode, outer congestion codepoint, segment size (2), datagram…]`, as if from peer 1.
+///
+/// What is delivered came in, but for its congestion codepoint and a checksum that was half done; or it is a segment of what came in.
+fn vxlan_decap(data: &[u8]) {
+    let Some((&[mode, ecn, high, low], datagram)) = data.split_first_chunk::<4>() else {
+        return;
+    };
+    let size = usize::from(u16::from_be_bytes([high, low]));
+    let size = if size == 0 { datagram.len() } else { size };
+    if datagram.is_empty() || datagram.len() > 65_507 {
+        return;
+    }
+    let outer = Ecn::of(ecn);
+    with_modes(&VXLAN, mode, |inbound, check, merge| {
+        let (delivered, accepted, dropped) = receive(inbound, datagram, size, outer);
+        let came = datagram.len().div_ceil(size) as u64;
+        if size.min(datagram.len()) <= HEADERS_LEN + usize::from(mtu().bytes()) {
+            assert_eq!(accepted + dropped, came, "every packet is counted once");
+        } else {
+            // A super-packet counts as its segments.
+            assert!(accepted + dropped >= came);
+        }
+        for (header, packet) in &delivered {
+            check_delivered(packet, check);
+            if let Some(gso) = header.gso {
+                let ip = IpHeader::parse(packet).expect("a packet");
+                SuperPacket::new(packet, ip, gso).expect("the device is told the truth");
+            }
+        }
+        if merge == Merge::NONE {
+            assert_eq!(delivered.len() as u64, accepted);
+            let mut chunks = datagram.chunks(size).peekable();
+            for (header, packet) in &delivered {
+                assert_eq!(*header, VirtioHeader::default());
+                let found = loop {
+                    match chunks.peek() {
+                        Some(chunk) if is_carried(chunk, outer, packet) => break true,
+                        Some(_) => drop(chunks.next()),
+                        None => break false,
+                    }
+                };
+                assert!(found, "delivered what did not come in");
             }
         }
     });
@@ -461,7 +501,7 @@ fn subnet_env(data: &[u8]) {
     });
 }
 
-type MemoryInbound = Inbound<Udp, MemoryDevice, MemoryUnderlay>;
+type MemoryInbound<E> = Inbound<E, MemoryDevice, MemoryUnderlay>;
 type MemoryOutbound = Outbound<Udp, MemoryDevice, MemoryUnderlay>;
 
 const MODES: [(IngressCheck, Merge); 4] = [
@@ -471,44 +511,94 @@ const MODES: [(IngressCheck, Merge); 4] = [
     (IngressCheck::Off, Merge { tcp: true, udp: true }),
 ];
 
+/// A node in each mode.
+type Nodes<E> = std::thread::LocalKey<RefCell<Vec<MemoryInbound<E>>>>;
+
 thread_local! {
     // Made once: their buffers are megabytes.
-    static INBOUND: RefCell<Vec<MemoryInbound>> = RefCell::new(MODES.map(inbound).into());
+    static UDP: RefCell<Vec<MemoryInbound<Udp>>> =
+        RefCell::new(MODES.map(|mode| inbound(Udp, |_, number| peer(number).hop, mode)).into());
+    static VXLAN: RefCell<Vec<MemoryInbound<Vxlan>>> = RefCell::new(MODES.map(|mode| inbound(vxlan(2), vxlan_hop, mode)).into());
     static OUTBOUND: RefCell<MemoryOutbound> = RefCell::new(outbound());
     static BATCH: RefCell<PacketBatch> = RefCell::new(PacketBatch::new());
 }
 
-fn with_inbound(mode: usize, then: impl FnOnce(&mut MemoryInbound, IngressCheck, Merge)) {
-    INBOUND.with_borrow_mut(|all| then(&mut all[mode], MODES[mode].0, MODES[mode].1));
+fn with_modes<E: Encap>(
+    nodes: &'static Nodes<E>,
+    mode: u8,
+    then: impl FnOnce(&mut MemoryInbound<E>, IngressCheck, Merge),
+) {
+    let mode = usize::from(mode % 4);
+    nodes.with_borrow_mut(|all| then(&mut all[mode], MODES[mode].0, MODES[mode].1));
 }
 
-fn inbound((check, merge): (IngressCheck, Merge)) -> MemoryInbound {
+/// Gives a node a datagram of peer 1, or a run of them: what it delivers, how many packets it accepts, how many it drops.
+fn receive<E: Encap>(
+    inbound: &mut MemoryInbound<E>,
+    datagram: &[u8],
+    size: usize,
+    ecn: Ecn,
+) -> (Vec<(VirtioHeader, Vec<u8>)>, u64, u64) {
+    let (packets, drops) = totals(inbound.stats());
+    inbound.underlay().incoming.push_back(Message {
+        addr: peer_address(1),
+        bytes: datagram.to_vec(),
+        segment_size: size,
+        ecn,
+    });
+    while inbound.turn(start()).expect("memory never fails") == Turn::Busy {}
+    let (packets_after, drops_after) = totals(inbound.stats());
+    inbound.device().answers.clear();
+    let delivered = std::mem::take(&mut inbound.device().to_host);
+    (delivered.into(), packets_after - packets, drops_after - drops)
+}
+
+fn inbound<E: Encap>(
+    encap: E,
+    hop: impl Fn(Prefix, u8) -> E::Hop,
+    (check, merge): (IngressCheck, Merge),
+) -> MemoryInbound<E> {
     let mut table = RouteTable::new(overlay());
     for number in [1, 3] {
-        table.insert(
+        for prefix in [
             Prefix::V4(format!("10.244.{number}.0/24").parse().expect("a prefix")),
-            peer(number),
-        );
-        table.insert(
             Prefix::V6(format!("fd00:244:0:{number}::/64").parse().expect("a prefix")),
-            peer(number),
-        );
+        ] {
+            let peer = Peer {
+                hop: hop(prefix, number),
+                inner_mtu: mtu(),
+                stats: PeerStats::new(1),
+            };
+            table.insert(prefix, peer);
+        }
     }
     let options = InboundOptions {
         check,
         verify_inner: false,
-        inner_mtu: Mtu::new(1472).unwrap(),
+        inner_mtu: mtu(),
         clamp_mss: false,
     };
     let edges = (MemoryDevice::new(merge), MemoryUnderlay::new());
     Inbound::new(
-        Udp,
+        encap,
         edges,
         SharedRoutes::new(table).reader(),
         (0, Arc::new(WorkerStats::default())),
         options,
         start(),
     )
+}
+
+/// The station of node `number`.
+fn vxlan(number: u8) -> Vxlan {
+    Vxlan {
+        vni: Vni::new(1).expect("a VNI"),
+        mac: MacAddr::from([0x02, 0x11, 0x22, 0x33, 0x44, number]),
+    }
+}
+
+fn vxlan_hop(prefix: Prefix, number: u8) -> VxlanHop {
+    VxlanHop::new(vxlan(2), prefix, vxlan(number).mac, peer_address(number))
 }
 
 /// A node with a route to everywhere and the largest MTU.
@@ -619,6 +709,46 @@ fn is_successor(chunk: &[u8], packet: &[u8]) -> bool {
     before[sum.clone()].fill(0);
     after[sum].fill(0);
     before == after
+}
+
+/// Whether `packet` is what comes of the VXLAN datagram `chunk`: the inner packet with the congestion codepoint that RFC 6040 wants, its
+/// checksum finished if it was half done; or a segment of it, if it is TCP and longer than the MTU.
+fn is_carried(chunk: &[u8], outer: Ecn, packet: &[u8]) -> bool {
+    let Some(Ok(ip)) = chunk.get(HEADERS_LEN..).map(IpHeader::parse) else {
+        return false;
+    };
+    let mut before = chunk[HEADERS_LEN..][..ip.total_len].to_vec();
+    let Some(ecn) = Ecn::of(ip.tos).after(outer) else {
+        return false;
+    };
+    set_ecn(&mut before, ecn);
+    if before == packet {
+        return true;
+    }
+    let at = match (ip.protocol, ip.fragment) {
+        (protocol::TCP, Fragment::Whole) => ip.l4 + tcp::CHECKSUM.start,
+        (protocol::UDP, Fragment::Whole) => ip.l4 + udp::CHECKSUM.start,
+        _ => return false,
+    };
+    if !checksums_hold(packet) {
+        return false;
+    }
+    if before.len() == packet.len() {
+        let half = before[at..at + 2] == ip.pseudo(ip.l4_len()).fold().to_be_bytes();
+        before[at..at + 2].copy_from_slice(&packet[at..at + 2]);
+        return half && before == packet;
+    }
+    let long = ip.protocol == protocol::TCP && ip.total_len > usize::from(mtu().bytes());
+    let Some(Ok(header_len)) = long.then(|| tcp_header_len(&before[ip.l4..]).map(|len| ip.l4 + len)) else {
+        return false;
+    };
+    let seq = |packet: &[u8]| {
+        let field = packet[ip.l4..][tcp::SEQ].try_into().expect("4 bytes");
+        u32::from_be_bytes(field)
+    };
+    let offset = seq(packet).wrapping_sub(seq(&before)) as usize;
+    let payload = &packet[header_len..];
+    before[header_len..].get(offset..offset + payload.len()) == Some(payload)
 }
 
 /// Splits a super-packet: read in one piece, brought into shape, and cut where its segments end.

@@ -18,6 +18,7 @@
 mod direct;
 mod kernel_routes;
 mod network;
+mod paths;
 mod plain;
 mod report;
 
@@ -308,9 +309,14 @@ async fn stay<B: Backend>(
                     table = published.peers.borrow_and_update().clone();
                     plane.follow(&table);
                     report.set_plane(&plane);
-                    direct.kernel.soon();
+                    direct.kernel.peers_changed();
                 }
-                () = sleep_until(direct.kernel.due()) => {
+                () = sleep_until(plane.paths_due()) => {
+                    if plane.look_at_paths(Instant::now()) {
+                        report.set_plane(&plane);
+                    }
+                }
+                () = at(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
                 }
                 Ok(()) = published.lease.changed() => {

@@ -105,6 +105,9 @@ pub struct Peer {
     pub subnets: Vec<String>,
     /// Underlay endpoints: `addr:port`, without a tunnel `addr`.
     pub endpoints: Vec<String>,
+    /// The largest packet that can be sent to it, bytes, if the path carries less than the link.
+    #[serde(default)]
+    pub narrow_mtu: Option<u16>,
     /// The kernel's own route to it, past any tunnel: `installed`, or why there is none. Absent if none is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_route: Option<String>,

@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
 
+#[path = "golden/capture.rs"]
+mod capture;
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,9 +18,10 @@ use kersey::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes}
 use kersey::dataplane::stats::{PeerStats, WorkerStats};
 use kersey::dataplane::worker::{Inbound, InboundOptions, Outbound};
 use kersey::wire::checksum::Sum;
-use kersey::wire::ip::{Ecn, IpHeader, protocol, verify_v4_header};
-use kersey::wire::transport::udp;
+use kersey::wire::ip::{Ecn, IpHeader, verify_v4_header};
 use kersey::wire::virtio::VirtioHeader;
+
+use crate::capture::Datagram;
 
 const CAPTURE: &[u8] = include_bytes!("golden/udp-v4.pcap");
 
@@ -35,6 +39,7 @@ fn the_capture_is_what_its_description_says() {
         );
         assert_eq!(datagram.to.port(), DEFAULT_PORT);
         assert_eq!(datagram.from.port(), DEFAULT_PORT);
+        assert_eq!(datagram.checksum_over(&datagram.payload), datagram.checksum);
     }
     assert_eq!(IpHeader::parse(&datagrams[2].payload).unwrap().tos, 0xb9);
 }
@@ -96,47 +101,9 @@ fn what_we_send_is_byte_for_byte_what_the_proxy_sent() {
     }
 }
 
-/// A UDP datagram of the capture.
-struct Datagram {
-    from: SocketAddr,
-    to: SocketAddr,
-    payload: Vec<u8>,
-}
-
-/// The datagrams of the capture, their outer headers checked.
+/// The datagrams of the capture.
 fn datagrams() -> Vec<Datagram> {
-    const FILE_HEADER: usize = 24;
-    const RECORD_HEADER: usize = 16;
-    const ETHERNET: usize = 14;
-    assert_eq!(
-        CAPTURE[..4],
-        0xa1b2_c3d4u32.to_le_bytes(),
-        "a classic pcap file, little endian"
-    );
-    let mut rest = &CAPTURE[FILE_HEADER..];
-    let mut out = Vec::new();
-    while let Some((header, after)) = rest.split_first_chunk::<RECORD_HEADER>() {
-        let captured = u32::from_le_bytes(header[8..12].try_into().unwrap()) as usize;
-        let (frame, after) = after.split_at(captured);
-        rest = after;
-        let packet = &frame[ETHERNET..];
-        let ip = IpHeader::parse(packet).unwrap();
-        assert!(verify_v4_header(&packet[..ip.l4]));
-        assert_eq!(ip.protocol, protocol::UDP);
-        let l4 = &packet[ip.l4..ip.total_len];
-        assert_eq!(
-            (ip.pseudo(l4.len()) + Sum::of(l4)).fold(),
-            0xffff,
-            "outer UDP checksum"
-        );
-        let port = |at: usize| u16::from_be_bytes([l4[at], l4[at + 1]]);
-        out.push(Datagram {
-            from: SocketAddr::new(ip.addrs.src(), port(0)),
-            to: SocketAddr::new(ip.addrs.dst(), port(2)),
-            payload: l4[udp::LEN..].to_vec(),
-        });
-    }
-    out
+    capture::datagrams(CAPTURE)
 }
 
 /// The routes of the node at `ours`, which knows the one at `theirs`.

@@ -17,6 +17,8 @@ mod node;
 mod packets;
 #[path = "two_nodes/pair.rs"]
 mod pair;
+#[path = "two_nodes/vxlan.rs"]
+mod vxlan;
 #[path = "two_nodes/wire.rs"]
 mod wire;
 
@@ -27,14 +29,20 @@ use kersey::dataplane::stats::{Count, DropReason};
 use kersey::wire::virtio::GsoKind;
 
 use crate::host::Sends;
-use crate::pair::{Family, Transfer};
+use crate::pair::{Family, Over, Sender, Transfer};
 use crate::wire::{Impairment, Receives, TooLong};
 
-const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+/// Every encapsulation with every family inside.
+const WAYS: [(Over, Family); 4] = [
+    (Over::Udp, Family::V4),
+    (Over::Udp, Family::V6),
+    (Over::Vxlan, Family::V4),
+    (Over::Vxlan, Family::V6),
+];
 
 #[test]
 fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
-    for family in FAMILIES {
+    for (over, family) in WAYS {
         for merge in [Merge { tcp: true, udp: true }, Merge::NONE] {
             for sends in [Sends::Segments, Sends::SuperPackets] {
                 for receives in [Receives::Datagrams, Receives::Runs] {
@@ -43,6 +51,7 @@ fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
                         ..Impairment::CLEAN
                     };
                     let outcome = Transfer {
+                        over,
                         family,
                         merge,
                         sends,
@@ -50,7 +59,7 @@ fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
                         ..Transfer::default()
                     }
                     .run();
-                    let case = format!("{family:?} {merge:?} {sends:?} {receives:?}");
+                    let case = format!("{over:?} {family:?} {merge:?} {sends:?} {receives:?}");
                     let merged = outcome.counted(Count::InboundSuperPackets);
                     assert_eq!(merged > 0, merge.tcp, "{case}: {merged} merged");
                     let split = outcome.counted(Count::OutboundSuperPackets);
@@ -73,32 +82,87 @@ fn a_clean_wire_carries_every_byte_whatever_is_merged_and_split() {
 
 #[test]
 fn super_packets_leave_in_long_runs() {
-    let outcome = Transfer::default().run();
-    let (packets, runs) = (
-        outcome.nodes[0].counted(Count::OutboundPackets),
-        outcome.nodes[0].counted(Count::OutboundRuns),
-    );
-    assert!(packets / runs >= 10, "{packets} packets in {runs} runs");
-    let frames = outcome.nodes[1].counted(Count::InboundFrames);
-    assert!(packets / frames >= 10, "{packets} packets in {frames} frames");
+    for (over, family) in WAYS {
+        let outcome = Transfer {
+            over,
+            family,
+            ..Transfer::default()
+        }
+        .run();
+        let (packets, runs) = (
+            outcome.nodes[0].counted(Count::OutboundPackets),
+            outcome.nodes[0].counted(Count::OutboundRuns),
+        );
+        assert!(
+            packets / runs >= 10,
+            "{over:?} {family:?}: {packets} packets in {runs} runs"
+        );
+        let frames = outcome.nodes[1].counted(Count::InboundFrames);
+        assert!(
+            packets / frames >= 10,
+            "{over:?} {family:?}: {packets} packets in {frames} frames"
+        );
+    }
+}
+
+#[test]
+fn a_kernel_on_the_same_machine_leaves_its_work_to_us_and_every_byte_arrives() {
+    for family in [Family::V4, Family::V6] {
+        for merge in [Merge { tcp: true, udp: true }, Merge::NONE] {
+            for refuses in [&[][..], &[GsoKind::TcpV4, GsoKind::TcpV6]] {
+                for lost_per_mille in [0, 50] {
+                    let outcome = Transfer {
+                        over: Over::Vxlan,
+                        sender: Sender::Kernel,
+                        family,
+                        merge,
+                        refuses,
+                        wire: Impairment {
+                            lost_per_mille,
+                            ..Impairment::CLEAN
+                        },
+                        ..Transfer::default()
+                    }
+                    .run();
+                    let case = format!("{family:?} {merge:?} refuses {refuses:?}, {lost_per_mille} lost");
+                    let receiver = &outcome.nodes[1];
+                    let whole = receiver.counted(Count::InboundSuperPackets);
+                    assert_eq!(
+                        whole > 0,
+                        merge.tcp && refuses.is_empty(),
+                        "{case}: {whole} whole"
+                    );
+                    let fallbacks = receiver.counted(Count::DeviceFallbacks);
+                    assert_eq!(
+                        fallbacks > 0,
+                        merge.tcp && !refuses.is_empty(),
+                        "{case}: {fallbacks} refused"
+                    );
+                    assert_eq!(receiver.drops(), [], "{case}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
 fn loss_costs_time_but_no_byte() {
     for lost_per_mille in [10, 50, 200] {
-        for family in FAMILIES {
+        for (over, family) in WAYS {
             for sends in [Sends::Segments, Sends::SuperPackets] {
                 let wire = Impairment {
                     lost_per_mille,
                     ..Impairment::CLEAN
                 };
                 let clean = Transfer {
+                    over,
                     family,
                     sends,
                     ..Transfer::default()
                 }
                 .run();
                 let lossy = Transfer {
+                    over,
                     family,
                     sends,
                     wire,
@@ -128,8 +192,9 @@ fn reordering_and_duplicates_cost_no_byte() {
     };
     for wire in [reordered, doubled, both] {
         for receives in [Receives::Datagrams, Receives::Runs] {
-            for family in FAMILIES {
+            for (over, family) in WAYS {
                 Transfer {
+                    over,
                     family,
                     wire: Impairment { receives, ..wire },
                     ..Transfer::default()
@@ -160,8 +225,9 @@ fn a_bad_network_costs_no_byte_in_either_direction() {
             },
         ),
     ] {
-        for family in FAMILIES {
+        for (over, family) in WAYS {
             Transfer {
+                over,
                 family,
                 merge,
                 wire,
@@ -177,22 +243,22 @@ fn a_bad_network_costs_no_byte_in_either_direction() {
 
 #[test]
 fn every_inner_mtu_fits_the_wire_it_is_made_for() {
-    for (family, inner_mtu) in [
-        (Family::V4, 576),
-        (Family::V4, 1280),
-        (Family::V4, 1472),
-        (Family::V4, 8900),
-        (Family::V6, 1280),
-        (Family::V6, 1472),
-        (Family::V6, 8900),
-    ] {
+    let sizes = |family| match family {
+        Family::V4 => &[576, 1280, 1472, 8900][..],
+        Family::V6 => &[1280, 1472, 8900],
+    };
+    let all = WAYS
+        .into_iter()
+        .flat_map(|(over, family)| sizes(family).iter().map(move |&size| (over, family, size)));
+    for (over, family, inner_mtu) in all {
         for sends in [Sends::Segments, Sends::SuperPackets] {
             // The wire takes not a byte more than the tunnel says it needs.
             let wire = Impairment {
-                longest: usize::from(inner_mtu),
+                longest: over.header_len() + usize::from(inner_mtu),
                 ..Impairment::CLEAN
             };
             let outcome = Transfer {
+                over,
                 family,
                 inner_mtu,
                 sends,
@@ -200,7 +266,7 @@ fn every_inner_mtu_fits_the_wire_it_is_made_for() {
                 ..Transfer::default()
             }
             .run();
-            assert_eq!(outcome.wire.too_long, 0, "{family:?} {inner_mtu}");
+            assert_eq!(outcome.wire.too_long, 0, "{over:?} {family:?} {inner_mtu}");
         }
     }
 }
@@ -242,13 +308,13 @@ fn datagrams_cut_on_the_way_are_counted_and_never_delivered() {
 
 #[test]
 fn a_device_that_refuses_super_packets_gets_every_segment_in_order() {
-    for (family, kind) in [(Family::V4, GsoKind::TcpV4), (Family::V6, GsoKind::TcpV6)] {
-        let refuses: &'static [GsoKind] = match kind {
-            GsoKind::TcpV4 => &[GsoKind::TcpV4],
-            GsoKind::TcpV6 => &[GsoKind::TcpV6],
-            GsoKind::Udp => &[GsoKind::Udp],
+    for (over, family) in WAYS {
+        let refuses: &'static [GsoKind] = match family {
+            Family::V4 => &[GsoKind::TcpV4],
+            Family::V6 => &[GsoKind::TcpV6],
         };
         let outcome = Transfer {
+            over,
             family,
             refuses,
             ..Transfer::default()
@@ -266,6 +332,7 @@ fn a_device_that_refuses_super_packets_gets_every_segment_in_order() {
         // On a clean wire nothing was sent twice: no byte was missed and none came out of order.
         let sent = outcome.nodes[0].counted(Count::OutboundPackets);
         let least = Transfer {
+            over,
             family,
             ..Transfer::default()
         }

@@ -27,6 +27,7 @@ mod nodes;
 mod offloads;
 mod outage;
 mod overlay;
+mod path;
 mod restart;
 mod routed;
 #[path = "../support/mod.rs"]

@@ -111,14 +111,7 @@ impl Blueprint {
     /// Builds the lab, starts everything, and waits until every node knows every other.
     pub(crate) fn start(self) -> Overlay {
         let mut overlay = self.build();
-        for nth in 1..=overlay.blueprint.daemons {
-            let child = overlay.spawn(nth);
-            overlay.nodes.push(Daemon {
-                child,
-                pods: Vec::new(),
-            });
-        }
-        overlay.wait_all();
+        overlay.start_daemons();
         overlay
     }
 }
@@ -182,6 +175,18 @@ impl Overlay {
     /// The node's IPv4 subnet.
     pub(crate) fn subnet(&self, nth: usize) -> Ipv4Prefix {
         self.status(nth).node.subnets[0].parse().unwrap()
+    }
+
+    /// Starts the daemons, and waits until every node knows every other.
+    pub(crate) fn start_daemons(&mut self) {
+        for nth in 1..=self.blueprint.daemons {
+            let child = self.spawn(nth);
+            self.nodes.push(Daemon {
+                child,
+                pods: Vec::new(),
+            });
+        }
+        self.wait_all();
     }
 
     /// The command line of a node's daemon.

@@ -21,7 +21,7 @@ use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::probe::Probe;
 
-use crate::overlay::{Blueprint, DEVICE, Daemon, Overlay, READY, figure, wait_for, within};
+use crate::overlay::{Blueprint, DEVICE, Daemon, Overlay, PREFIX, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
 
 /// As flannel v0.28 writes it, with an address of ours.
@@ -312,6 +312,87 @@ fn a_peer_without_a_route_is_told_once_and_harms_nobody() {
     wait_for("the network is a peer's", within(NEXT_LOOK), || {
         routes(&overlay, 1).len() == 3
     });
+}
+
+#[test]
+fn hostile_leases_make_no_route() {
+    if !require_etcd("hostile_leases_make_no_route") {
+        return;
+    }
+    let mut overlay = two_and_a_spare("hostile");
+    let all = |overlay: &Overlay| {
+        overlay
+            .namespace(1)
+            .netlink(async |netlink| Ok(netlink.routes().await?))
+            .unwrap()
+    };
+    let before = all(&overlay);
+    let own = overlay.subnet(1).addr();
+    let hostile = [
+        ("0.0.0.0-0".to_owned(), "192.0.2.3"),
+        ("0.0.0.0-1".to_owned(), "192.0.2.3"),
+        ("10.0.0.0-8".to_owned(), "192.0.2.3"),
+        ("10.244.0.0-16".to_owned(), "192.0.2.3"),
+        // The underlay, and the default gateway.
+        ("192.0.2.0-24".to_owned(), "192.0.2.3"),
+        ("192.0.2.254-32".to_owned(), "192.0.2.3"),
+        (format!("{own}-25"), "192.0.2.3"),
+        ("10.244.90.0-24".to_owned(), "0.0.0.0"),
+        ("10.244.91.0-24".to_owned(), "127.0.0.1"),
+        ("10.244.92.0-24".to_owned(), "224.0.0.1"),
+        ("10.244.93.0-24".to_owned(), "255.255.255.255"),
+        ("10.244.94.0-24".to_owned(), "192.0.2.1"),
+        ("10.244.95.0-24".to_owned(), "10.244.1.1"),
+    ];
+    for (subnet, public_ip) in &hostile {
+        let value = FLANNEL.replace("192.0.2.3", public_ip);
+        overlay.put(&format!("subnets/{subnet}"), value);
+    }
+    // The last one is good, and comes after the others.
+    overlay.put("subnets/10.244.99.0-24", FLANNEL);
+    let to = prefix("10.244.99.0/24");
+    wait_for("the good one is a route", within(SOON), || {
+        held(&overlay, 1, to).len() == 1
+    });
+    let mut after = all(&overlay);
+    after.retain(|held| held.route.destination != to);
+    assert_eq!(after, before);
+    overlay.ping_all();
+    assert!(overlay.daemon(1).is_running());
+}
+
+#[test]
+fn a_thousand_peers_are_a_thousand_routes() {
+    if !require_etcd("a_thousand_peers_are_a_thousand_routes") {
+        return;
+    }
+    const PEERS: usize = 1000;
+    let mut blueprint = host_gw(Blueprint::new("thousand", 1));
+    blueprint.network = r#"{"Network":"10.0.0.0/8","Backend":{"Type":"host-gw"}}"#.to_owned();
+    let mut overlay = blueprint.start();
+    overlay.etcd(async |mut client| {
+        for nth in 0..PEERS {
+            let key = format!("{PREFIX}/subnets/10.200.{}.{}-26", nth / 4, nth % 4 * 64);
+            client.put(key, FLANNEL, None).await?;
+        }
+        Ok(())
+    });
+    let took = wait_for("all are routes", within(Duration::from_secs(5)), || {
+        routes(&overlay, 1).len() == PEERS
+    });
+    figure("1000 routes after the last lease", took);
+    overlay.terminate(1);
+    overlay.restart(1);
+    overlay.wait(1, READY, |status| status.ready && status.peers.len() == PEERS);
+    assert_eq!(routes(&overlay, 1).len(), PEERS);
+    overlay.etcd(async |mut client| {
+        let key = format!("{PREFIX}/subnets/10.200.");
+        let options = etcd_client::DeleteOptions::new().with_prefix();
+        client.delete(key, Some(options)).await.map(drop)
+    });
+    // So many at once may be an accident of the store's.
+    kersey::lab::interrupt::sleep(Duration::from_secs(1)).unwrap();
+    assert_eq!(routes(&overlay, 1).len(), PEERS);
 }
 
 #[test]

@@ -268,6 +268,9 @@ fn tunnel(out: &mut String, colour: Colour, status: &Status) {
                 _ => write!(endpoints, ", not direct"),
             };
         }
+        if let Some(mtu) = peer.narrow_mtu {
+            let _ = write!(endpoints, ", MTU {mtu}");
+        }
         rows.push([
             or_none(&peer.subnets),
             endpoints,
@@ -610,6 +613,7 @@ peers  2
             Peer {
                 subnets: vec!["10.244.1.0/24".into()],
                 endpoints: vec!["10.0.0.1:8472".into()],
+                narrow_mtu: None,
                 outbound_packets: 12_345,
                 outbound_bytes: 3 << 19,
                 inbound_packets: 678,

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use crate::addr::Prefix;
 use crate::backend::Backend;
 use crate::control::peers::PeerTable;
-use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Wanted};
+use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{Setup, networks, prefixes};
 use crate::host::netlink::{Gateway, Route};
 use crate::lease::{LeaseAttrs, Subnet};
@@ -26,8 +26,13 @@ pub(super) struct DirectRoutes {
 
 impl DirectRoutes {
     pub(super) fn new<B: Backend>(setup: &Setup<'_, B>) -> Self {
+        let upkeep = if setup.backend.direct_routing() {
+            Upkeep::Always
+        } else {
+            Upkeep::UntilClean
+        };
         Self {
-            kernel: KernelRoutes::new(setup.netlink.clone(), networks(setup.config)),
+            kernel: KernelRoutes::new(setup.netlink.clone(), networks(setup.config), upkeep),
         }
     }
 

@@ -10,7 +10,8 @@
 //!   kernel's table ───┘                     └▶ troubles, told once each
 //! ```
 //!
-//! It is due when the peers change, 100 ms after an event that may concern it, and every 10 s, since not every loss is an event.
+//! It is due when the peers change - once in 100 ms, however many do - and 100 ms after an event that may concern it; and every 10 s, since
+//! not every loss is an event.
 //!
 //! Invariants:
 //!
@@ -22,6 +23,8 @@
 //! - What was left behind by an earlier life is removed once the store has told who the peers are; until then it may still be wanted.
 //!   What this life made goes at once.
 //! - When the daemon ends, routes stay, as flannel's do: packets flow while it restarts.
+//!
+//! Limits: the whole main table is read each time, which on a router with the Internet's routes takes a second of one core.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -87,9 +90,19 @@ impl Leftovers {
 #[error("cannot set kernel routes")]
 pub(super) struct Denied(#[source] NetlinkError);
 
+/// How long routes are seen to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Upkeep {
+    /// As long as the daemon runs.
+    Always,
+    /// None are ever wanted: until leftovers are gone.
+    UntilClean,
+}
+
 /// The routes this daemon keeps in the kernel.
 pub(super) struct KernelRoutes {
     netlink: Netlink,
+    upkeep: Upkeep,
     /// The overlay's networks, one a family.
     networks: Vec<Prefix>,
     /// The number of the underlay interface when last looked.
@@ -100,31 +113,40 @@ pub(super) struct KernelRoutes {
     troubles: BTreeMap<Prefix, String>,
     /// The last failure to read the table.
     told: String,
-    due: Instant,
+    /// When to look again; never once all is done that will ever be.
+    due: Option<Instant>,
+    /// When we last had looked.
+    looked: Instant,
 }
 
 impl KernelRoutes {
     /// Prepares to keep routes to parts of `networks`; touches nothing.
-    pub(super) fn new(netlink: Netlink, networks: impl IntoIterator<Item = Prefix>) -> Self {
+    pub(super) fn new(netlink: Netlink, networks: impl IntoIterator<Item = Prefix>, upkeep: Upkeep) -> Self {
         Self {
             netlink,
+            upkeep,
             networks: networks.into_iter().collect(),
             underlay: 0,
             wanted: BTreeMap::new(),
             troubles: BTreeMap::new(),
             told: String::new(),
-            due: Instant::now(),
+            due: Some(Instant::now()),
+            looked: Instant::now(),
         }
     }
 
-    /// When to look again.
-    pub(super) fn due(&self) -> Instant {
+    /// When to look again, if ever.
+    pub(super) fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Looks again soon.
-    pub(super) fn soon(&mut self) {
-        self.due = self.due.min(Instant::now() + GATHER);
+    /// Looks again at once, or if we have only just looked a little later, when more may have come.
+    pub(super) fn peers_changed(&mut self) {
+        self.look_by(Instant::now().max(self.looked + GATHER));
+    }
+
+    fn look_by(&mut self, time: Instant) {
+        self.due = self.due.map(|due| due.min(time));
     }
 
     /// Looks again soon if `change` may have cost a route through the interface called `underlay`.
@@ -136,7 +158,7 @@ impl KernelRoutes {
             LinkChange::Overrun => true,
         };
         if concerns {
-            self.soon();
+            self.look_by(Instant::now() + GATHER);
         }
     }
 
@@ -147,7 +169,7 @@ impl KernelRoutes {
             tracing::warn!(error = text, "cannot see to the kernel's routes; trying on");
             self.told = text;
         }
-        self.due = Instant::now() + RETRY;
+        self.due = Some(Instant::now() + RETRY);
     }
 
     /// How a peer's subnets fared when we last looked: `installed`, or what stands in the way. None if no route is wanted.
@@ -173,7 +195,7 @@ impl KernelRoutes {
         leftovers: Leftovers,
     ) -> Result<(), Denied> {
         self.underlay = underlay;
-        self.due = Instant::now() + RESYNC;
+        self.due = Some(Instant::now() + RESYNC);
         let (held, addresses) = match self.read().await {
             Ok(read) => read,
             Err(error) => {
@@ -197,6 +219,9 @@ impl KernelRoutes {
         let previous: BTreeSet<Prefix> = self.wanted.keys().copied().collect();
         let plan = plan(&routes, &held, &self.networks, &previous, leftovers);
         let (set, removed) = (plan.set.len(), plan.delete.len());
+        if self.upkeep == Upkeep::UntilClean && leftovers == Leftovers::Remove && removed == 0 {
+            self.due = None;
+        }
         self.delete(&plan.delete).await;
         for destination in plan.blocked {
             let why = "the kernel has that network on an interface of this host";
@@ -225,6 +250,7 @@ impl KernelRoutes {
         }
         self.wanted = routes;
         self.troubles = troubles;
+        self.looked = Instant::now();
         Ok(())
     }
 

@@ -1,26 +1,28 @@
 //! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 
 use anyhow::{Context, Result};
 use netlink_packet_route::link::LinkFlags;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::addr::{Mtu, Prefix};
 use crate::backend::{Backend, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
+use crate::daemon::paths::Paths;
 use crate::dataplane::forward::IngressCheck;
-use crate::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
-use crate::dataplane::stats::PeerStats;
+use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
+use crate::dataplane::stats::{Count, PeerStats};
 use crate::dataplane::worker::InboundOptions;
 use crate::dataplane::{Encap, Oversize};
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::queues::{Layout, Queues};
-use crate::host::socket::{SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
+use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl;
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -50,6 +52,7 @@ pub(super) struct DataPlane<B: Backend> {
     backend: B,
     underlay: Underlay,
     inner_mtu: Mtu,
+    paths: Paths,
     routes: SharedRoutes<<B::Encap as Encap>::Hop>,
     pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
     pub(super) queues: Queues,
@@ -64,8 +67,19 @@ pub(super) struct DataPlane<B: Backend> {
 #[derive(Clone)]
 pub(super) struct InstalledPeer {
     attrs: LeaseAttrs,
-    pub(super) endpoints: Vec<String>,
+    pub(super) endpoints: Vec<SocketAddr>,
+    /// The largest packet it can be sent, the smallest of its prefixes'.
+    inner_mtu: Mtu,
     pub(super) stats: PeerStats,
+    /// What it could be sent over the link alone.
+    whole_mtu: Mtu,
+}
+
+impl InstalledPeer {
+    /// The largest packet it can be sent, bytes, if the path carries less than the link.
+    pub(super) fn narrow_mtu(&self) -> Option<u16> {
+        (self.inner_mtu < self.whole_mtu).then_some(self.inner_mtu.bytes())
+    }
 }
 
 impl<B: Backend> DataPlane<B> {
@@ -136,6 +150,7 @@ impl<B: Backend> DataPlane<B> {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
             inner_mtu: setup.inner_mtu,
+            paths: Paths::new(setup.interface.mtu, Instant::now()),
             routes,
             peers: BTreeMap::new(),
             queues,
@@ -184,37 +199,7 @@ impl<B: Backend> DataPlane<B> {
             }
             changed += 1;
             let stats = known.map_or_else(|| PeerStats::new(self.queue_count), |known| known.stats.clone());
-            let mut endpoints = Vec::new();
-            for prefix in prefixes(subnet) {
-                let hop = match self.backend.hop(prefix, attrs, self.underlay) {
-                    Ok(hop) => hop,
-                    Err(reason) => {
-                        routes.remove(prefix);
-                        tracing::warn!(%subnet, %prefix, public_ip = %attrs.public_ip, %reason, "the peer cannot be reached");
-                        continue;
-                    }
-                };
-                let endpoint = crate::dataplane::route::Hop::endpoint(&hop).to_string();
-                if !endpoints.contains(&endpoint) {
-                    endpoints.push(endpoint);
-                }
-                routes.insert(
-                    prefix,
-                    Peer {
-                        hop,
-                        inner_mtu: self.inner_mtu,
-                        stats: stats.clone(),
-                    },
-                );
-            }
-            self.peers.insert(
-                subnet,
-                InstalledPeer {
-                    attrs: attrs.clone(),
-                    endpoints,
-                    stats,
-                },
-            );
+            self.install(&mut routes, subnet, attrs.clone(), stats);
         }
         if changed > 0 || !gone.is_empty() {
             tracing::info!(
@@ -225,6 +210,94 @@ impl<B: Backend> DataPlane<B> {
             );
             self.routes.publish(routes);
         }
+    }
+
+    /// Puts the routes of a peer in, in place of those it had.
+    fn install(
+        &mut self,
+        routes: &mut RouteTable<<B::Encap as Encap>::Hop>,
+        subnet: Subnet,
+        attrs: LeaseAttrs,
+        stats: PeerStats,
+    ) {
+        let mut peer = InstalledPeer {
+            attrs,
+            endpoints: Vec::new(),
+            inner_mtu: self.inner_mtu,
+            whole_mtu: self.inner_mtu,
+            stats,
+        };
+        for prefix in prefixes(subnet) {
+            let hop = match self.backend.hop(prefix, &peer.attrs, self.underlay) {
+                Ok(hop) => hop,
+                Err(reason) => {
+                    routes.remove(prefix);
+                    let public_ip = peer.attrs.public_ip;
+                    tracing::warn!(%subnet, %prefix, %public_ip, %reason, "the peer cannot be reached");
+                    continue;
+                }
+            };
+            let endpoint = hop.endpoint();
+            if !peer.endpoints.contains(&endpoint) {
+                peer.endpoints.push(endpoint);
+            }
+            let overhead = self.backend.overhead(endpoint.ip());
+            let inner_mtu = self
+                .paths
+                .inner_mtu(prefix, endpoint.ip(), overhead, self.inner_mtu);
+            peer.inner_mtu = peer.inner_mtu.min(inner_mtu);
+            let stats = peer.stats.clone();
+            routes.insert(
+                prefix,
+                Peer {
+                    hop,
+                    inner_mtu,
+                    stats,
+                },
+            );
+        }
+        self.peers.insert(subnet, peer);
+    }
+
+    /// When to look at the paths again.
+    pub(super) fn paths_due(&self) -> Instant {
+        self.paths.due()
+    }
+
+    /// Looks whether paths carry less than they did, or more; whether any does.
+    pub(super) fn look_at_paths(&mut self, now: Instant) -> bool {
+        let workers = self.queues.stats().iter();
+        let too_big = workers.map(|stats| stats.counted(Count::PathTooBig)).sum();
+        if !self.paths.wants_survey(too_big, now) {
+            return false;
+        }
+        let endpoints = self.peers.values().flat_map(|peer| &peer.endpoints);
+        let endpoints = endpoints.map(SocketAddr::ip).collect();
+        let changed = self.paths.survey(endpoints, socket::path_mtu, now);
+        if changed.is_empty() {
+            return false;
+        }
+        let concerned: Vec<Subnet> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| {
+                peer.endpoints
+                    .iter()
+                    .any(|endpoint| changed.contains(&endpoint.ip()))
+            })
+            .map(|(subnet, _)| *subnet)
+            .collect();
+        let mut routes = (*self.routes.current()).clone();
+        for subnet in concerned {
+            let Some(InstalledPeer { attrs, stats, .. }) = self.peers.get(&subnet).cloned() else {
+                continue;
+            };
+            self.install(&mut routes, subnet, attrs, stats);
+            let inner_mtu = self.peers.get(&subnet).map_or(0, |peer| peer.inner_mtu.bytes());
+            tracing::info!(%subnet, inner_mtu, "the path to a peer carries another size");
+        }
+        self.routes.publish(routes);
+        true
     }
 }
 

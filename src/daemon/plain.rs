@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use futures_util::StreamExt;
-use tokio::time::sleep_until;
 
 use crate::addr::Prefix;
 use crate::backend::{NoTunnel, Underlay};
@@ -16,10 +15,10 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::control::store::Store;
 use crate::control::{Control, Published};
-use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Wanted};
+use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
 use crate::daemon::report::Report;
-use crate::daemon::{UnusableMtu, announce, families, underlay_interface};
+use crate::daemon::{UnusableMtu, announce, at, families, underlay_interface};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
 use crate::lease::{LeaseAttrs, Subnet};
@@ -82,13 +81,18 @@ pub(super) async fn join<B: NoTunnel>(
     let (publish, published) = control.channels(&config, &lease);
     let maintain = tokio::spawn(control.maintain(publish));
     report.set_plain_node(&backend, &config, &interface, &published, store);
+    let upkeep = if backend.makes_routes() {
+        Upkeep::Always
+    } else {
+        Upkeep::UntilClean
+    };
     let node = Node {
         options,
         backend,
         config: &config,
         interface: &interface,
         underlay: own,
-        routes: KernelRoutes::new(netlink.clone(), networks(&config)),
+        routes: KernelRoutes::new(netlink.clone(), networks(&config), upkeep),
         netlink,
         gone_told: false,
     };
@@ -124,7 +128,12 @@ impl<B: NoTunnel> Node<'_, B> {
             loop {
                 tokio::select! {
                     // The sender lives as long as the daemon: an error here would be the end of the process anyway.
-                    Ok(()) = published.peers.changed() => break,
+                    Ok(()) = published.peers.changed() => {
+                        self.routes.peers_changed();
+                        if self.routes.due().is_none() {
+                            report.set_plain_peers(self.peers(&published.peers.borrow_and_update()));
+                        }
+                    }
                     Ok(()) = published.lease.changed() => {
                         let new = published.lease.borrow_and_update().subnet;
                         if new != own {
@@ -137,7 +146,7 @@ impl<B: NoTunnel> Node<'_, B> {
                     Some(change) = changes.next() => {
                         self.routes.note(&change, &self.interface.name);
                     }
-                    () = sleep_until(self.routes.due()) => break,
+                    () = at(self.routes.due()) => break,
                 }
             }
         }

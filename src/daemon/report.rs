@@ -193,7 +193,8 @@ fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
     let (outbound_packets, outbound_bytes, inbound_packets, inbound_bytes) = peer.stats.totals();
     status::Peer {
         subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
-        endpoints: peer.endpoints.clone(),
+        endpoints: peer.endpoints.iter().map(ToString::to_string).collect(),
+        narrow_mtu: peer.narrow_mtu(),
         outbound_packets,
         outbound_bytes,
         inbound_packets,

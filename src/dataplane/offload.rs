@@ -275,7 +275,12 @@ pub fn finish_for_kernel(
     let pseudo = ip.pseudo(ip.l4_len());
     let l4 = packet.get_mut(ip.l4..)?;
     let field = u16::from_be_bytes(l4.get(at..at + 2)?.try_into().ok()?);
-    let unfinished = field == pseudo.fold();
+    // A kernel's own datagram fills its packet; what one of another length leaves out is in no checksum.
+    let fills = ip.protocol == protocol::TCP
+        || l4
+            .get(udp::LENGTH)
+            .is_some_and(|len| len == to_u16(l4.len()).to_be_bytes());
+    let unfinished = fills && field == pseudo.fold();
     let is_super = ip.protocol == protocol::TCP && ip.total_len > usize::from(inner_mtu.bytes());
     let is_right = || (pseudo + Sum::of(l4)).fold() == 0xffff;
     if !(unfinished || is_super && is_right()) {
@@ -527,6 +532,23 @@ pub(crate) mod tests {
             )
             .is_err()
         );
+    }
+
+    #[test]
+    fn a_datagram_shorter_than_its_packet_is_not_taken_for_half_done() {
+        let mut whole = packet(GsoKind::Udp, 0, b"payload");
+        let ip = IpHeader::parse(&whole).unwrap();
+        let pseudo = ip.pseudo(ip.l4_len()).fold();
+        put16(&mut whole, 26, pseudo);
+        let finish = |packet: &mut [u8]| {
+            let inner_mtu = Mtu::new(1450).unwrap();
+            finish_for_kernel(packet, &ip, inner_mtu, Merge { tcp: true, udp: true })
+        };
+        assert!(finish(&mut whole).is_some());
+        put16(&mut whole, 24, to_u16(ip.l4_len() - 2));
+        let before = whole.clone();
+        assert_eq!(finish(&mut whole), None);
+        assert_eq!(whole, before);
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 //! few cores. *Split*: a thread a direction, for machines with cores to spare. A sleeping thread wakes at least once a second, so that
 //! it lets go of an old route snapshot.
 //!
-//! After requests and responses, a thread looks a little longer before it sleeps ([`Watch`]): being woken costs more than all that is done to a
+//! After requests and responses, a thread looks a little longer before it sleeps (`Watch`): being woken costs more than all that is done to a
 //! small packet. Bulk transfers never get there.
 
 use std::io::{self, PipeReader, PipeWriter};

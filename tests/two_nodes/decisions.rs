@@ -13,7 +13,7 @@ use kersey::dataplane::{DeviceError, SendError};
 use kersey::wire::ip::{Ecn, IpHeader};
 use kersey::wire::virtio::{Gso, GsoKind, VirtioHeader};
 
-use crate::node::{Kind, Node, start, underlay, v4, v6};
+use crate::node::{Kind, Node, NodeOf, Tunnel, start, underlay, v4, v6};
 use crate::packets::{Packet, checksums_hold, dont_fragment, from_peer, refresh_v4};
 
 /// The node under test.
@@ -782,13 +782,19 @@ fn drops_are_counted_against_the_peer_that_sent_even_after_routes_changed() {
 
 /// Whose counter a refusal goes to, besides the worker's.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Blamed {
+pub(crate) enum Blamed {
     Nobody,
     Peer1,
 }
 
 /// Receives a message of one packet and checks that it is counted under `reason` once, and that nothing else happens.
-fn refused(node: &mut Node, what: &str, message: Message, reason: DropReason, blamed: Blamed) {
+pub(crate) fn refused<E: Tunnel>(
+    node: &mut NodeOf<E>,
+    what: &str,
+    message: Message,
+    reason: DropReason,
+    blamed: Blamed,
+) {
     let delivered = node.receive([message], start());
     assert!(delivered.is_empty(), "{what}: delivered");
     assert_eq!(node.drops(), [(reason, 1)], "{what}");

@@ -42,6 +42,8 @@ pub(crate) struct Host {
 
 /// Bytes a socket may have under way, so that bursts become super-packets.
 const BUFFER_BYTES: usize = 256 * 1024;
+/// Longest super-packet, bytes: the kernel leaves room for the headers of its tunnels.
+const LARGEST: usize = 64_360;
 /// Where the server listens.
 const PORT: u16 = 5201;
 
@@ -255,7 +257,7 @@ impl Growing {
             && end == next.header_len
             && next.size > 0
             && next.size <= self.size
-            && self.bytes.len() + next.size <= 65_535
+            && self.bytes.len() + next.size <= LARGEST
             && same(l4, l4 + 4)
             && same(l4 + 8, l4 + 13)
             && same(l4 + 14, l4 + 16)

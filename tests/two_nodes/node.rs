@@ -4,8 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use kersey::addr::{Mtu, Prefix};
+use kersey::addr::{MacAddr, Mtu, Prefix, Vni};
 use kersey::backend::udp::{Udp, UdpHop};
+use kersey::backend::vxlan::{Vxlan, VxlanHop};
+use kersey::dataplane::Encap;
 use kersey::dataplane::coalesce::Merge;
 use kersey::dataplane::forward::IngressCheck;
 use kersey::dataplane::memory::{MemoryDevice, MemoryUnderlay, Message};
@@ -15,15 +17,50 @@ use kersey::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
 use kersey::wire::virtio::VirtioHeader;
 
 /// A node of the overlay 10.244.0.0/16, fd00:244::/48; node *n* has 10.244.n.0/24, fd00:244:0:n::/64 and 192.0.2.n.
-pub(crate) struct Node {
+pub(crate) struct NodeOf<E: Tunnel> {
     /// Its number, 1 to 254.
     pub(crate) number: u8,
     /// Device to underlay.
-    pub(crate) outbound: Outbound<Udp, MemoryDevice, MemoryUnderlay>,
+    pub(crate) outbound: Outbound<E, MemoryDevice, MemoryUnderlay>,
     /// Underlay to device.
-    pub(crate) inbound: Inbound<Udp, MemoryDevice, MemoryUnderlay>,
+    pub(crate) inbound: Inbound<E, MemoryDevice, MemoryUnderlay>,
     /// Its routes.
-    pub(crate) routes: SharedRoutes<UdpHop>,
+    pub(crate) routes: SharedRoutes<E::Hop>,
+}
+
+/// A node of flannel's udp backend, which most tests are about: what they find holds for every encapsulation.
+pub(crate) type Node = NodeOf<Udp>;
+
+/// An encapsulation nodes can speak.
+pub(crate) trait Tunnel: Encap {
+    /// That of node `number`.
+    fn of(number: u8) -> Self;
+
+    /// The way to `prefix` of node `peer`.
+    fn hop(&self, prefix: Prefix, peer: u8) -> Self::Hop;
+}
+
+impl Tunnel for Udp {
+    fn of(_number: u8) -> Self {
+        Self
+    }
+
+    fn hop(&self, _prefix: Prefix, peer: u8) -> UdpHop {
+        UdpHop(underlay(peer))
+    }
+}
+
+impl Tunnel for Vxlan {
+    fn of(number: u8) -> Self {
+        Self {
+            vni: Vni::new(1).unwrap(),
+            mac: mac(number),
+        }
+    }
+
+    fn hop(&self, prefix: Prefix, peer: u8) -> VxlanHop {
+        VxlanHop::new(*self, prefix, mac(peer), underlay(peer))
+    }
 }
 
 /// What a node is like, beyond its number.
@@ -47,7 +84,7 @@ impl Default for Kind {
     }
 }
 
-impl Node {
+impl<E: Tunnel> NodeOf<E> {
     /// A node that knows `peers` by number.
     pub(crate) fn new(number: u8, kind: Kind, peers: &[u8]) -> Self {
         let overlay = Overlay {
@@ -63,20 +100,16 @@ impl Node {
             }),
         };
         let mut table = RouteTable::new(overlay);
+        let encap = E::of(number);
         for &peer in peers {
-            let entry = || Peer {
-                hop: UdpHop(underlay(peer)),
-                inner_mtu: mtu(kind.inner_mtu),
-                stats: PeerStats::new(1),
-            };
-            table.insert(
-                Prefix::V4(format!("10.244.{peer}.0/24").parse().unwrap()),
-                entry(),
-            );
-            table.insert(
-                Prefix::V6(format!("fd00:244:0:{peer:x}::/64").parse().unwrap()),
-                entry(),
-            );
+            for prefix in prefixes(peer) {
+                let entry = Peer {
+                    hop: encap.hop(prefix, peer),
+                    inner_mtu: mtu(kind.inner_mtu),
+                    stats: PeerStats::new(1),
+                };
+                table.insert(prefix, entry);
+            }
         }
         let routes = SharedRoutes::new(table);
         let edges = || (MemoryDevice::new(kind.merge), MemoryUnderlay::new());
@@ -84,14 +117,14 @@ impl Node {
         let options = InboundOptions {
             check: kind.check,
             verify_inner: false,
-            inner_mtu: Mtu::new(1472).unwrap(),
+            inner_mtu: mtu(kind.inner_mtu),
             clamp_mss: false,
         };
         let start = start();
         Self {
             number,
-            outbound: Outbound::new(Udp, edges(), routes.reader(), stats(), start),
-            inbound: Inbound::new(Udp, edges(), routes.reader(), stats(), options, start),
+            outbound: Outbound::new(encap.clone(), edges(), routes.reader(), stats(), start),
+            inbound: Inbound::new(encap, edges(), routes.reader(), stats(), options, start),
             routes,
         }
     }
@@ -168,6 +201,19 @@ pub(crate) fn v4(number: u8, host: u8) -> IpAddr {
 /// An IPv6 address in the subnet of node `number`.
 pub(crate) fn v6(number: u8, host: u8) -> IpAddr {
     IpAddr::from([0xfd00, 0x244, 0, u16::from(number), 0, 0, 0, u16::from(host)])
+}
+
+/// The subnets of node `number`.
+pub(crate) fn prefixes(number: u8) -> [Prefix; 2] {
+    [
+        Prefix::V4(format!("10.244.{number}.0/24").parse().unwrap()),
+        Prefix::V6(format!("fd00:244:0:{number:x}::/64").parse().unwrap()),
+    ]
+}
+
+/// The Ethernet address of node `number`.
+pub(crate) fn mac(number: u8) -> MacAddr {
+    [0x02, 0x11, 0x22, 0x33, 0x44, number].into()
 }
 
 /// An MTU that is one.

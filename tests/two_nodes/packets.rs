@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use etherparse::PacketBuilder;
+use etherparse::{IpHeaders, PacketBuilder, PacketBuilderStep};
 use kersey::dataplane::memory::Message;
 use kersey::wire::checksum::Sum;
 use kersey::wire::ip::{Addrs, Ecn, IpHeader, verify_v4_header};
@@ -38,20 +38,35 @@ impl Packet {
 
     /// As UDP, without DF.
     pub(crate) fn udp(self) -> Vec<u8> {
-        let payload: Vec<u8> = (0..self.payload).map(|n| n as u8).collect();
         let mut out = Vec::new();
-        let builder = match (self.src, self.dst) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => PacketBuilder::ipv4(src.octets(), dst.octets(), self.ttl),
-            (IpAddr::V6(src), IpAddr::V6(dst)) => PacketBuilder::ipv6(src.octets(), dst.octets(), self.ttl),
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("families mixed"),
-        };
-        builder.udp(self.port, 2000).write(&mut out, &payload).unwrap();
+        let builder = self.ip().udp(self.port, 2000);
+        builder.write(&mut out, &self.bytes()).unwrap();
         if out[0] >> 4 == 4 {
             // etherparse sets DF; pods' datagrams mostly lack it.
             out[6] &= !0x40;
             refresh_v4(&mut out);
         }
         out
+    }
+
+    /// As TCP data, with DF.
+    pub(crate) fn tcp(self) -> Vec<u8> {
+        let mut out = Vec::new();
+        let builder = self.ip().tcp(self.port, 2000, 12_345, 500).ack(77);
+        builder.write(&mut out, &self.bytes()).unwrap();
+        out
+    }
+
+    fn ip(self) -> PacketBuilderStep<IpHeaders> {
+        match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => PacketBuilder::ipv4(src.octets(), dst.octets(), self.ttl),
+            (IpAddr::V6(src), IpAddr::V6(dst)) => PacketBuilder::ipv6(src.octets(), dst.octets(), self.ttl),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("families mixed"),
+        }
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        (0..self.payload).map(|n| n as u8).collect()
     }
 }
 

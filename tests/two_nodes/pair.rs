@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
+use kersey::backend::udp::Udp;
+use kersey::backend::vxlan::Vxlan;
 use kersey::dataplane::coalesce::Merge;
-use kersey::dataplane::stats::Count;
+use kersey::dataplane::memory::Message;
+use kersey::dataplane::stats::{Count, DropReason};
+use kersey::wire::ip::{Ecn, IpHeader};
 use kersey::wire::virtio::GsoKind;
+use kersey::wire::vxlan::HEADERS_LEN;
 
 use crate::host::{Host, Sends};
-use crate::node::{Kind, Node, start, v4, v6};
+use crate::node::{Kind, NodeOf, Tunnel, prefixes, start, underlay, v4, v6};
 use crate::wire::{Impairment, Random, Wire};
 
 /// The family inside the tunnel.
@@ -19,9 +24,41 @@ pub(crate) enum Family {
     V6,
 }
 
+/// The encapsulation between the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Over {
+    /// flannel's udp backend.
+    Udp,
+    /// flannel's vxlan backend.
+    Vxlan,
+}
+
+impl Over {
+    /// Bytes it puts before a packet.
+    pub(crate) fn header_len(self) -> usize {
+        match self {
+            Self::Udp => 0,
+            Self::Vxlan => HEADERS_LEN,
+        }
+    }
+}
+
+/// Who sends what the first host sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// A Kersey node.
+    Kersey,
+    /// A kernel with the same encapsulation on the same machine: super-packets and half-done checksums go on the wire as they are.
+    Kernel,
+}
+
 /// What a transfer is like.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Transfer {
+    /// What is between the nodes.
+    pub(crate) over: Over,
+    /// Who sends.
+    pub(crate) sender: Sender,
     /// The family inside.
     pub(crate) family: Family,
     /// Bytes from the first host to the second.
@@ -45,6 +82,8 @@ pub(crate) struct Transfer {
 impl Default for Transfer {
     fn default() -> Self {
         Self {
+            over: Over::Udp,
+            sender: Sender::Kersey,
             family: Family::V4,
             forth: 1_000_000,
             back: 0,
@@ -60,12 +99,37 @@ impl Default for Transfer {
 
 /// What became of a transfer whose bytes all arrived.
 pub(crate) struct Outcome {
-    /// Both nodes, to ask for their counters.
-    pub(crate) nodes: [Node; 2],
+    /// What both nodes counted.
+    pub(crate) nodes: [Counters; 2],
     /// The wire, to ask for its counters.
     pub(crate) wire: Wire,
     /// Simulated time it took.
     pub(crate) took: Duration,
+}
+
+/// What a node counted.
+pub(crate) struct Counters {
+    counts: Vec<u64>,
+    drops: Vec<(DropReason, u64)>,
+}
+
+impl Counters {
+    fn of<E: Tunnel>(node: &NodeOf<E>) -> Self {
+        Self {
+            counts: Count::ALL.iter().map(|&what| node.counted(what)).collect(),
+            drops: node.drops(),
+        }
+    }
+
+    /// A count over both directions.
+    pub(crate) fn counted(&self, what: Count) -> u64 {
+        self.counts[what as usize]
+    }
+
+    /// The reasons anything was dropped for, with how often.
+    pub(crate) fn drops(&self) -> &[(DropReason, u64)] {
+        &self.drops
+    }
 }
 
 impl Outcome {
@@ -81,12 +145,19 @@ const DEADLINE: Duration = Duration::from_secs(4 * 3600);
 impl Transfer {
     /// Carries the bytes, and panics if they do not all arrive as they were sent.
     pub(crate) fn run(self) -> Outcome {
+        match self.over {
+            Over::Udp => self.run_over::<Udp>(),
+            Over::Vxlan => self.run_over::<Vxlan>(),
+        }
+    }
+
+    fn run_over<E: Tunnel>(self) -> Outcome {
         let kind = Kind {
             merge: self.merge,
             inner_mtu: self.inner_mtu,
             ..Kind::default()
         };
-        let mut nodes = [Node::new(1, kind, &[2]), Node::new(2, kind, &[1])];
+        let mut nodes = [NodeOf::<E>::new(1, kind, &[2]), NodeOf::<E>::new(2, kind, &[1])];
         nodes[1].inbound.device().refuses = self.refuses.to_vec();
         let address = |number| match self.family {
             Family::V4 => v4(number, 2),
@@ -105,7 +176,7 @@ impl Transfer {
         let mut wire = Wire::new(self.wire, self.seed);
         let mut now = Duration::ZERO;
         while !(hosts[1].has_all() && (self.back == 0 || hosts[0].has_all())) {
-            let moved = step(now, &mut nodes, &mut hosts, &mut wire);
+            let moved = self.step(now, &mut nodes, &mut hosts, &mut wire);
             if moved {
                 continue;
             }
@@ -119,36 +190,65 @@ impl Transfer {
         }
         while let Some(next) = wire.next_arrival() {
             now = now.max(next);
-            step(now, &mut nodes, &mut hosts, &mut wire);
+            self.step(now, &mut nodes, &mut hosts, &mut wire);
         }
         assert!(hosts[1].received == forth, "bytes forth differ: {self:?}");
         assert!(hosts[0].received == back, "bytes back differ: {self:?}");
         Outcome {
-            nodes,
+            nodes: nodes.map(|node| Counters::of(&node)),
             wire,
             took: now,
         }
     }
+
+    /// Lets everything due at `now` happen once; whether anything did.
+    fn step<E: Tunnel>(
+        self,
+        now: Duration,
+        nodes: &mut [NodeOf<E>; 2],
+        hosts: &mut [Host; 2],
+        wire: &mut Wire,
+    ) -> bool {
+        let mut moved = false;
+        for (node, host) in nodes.iter_mut().zip(hosts.iter_mut()) {
+            let messages = wire.arrivals(now, node.underlay());
+            moved |= !messages.is_empty();
+            for (_, packet) in node.receive(messages, start() + now) {
+                host.receive(packet);
+            }
+            let packets = host.poll(now);
+            moved |= !packets.is_empty();
+            let messages = match (self.sender, node.number) {
+                (Sender::Kernel, 1) => packets
+                    .into_iter()
+                    .map(|(_, packet)| sent_by_kernel::<E>(&packet))
+                    .collect(),
+                (Sender::Kernel | Sender::Kersey, _) => node.send(packets, start() + now),
+            };
+            for message in messages {
+                wire.carry(now, node.underlay(), &message);
+            }
+            assert!(
+                node.outbound.device().answers.is_empty() && node.inbound.device().answers.is_empty(),
+                "an ICMP error"
+            );
+        }
+        moved
+    }
 }
 
-/// Lets everything due at `now` happen once; whether anything did.
-fn step(now: Duration, nodes: &mut [Node; 2], hosts: &mut [Host; 2], wire: &mut Wire) -> bool {
-    let mut moved = false;
-    for (node, host) in nodes.iter_mut().zip(hosts.iter_mut()) {
-        let messages = wire.arrivals(now, node.underlay());
-        moved |= !messages.is_empty();
-        for (_, packet) in node.receive(messages, start() + now) {
-            host.receive(packet);
-        }
-        let packets = host.poll(now);
-        moved |= !packets.is_empty();
-        for message in node.send(packets, start() + now) {
-            wire.carry(now, node.underlay(), &message);
-        }
-        assert!(
-            node.outbound.device().answers.is_empty() && node.inbound.device().answers.is_empty(),
-            "an ICMP error"
-        );
+/// A packet of node 1 to node 2 as a kernel without a network card puts it on the wire.
+fn sent_by_kernel<E: Tunnel>(packet: &[u8]) -> Message {
+    let encap = E::of(1);
+    let [v4, v6] = prefixes(2);
+    let hop = encap.hop(if packet[0] >> 4 == 4 { v4 } else { v6 }, 2);
+    let mut bytes = vec![0; encap.header_len(&hop)];
+    encap.push(&hop, packet.len(), &mut bytes);
+    bytes.extend_from_slice(packet);
+    Message {
+        addr: underlay(2),
+        segment_size: bytes.len(),
+        ecn: Ecn::of(IpHeader::parse(packet).unwrap().tos),
+        bytes,
     }
-    moved
 }

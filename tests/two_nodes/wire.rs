@@ -70,6 +70,7 @@ pub(crate) struct Wire {
 struct Flying {
     from: SocketAddr,
     to: SocketAddr,
+    ecn: Ecn,
     bytes: Vec<u8>,
 }
 
@@ -109,6 +110,7 @@ impl Wire {
                     Flying {
                         from,
                         to: message.addr,
+                        ecn: message.ecn,
                         bytes: bytes.clone(),
                     },
                 );
@@ -125,12 +127,12 @@ impl Wire {
         let keys: Vec<_> = due.map(|(&key, _)| key).collect();
         let mut messages: VecDeque<Message> = VecDeque::new();
         for key in keys {
-            let Some(Flying { from, bytes, .. }) = self.flying.remove(&key) else {
+            let Some(Flying { from, bytes, ecn, .. }) = self.flying.remove(&key) else {
                 continue;
             };
             if let Some(run) = messages.back_mut()
                 && self.impairment.receives == Receives::Runs
-                && joins(run, from, bytes.len())
+                && joins(run, from, ecn, bytes.len())
             {
                 run.bytes.extend_from_slice(&bytes);
                 continue;
@@ -138,7 +140,7 @@ impl Wire {
             messages.push_back(Message {
                 addr: from,
                 segment_size: bytes.len(),
-                ecn: Ecn::NotEct,
+                ecn,
                 bytes,
             });
         }
@@ -152,9 +154,9 @@ impl Wire {
 }
 
 /// Whether the kernel would coalesce a datagram of `len` bytes into `run`.
-fn joins(run: &Message, from: SocketAddr, len: usize) -> bool {
+fn joins(run: &Message, from: SocketAddr, ecn: Ecn, len: usize) -> bool {
     let full = run.bytes.len().is_multiple_of(run.segment_size);
-    run.addr == from
+    (run.addr, run.ecn) == (from, ecn)
         && full
         && len <= run.segment_size
         && run.bytes.len() + len <= 65_507
