@@ -175,6 +175,24 @@ fn a_vxlan_device_and_its_neighbours_are_made_as_flannel_makes_them() {
                 .await?;
             netlink.set_fdb(link.index, mac, "192.0.2.2".parse()?).await?;
         }
+        // Another place for the same address replaces the first.
+        netlink.set_fdb(link.index, mac, "192.0.2.3".parse()?).await?;
+        netlink
+            .add_address(underlay_index, "192.0.2.9".parse()?, 24)
+            .await?;
+        netlink
+            .set_vxlan_local("flannel.1", 1, "192.0.2.9".parse()?)
+            .await?;
+        let other_family = netlink
+            .set_vxlan_local("flannel.1", 1, "2001:db8::9".parse()?)
+            .await;
+        assert!(other_family.is_err(), "a device over IPv4 has no IPv6 address");
+        for _ in 0..2 {
+            netlink
+                .delete_neighbour(link.index, "10.244.2.0".parse()?)
+                .await?;
+            netlink.delete_fdb(link.index, mac).await?;
+        }
         Ok(())
     });
 }

@@ -491,3 +491,49 @@ pub fn end_processes(pids: &[u32], mark: &str) -> Result<usize> {
     ensure!(!ours.iter().any(is_ours), "a process of the lab does not end");
     Ok(ours.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_network_is_one_a_node_takes() {
+        for (text, kind, settings, dual) in [
+            (
+                ClusterPlan::network("udp", false),
+                "udp",
+                r#"{"Type":"udp"}"#,
+                false,
+            ),
+            (
+                ClusterPlan::network("vxlan", true),
+                "vxlan",
+                r#"{"Port":8472,"Type":"vxlan","VNI":1}"#,
+                true,
+            ),
+            (
+                ClusterPlan::vxlan_network(7, 4789, false),
+                "vxlan",
+                r#"{"Port":4789,"Type":"vxlan","VNI":7}"#,
+                false,
+            ),
+        ] {
+            let network = NetworkConfig::parse(&text).expect(&text);
+            assert_eq!(
+                (network.v4.is_some(), network.v6.is_some()),
+                (true, dual),
+                "{text}"
+            );
+            assert_eq!(network.backend.kind, kind);
+            assert_eq!(network.backend.json, settings);
+        }
+    }
+
+    #[test]
+    fn pods_have_the_third_address() {
+        let pod = |subnet| pod_address(subnet).unwrap().to_string();
+        assert_eq!(pod("10.244.7.0/24"), "10.244.7.2");
+        assert_eq!(pod("fd00:10:244:7::/64"), "fd00:10:244:7::2");
+        assert!(pod_address("10.244.7.0").is_err());
+    }
+}

@@ -13,7 +13,8 @@
 //! What counts are sequence numbers: a datagram that was sent (or that the sender's own kernel refused) and has not
 //! arrived whole is lost. A trial says something only if the sender kept the rate within 2 %; a rate it cannot
 //! keep is the end of what can be tried, and the result says so ([`Limit::Sender`]). On a shared machine any trial can
-//! lose a datagram to somebody else's work, so a rate has failed when two trials have.
+//! lose a datagram to somebody else's work, and keep a sender from sending: so a rate has failed when two trials have,
+//! and cannot be kept when it was not in any of three.
 //!
 //! The search is pure: trials come from a closure. [`LossFree::run`] makes them with a [`Flood`].
 
@@ -29,8 +30,10 @@ use crate::lab::traffic::udp::{Flood, FloodReport};
 const KEPT: f64 = 0.02;
 /// Share of datagrams the partial-drop rate may lose.
 const PARTIAL_DROP: f64 = 0.005;
-/// Trials of a rate before it has failed.
-const TRIES: usize = 2;
+/// Trials that fail before their rate has.
+const FAILURES: usize = 2;
+/// Trials of a rate, those included that say nothing.
+const TRIES: usize = 3;
 /// Slowest rate tried, datagrams a second: a link that loses at this one does not work.
 const SLOWEST: u32 = 100;
 /// Fastest rate tried: beyond 10 Gbit/s of smallest Ethernet frames there is no use in one flow of sockets.
@@ -206,18 +209,23 @@ impl Trial {
     }
 }
 
-/// What the trials of one rate say together: one that passed is enough, and [`TRIES`] that did not.
+/// What the trials of one rate say together: one that passed is enough, as are [`FAILURES`] that failed, or [`TRIES`] of
+/// any outcome.
 fn verdict(trials: &[Trial], rate: u32, tolerance: f64) -> Verdict {
     let verdicts: Vec<_> = trials
         .iter()
         .filter(|trial| trial.rate == rate)
         .map(|trial| trial.verdict(tolerance))
         .collect();
+    let failures = verdicts
+        .iter()
+        .filter(|verdict| **verdict == Verdict::Failed)
+        .count();
     if verdicts.contains(&Verdict::Passed) {
         Verdict::Passed
-    } else if verdicts.len() < TRIES {
+    } else if failures < FAILURES && verdicts.len() < TRIES {
         Verdict::Open
-    } else if verdicts.contains(&Verdict::Failed) {
+    } else if failures > 0 {
         Verdict::Failed
     } else {
         Verdict::NotOffered
@@ -366,6 +374,31 @@ mod tests {
         trial.lost = 1;
         assert_eq!(trial.verdict(0.0), Verdict::Failed);
         assert_eq!(trial.verdict(0.005), Verdict::Passed);
+    }
+
+    #[test]
+    fn trials_of_one_rate_decide_together() {
+        let trial = |sent_per_s, lost| Trial {
+            sent_per_s,
+            lost,
+            ..SOUND.trial(100_000)
+        };
+        let (passed, failed, slow) = (trial(1e5, 0), trial(1e5, 1), trial(5e4, 0));
+        for (trials, expected) in [
+            (vec![], Verdict::Open),
+            (vec![&passed], Verdict::Passed),
+            (vec![&failed], Verdict::Open),
+            (vec![&failed, &passed], Verdict::Passed),
+            (vec![&failed, &failed], Verdict::Failed),
+            (vec![&slow, &slow], Verdict::Open),
+            (vec![&slow, &slow, &slow], Verdict::NotOffered),
+            (vec![&slow, &failed], Verdict::Open),
+            (vec![&slow, &slow, &failed], Verdict::Failed),
+            (vec![&slow, &slow, &passed], Verdict::Passed),
+        ] {
+            let trials: Vec<_> = trials.into_iter().cloned().collect();
+            assert_eq!(verdict(&trials, 100_000, 0.0), expected, "{trials:#?}");
+        }
     }
 
     proptest! {
