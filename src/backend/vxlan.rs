@@ -178,11 +178,12 @@ impl VxlanBackend {
         format!(r#"{{"VNI":{},"VtepMAC":"{}"}}"#, self.vni, self.mac)
     }
 
-    /// The Ethernet address of the peer for `prefix`. Where a peer has one family's data only, its one device serves both.
-    fn peer_mac(&self, prefix: Prefix, attrs: &LeaseAttrs) -> Result<MacAddr, Unreachable> {
-        let (own, other) = match prefix {
-            Prefix::V4(_) => (&attrs.backend_data, &attrs.backend_v6_data),
-            Prefix::V6(_) => (&attrs.backend_v6_data, &attrs.backend_data),
+    /// The Ethernet address of the peer's device behind `endpoint`: a kernel has one for each family of the underlay, whatever is inside.
+    /// Where a peer has one family's data only, its one device serves both.
+    fn peer_mac(&self, endpoint: IpAddr, attrs: &LeaseAttrs) -> Result<MacAddr, Unreachable> {
+        let (own, other) = match endpoint {
+            IpAddr::V4(_) => (&attrs.backend_data, &attrs.backend_v6_data),
+            IpAddr::V6(_) => (&attrs.backend_v6_data, &attrs.backend_data),
         };
         let data = own.as_ref().or(other.as_ref()).ok_or(Unreachable::NoData)?;
         let object = Object::parse(data, LeaseAttrs::MAX_BYTES)?;
@@ -275,9 +276,74 @@ impl Backend for VxlanBackend {
         if attrs.backend_type != KIND {
             return Err(Unreachable::OtherBackend(attrs.backend_type.clone()));
         }
-        let mac = self.peer_mac(prefix, attrs)?;
         let addr = peer_address(prefix, attrs, underlay).ok_or(Unreachable::NoAddress)?;
+        let mac = self.peer_mac(addr, attrs)?;
         let endpoint = SocketAddr::new(addr, self.port);
         Ok(VxlanHop::new(self.encap(), prefix, mac, endpoint))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_station_is_that_of_the_device_behind_the_address() {
+        let own = MacAddr::from([2, 0, 0, 0, 0, 1]);
+        let (four, six) = (MacAddr::from([2, 0, 0, 0, 0, 4]), MacAddr::from([2, 0, 0, 0, 0, 6]));
+        let backend = VxlanBackend::parse("{}", own).unwrap();
+        let data = |mac: Option<MacAddr>| mac.map(|mac| format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#));
+        let inside = [
+            Prefix::V4("10.244.2.0/24".parse().unwrap()),
+            Prefix::V6("fd00:244:2::/64".parse().unwrap()),
+        ];
+        let (v4, v6) = (Some([192, 0, 2, 1].into()), "2001:db8::1".parse().ok());
+        let (addr_v4, addr_v6): (IpAddr, IpAddr) =
+            ([192, 0, 2, 2].into(), "2001:db8::2".parse().unwrap());
+        for (what, underlay, published, expected) in [
+            (
+                "each family by itself",
+                Underlay { v4, v6 },
+                [Some(four), Some(six)],
+                [(addr_v4, four), (addr_v6, six)],
+            ),
+            (
+                "our underlay is IPv4",
+                Underlay { v4, v6: None },
+                [Some(four), Some(six)],
+                [(addr_v4, four); 2],
+            ),
+            (
+                "our underlay is IPv6",
+                Underlay { v4: None, v6 },
+                [Some(four), Some(six)],
+                [(addr_v6, six); 2],
+            ),
+            (
+                "one device, named under IPv4",
+                Underlay { v4, v6 },
+                [Some(four), None],
+                [(addr_v4, four), (addr_v6, four)],
+            ),
+            (
+                "one device, named under IPv6",
+                Underlay { v4, v6: None },
+                [None, Some(six)],
+                [(addr_v4, six); 2],
+            ),
+        ] {
+            let attrs = LeaseAttrs {
+                public_ip: [192, 0, 2, 2].into(),
+                public_ipv6: "2001:db8::2".parse().ok(),
+                backend_type: KIND.to_owned(),
+                backend_data: data(published[0]),
+                backend_v6_data: data(published[1]),
+            };
+            for (prefix, (addr, mac)) in inside.into_iter().zip(expected) {
+                let endpoint = SocketAddr::new(addr, DEFAULT_PORT);
+                let hop = VxlanHop::new(backend.encap(), prefix, mac, endpoint);
+                assert_eq!(backend.hop(prefix, &attrs, underlay), Ok(hop), "{what}, {prefix}");
+            }
+        }
     }
 }
