@@ -11,7 +11,7 @@
 //! Of the settings, `GBP` and `Learning` concern the kernel's device and have no meaning here: the group policy bits are read over and never
 //! sent, and addresses come from leases alone.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
 use crate::backend::{
