@@ -4,18 +4,14 @@
 //!   pod eth0, link MTU ─ veth ─ node 1 ─ flannel0, MTU of the overlay ⋯ node 2 ─ pod address on lo
 //! ```
 
-use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::time::Duration;
 
-use kersey::addr::{Ipv4Prefix, Mtu};
-use kersey::host::netlink::{Gateway, Route};
-use kersey::lab::netns::Namespace;
-use kersey::lab::traffic::End;
+use kersey::addr::Mtu;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::tcp::Verified;
 
-use crate::overlay::{Blueprint, Overlay};
+use crate::overlay::Blueprint;
+use crate::support::pod::Pod;
 use crate::support::require_root;
 
 /// IPv4 and ICMP echo headers.
@@ -48,9 +44,14 @@ fn try_sizes(tag: &str, link_mtu: u16) {
     let overlay = blueprint.start();
     let inner = usize::from(overlay.status(1).node.inner_mtu);
     assert_eq!(inner, usize::from(link_mtu) - 28);
-    let pod = Pod::behind(&overlay, 1, tag, link_mtu);
+    let pod = Pod::behind(
+        overlay.namespace(1),
+        &overlay.status(1).node.subnets,
+        tag,
+        link_mtu,
+    );
     let far = overlay.pod(2);
-    for (name, from) in [("node", overlay.pod(1)), ("pod", pod.end())] {
+    for (name, from) in [("node", overlay.pod(1)), ("pod", pod.ends()[0])] {
         for dont_fragment in [true, false] {
             // Path MTU discovery off means DF clear. With it on, a sender knows after one lost packet what fits.
             let off = if dont_fragment { "0" } else { "1" };
@@ -80,53 +81,5 @@ fn try_sizes(tag: &str, link_mtu: u16) {
     }
     for nth in [1, 2] {
         overlay.assert_no_drops(nth);
-    }
-}
-
-/// A namespace behind a node, as a container has it, with a link MTU larger than the overlay's.
-struct Pod {
-    namespace: Namespace,
-    addr: IpAddr,
-}
-
-impl Pod {
-    fn behind(overlay: &Overlay, nth: usize, tag: &str, mtu: u16) -> Self {
-        let subnet: Ipv4Prefix = overlay.subnet(nth);
-        let host = |low: u32| std::net::Ipv4Addr::from_bits(subnet.addr().to_bits() + low);
-        let (gateway, addr) = (host(1), host(9));
-        let name = format!("kersey-{}-{tag}-pod", std::process::id());
-        let namespace = Namespace::create(&name).unwrap();
-        let far = namespace.open().unwrap();
-        let node = overlay.namespace(nth);
-        node.sysctl("ipv4/ip_forward", "1").unwrap();
-        node.netlink(async |netlink| {
-            netlink.add_veth("pod", "eth0", Some(far.as_fd())).await?;
-            let index = netlink.link("pod").await?.index;
-            netlink.set_mtu(index, mtu.into()).await?;
-            netlink.set_up(index).await?;
-            netlink.add_address(index, gateway.into(), subnet.len()).await?;
-            Ok(())
-        })
-        .unwrap();
-        namespace
-            .netlink(async |netlink| {
-                let index = netlink.link("eth0").await?.index;
-                netlink.set_mtu(index, mtu.into()).await?;
-                netlink.set_up(index).await?;
-                netlink.add_address(index, addr.into(), subnet.len()).await?;
-                let everywhere = Ipv4Prefix::new(std::net::Ipv4Addr::UNSPECIFIED, 0)?;
-                let mut route = Route::direct(everywhere.into(), index);
-                route.gateway = Gateway::Via(gateway.into());
-                Ok(netlink.replace_route(&route).await?)
-            })
-            .unwrap();
-        Self {
-            namespace,
-            addr: addr.into(),
-        }
-    }
-
-    fn end(&self) -> End<'_> {
-        End::new(&self.namespace, self.addr)
     }
 }

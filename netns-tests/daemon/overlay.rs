@@ -53,6 +53,7 @@ pub(crate) struct Blueprint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Underlay {
     Both,
+    V4Only,
     V6Only,
 }
 
@@ -81,13 +82,17 @@ impl Blueprint {
     /// Builds the lab, starts the store, and nothing else.
     pub(crate) fn build(self) -> Overlay {
         let lab = self.lab.build().unwrap();
-        if self.underlay == Underlay::V6Only {
-            for node in &lab.nodes {
-                let addr = node.v4;
+        for node in &lab.nodes {
+            let missing: Option<(IpAddr, u8)> = match self.underlay {
+                Underlay::Both => None,
+                Underlay::V4Only => Some((node.v6.into(), 64)),
+                Underlay::V6Only => Some((node.v4.into(), 24)),
+            };
+            if let Some((addr, len)) = missing {
                 node.namespace
                     .netlink(async |netlink| {
                         let index = netlink.link(INTERFACE).await?.index;
-                        Ok(netlink.delete_address(index, addr.into(), 24).await?)
+                        Ok(netlink.delete_address(index, addr, len).await?)
                     })
                     .unwrap();
             }
@@ -286,9 +291,10 @@ impl Overlay {
         fs::read_to_string(self.nodes[nth - 1].child.log()).unwrap()
     }
 
-    fn etcd_place(&self) -> String {
+    /// Where etcd is.
+    pub(crate) fn etcd_place(&self) -> String {
         match self.blueprint.underlay {
-            Underlay::Both => format!("http://{HUB_V4}:2379"),
+            Underlay::Both | Underlay::V4Only => format!("http://{HUB_V4}:2379"),
             Underlay::V6Only => format!("http://[{HUB_V6}]:2379"),
         }
     }

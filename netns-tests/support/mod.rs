@@ -1,5 +1,10 @@
 //! What every test in real namespaces needs.
 
+#[allow(dead_code, reason = "not every test binary has containers")]
+pub(crate) mod pod;
+#[allow(dead_code, reason = "not every test binary listens in")]
+pub(crate) mod sniffer;
+
 use nix::unistd::Uid;
 
 /// Whether this process may make namespaces.

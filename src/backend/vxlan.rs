@@ -11,7 +11,7 @@
 //! Of the settings, `GBP` and `Learning` concern the kernel's device and have no meaning here: the group policy bits are read over and never
 //! sent, and addresses come from leases alone.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
 use crate::backend::{
@@ -290,7 +290,10 @@ mod tests {
     #[test]
     fn the_station_is_that_of_the_device_behind_the_address() {
         let own = MacAddr::from([2, 0, 0, 0, 0, 1]);
-        let (four, six) = (MacAddr::from([2, 0, 0, 0, 0, 4]), MacAddr::from([2, 0, 0, 0, 0, 6]));
+        let (four, six) = (
+            MacAddr::from([2, 0, 0, 0, 0, 4]),
+            MacAddr::from([2, 0, 0, 0, 0, 6]),
+        );
         let backend = VxlanBackend::parse("{}", own).unwrap();
         let data = |mac: Option<MacAddr>| mac.map(|mac| format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#));
         let inside = [
@@ -298,8 +301,7 @@ mod tests {
             Prefix::V6("fd00:244:2::/64".parse().unwrap()),
         ];
         let (v4, v6) = (Some([192, 0, 2, 1].into()), "2001:db8::1".parse().ok());
-        let (addr_v4, addr_v6): (IpAddr, IpAddr) =
-            ([192, 0, 2, 2].into(), "2001:db8::2".parse().unwrap());
+        let (addr_v4, addr_v6): (IpAddr, IpAddr) = ([192, 0, 2, 2].into(), "2001:db8::2".parse().unwrap());
         for (what, underlay, published, expected) in [
             (
                 "each family by itself",

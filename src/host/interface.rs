@@ -397,6 +397,8 @@ impl Host {
             .filter(|held| {
                 !held.addr.is_loopback() && !held.addr.is_multicast() && !held.addr.is_unspecified()
             })
+            // It means nothing without its interface: nobody could send to it.
+            .filter(|held| as_v6(held.addr).is_none_or(|addr| !addr.is_unicast_link_local()))
             .collect();
         held.sort_by_key(|held| {
             // Linux gives IFA_F_SECONDARY and IFA_F_TEMPORARY one bit: v4 secondary, v6 privacy address.
@@ -546,6 +548,14 @@ mod tests {
             public_ipv6: None,
             families: Families::V4,
         }
+    }
+
+    #[test]
+    fn a_link_local_ipv6_address_is_none() {
+        let mut host = host();
+        host.addresses
+            .retain(|held| held.addr != IpAddr::V6("2001:db8:1::1".parse().unwrap()));
+        assert_eq!(host.candidates(2), [IpAddr::V4(v4("192.0.2.1"))]);
     }
 
     /// lo; eth0 with the default routes, a deprecated address first and a link-local one before the global one;
