@@ -524,7 +524,7 @@ mod tests {
                 (true, dual),
                 "{text}"
             );
-            assert_eq!(network.backend.kind, kind);
+            assert_eq!(network.backend.kind.as_deref(), Some(kind));
             assert_eq!(network.backend.json, settings);
         }
     }
