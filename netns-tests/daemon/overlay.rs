@@ -53,7 +53,10 @@ pub(crate) struct Blueprint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Underlay {
     Both,
-    #[allow(dead_code, reason = "the interoperation tests build such labs, and share this file")]
+    #[allow(
+        dead_code,
+        reason = "the interoperation tests build such labs, and share this file"
+    )]
     V4Only,
     V6Only,
 }

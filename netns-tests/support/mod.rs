@@ -1,8 +1,16 @@
 //! What every test in real namespaces needs.
 
-#[allow(dead_code, reason = "not every test binary has containers")]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "not every test binary has containers; a test says what went wrong by panicking"
+)]
 pub(crate) mod pod;
-#[allow(dead_code, reason = "not every test binary listens in")]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "not every test binary listens in; a test says what went wrong by panicking"
+)]
 pub(crate) mod sniffer;
 
 use nix::unistd::Uid;
