@@ -7,6 +7,7 @@
 pub mod checksum;
 pub mod icmp;
 pub mod ip;
+pub mod srv6;
 pub mod transport;
 pub mod virtio;
 pub mod vxlan;
