@@ -30,6 +30,7 @@ use crate::dataplane::stats::{DropReason, WorkerStats};
 
 pub mod coalesce;
 pub mod datagram;
+pub mod endpoint;
 pub mod forward;
 pub mod memory;
 pub mod offload;

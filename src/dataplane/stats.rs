@@ -91,6 +91,40 @@ named! {
         NotIp = "not_ip",
         /// EtherType and IP version disagree.
         EthertypeMismatch = "ethertype_mismatch",
+        /// The outer destination is none of our SIDs.
+        UnknownSid = "unknown_sid",
+        /// The outer source of an SRv6 packet is neither a peer nor in the segment routing domain (RFC 8754 §5.1).
+        OutsideDomain = "outside_domain",
+        /// The next segment of an SRv6 packet is not in the segment routing domain.
+        SegmentOutsideDomain = "segment_outside_domain",
+        /// A routing header of a type other than segment routing.
+        RoutingType = "routing_type",
+        /// A segment routing header that is shorter than it says.
+        BadRoutingHeader = "bad_routing_header",
+        /// A segment routing header whose list is longer than the header.
+        BadLastEntry = "bad_last_entry",
+        /// A segment routing header with more segments left than there are.
+        BadSegmentsLeft = "bad_segments_left",
+        /// A TLV that reaches beyond its segment routing header.
+        BadTlv = "bad_tlv",
+        /// Segments left at a SID where every path ends.
+        SegmentsLeft = "segments_left",
+        /// What the SID does not take: IPv6 where IPv4 belongs, a transport header, a path that does not go on.
+        SidUpperLayer = "sid_upper_layer",
+        /// The hop limit of an SRv6 packet ran out here; answered with time exceeded.
+        SidHopLimit = "sid_hop_limit",
+        /// An HMAC is required, and the packet has none.
+        HmacMissing = "hmac_missing",
+        /// The HMAC is made with a key that we do not have.
+        HmacUnknownKey = "hmac_unknown_key",
+        /// The HMAC is wrong, or the destination is not what it stands for.
+        HmacWrong = "hmac_wrong",
+        /// The outer extension headers are cut off, too many, or out of order.
+        OuterExtensionHeaders = "outer_extension_headers",
+        /// A fragment of an outer packet.
+        OuterFragment = "outer_fragment",
+        /// An ICMPv6 message to a SID with a wrong checksum.
+        BadEcho = "bad_echo",
         /// A congestion mark outside, and an inner packet whose sender would not understand it (RFC 6040).
         CongestionMark = "congestion_mark",
         /// The datagram was longer than the receive buffer.
