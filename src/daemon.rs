@@ -32,8 +32,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::addr::Mtu;
-use crate::backend::{AnyBackend, Backend, Identity, Networks, Underlay, select};
+use crate::addr::{MacAddr, Mtu};
+use crate::backend::srv6::Srv6Node;
+use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
@@ -47,7 +48,7 @@ use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
 use crate::host::tun::TunError;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
-use crate::options::RunOptions;
+use crate::options::{RunOptions, Srv6Options};
 use crate::server;
 use crate::server::status::StatusSocket;
 
@@ -211,6 +212,9 @@ enum ChooseAgain {
     /// The better one's port has become free.
     #[error("port {0} is free")]
     PortFree(u16),
+    /// What peers are told depends on the subnet, which is another now.
+    #[error("the subnet is now {0}")]
+    Moved(Subnet),
     /// The port of the one chosen is taken.
     #[error("port {0} is taken")]
     PortTaken(u16),
@@ -222,6 +226,7 @@ async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) 
     let config = control.network_config().await;
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
+        srv6: srv6_node(&options.srv6)?,
     };
     match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
         AnyBackend::Auto(backend) => {
@@ -235,9 +240,27 @@ async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) 
         }
         AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
         AnyBackend::Vxlan(backend) => join(options, backend, config, control, store, report).await,
+        AnyBackend::Srv6(backend) => join(options, *backend, config, control, store, report).await,
         AnyBackend::HostGw(backend) => plain::join(options, backend, config, control, store, report).await,
         AnyBackend::Alloc(backend) => plain::join(options, backend, config, control, store, report).await,
     }
+}
+
+/// What the options and the files they name say of this node's part in segment routing.
+fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
+    let keys = match &options.hmac_keys {
+        None => Vec::new(),
+        Some(file) => {
+            let refused = || format!("cannot use --srv6-hmac-keys {}", file.display());
+            let text = std::fs::read_to_string(file).with_context(refused)?;
+            Srv6Node::parse_keys(&text).with_context(refused)?
+        }
+    };
+    Ok(Srv6Node {
+        locator: options.locator,
+        sids: options.sids.clone(),
+        keys,
+    })
 }
 
 fn control_options(options: &RunOptions) -> ControlOptions {
@@ -260,7 +283,21 @@ async fn join<B: Backend>(
     report: Arc<Report>,
 ) -> Result<()> {
     let netlink = Netlink::open()?;
-    let interface = underlay_interface(options, &families(&config), &netlink).await;
+    let interface = underlay_interface(options, &families(&config, backend.needs_v6()), &netlink).await;
+    let mut place = Place {
+        mac: netlink
+            .link(&interface.name)
+            .await
+            .ok()
+            .and_then(|link| link.mac)
+            .map(MacAddr::from),
+        public_v4: interface.public_v4,
+        subnet: None,
+    };
+    // The subnet will most likely be the one of an earlier life.
+    let remembered = control.remembered(&lease_attrs(&backend, &config, &interface));
+    place.subnet = remembered.map(|subnet| config.number(subnet));
+    let backend = backend.placed(&place)?;
     let underlay = Underlay {
         v4: interface.v4,
         v6: interface.v6,
@@ -280,18 +317,20 @@ async fn join<B: Backend>(
     for note in backend.notes() {
         tracing::info!(backend = backend.name(), "{note}");
     }
-    let data = backend.lease_data(Networks {
-        v4: config.v4.is_some(),
-        v6: config.v6.is_some(),
-    });
-    let attrs = LeaseAttrs {
-        public_ip: interface.public_v4.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
-        public_ipv6: interface.public_v6,
-        backend_type: data.kind.to_owned(),
-        backend_data: data.v4,
-        backend_v6_data: data.v6,
-    };
-    let lease = control.acquire(&attrs).await;
+    let attrs = lease_attrs(&backend, &config, &interface);
+    let mut lease = control.acquire(&attrs).await;
+    place.subnet = Some(config.number(lease.subnet));
+    let backend = backend.placed(&place)?;
+    // What the lease says may depend on which one it is.
+    let attrs = lease_attrs(&backend, &config, &interface);
+    if attrs != lease.attrs {
+        lease = control
+            .amend(Lease {
+                attrs: attrs.clone(),
+                ..lease
+            })
+            .await;
+    }
     tracing::info!(
         subnet = %lease.subnet,
         interface = interface.name,
@@ -315,6 +354,21 @@ async fn join<B: Backend>(
     let stayed = stay(options, &setup, lease, published, &report).await;
     maintain.abort();
     stayed
+}
+
+/// What our lease is to say.
+fn lease_attrs(backend: &impl Backend, config: &NetworkConfig, interface: &UnderlayInterface) -> LeaseAttrs {
+    let data = backend.lease_data(Networks {
+        v4: config.v4.is_some(),
+        v6: config.v6.is_some(),
+    });
+    LeaseAttrs {
+        public_ip: interface.public_v4.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+        public_ipv6: interface.public_v6,
+        backend_type: data.kind.to_owned(),
+        backend_data: data.v4,
+        backend_v6_data: data.v6,
+    }
 }
 
 /// Keeps the data plane up and its routes true.
@@ -365,6 +419,9 @@ async fn stay<B: Backend>(
                     let new = published.lease.borrow_and_update().clone();
                     if new.subnet != lease.subnet {
                         tracing::warn!(old = %lease.subnet, new = %new.subnet, "moving to another subnet");
+                        if !setup.backend.blocks().is_empty() {
+                            return Err(ChooseAgain::Moved(new.subnet).into());
+                        }
                         lease = new;
                         break;
                     }
@@ -490,7 +547,10 @@ async fn port_holder(error: &anyhow::Error, netlink: &Netlink) -> Option<String>
 }
 
 /// The families an underlay should have, best first: those of the network, or of one family or the other where there is nothing else.
-fn families(config: &NetworkConfig) -> [Families; 3] {
+fn families(config: &NetworkConfig, needs_v6: bool) -> [Families; 3] {
+    if needs_v6 {
+        return [Families::Dual, Families::V6, Families::V6];
+    }
     match (config.v4.is_some(), config.v6.is_some()) {
         (true, true) => [Families::Dual, Families::V4, Families::V6],
         (false, true) => [Families::V6, Families::V4, Families::V4],

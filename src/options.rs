@@ -3,6 +3,8 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+use crate::addr::Ipv6Prefix;
+use crate::backend::srv6::NodeSid;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
@@ -27,10 +29,23 @@ pub struct RunOptions {
     pub lease: LeaseOptions,
     /// The TUN device and the packet path.
     pub packet_path: PacketPathOptions,
+    /// This node's part in segment routing.
+    pub srv6: Srv6Options,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
     /// Logging.
     pub log: LogOptions,
+}
+
+/// What this node has of its own with backend `srv6`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Srv6Options {
+    /// Its locator; if absent, the one that follows from its public address or its subnet.
+    pub locator: Option<Ipv6Prefix>,
+    /// Further SIDs and what they do.
+    pub sids: Vec<NodeSid>,
+    /// File with keys for HMAC TLVs.
+    pub hmac_keys: Option<PathBuf>,
 }
 
 /// `kersey server`: a store served over HTTP, no overlay on this host.

@@ -15,10 +15,13 @@ use std::net::SocketAddr;
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix};
 use crate::backend::udp::{Udp, UdpBackend, UdpHop};
 use crate::backend::vxlan::{Vxlan, VxlanBackend, VxlanHop};
-use crate::backend::{Backend, BackendError, LeaseData, Networks, OversizePolicy, Underlay, Unreachable};
+use crate::backend::{
+    Backend, BackendError, Carrier, LeaseData, Networks, OversizePolicy, Underlay, Unreachable,
+};
+use crate::dataplane::datagram::Envelope;
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
-use crate::dataplane::{Encap, Manners};
+use crate::dataplane::{Encap, Inner, Manners};
 use crate::lease::LeaseAttrs;
 
 /// What a node receives.
@@ -95,18 +98,18 @@ impl Encap for Either {
     }
 
     #[inline]
-    fn push(&self, hop: &EitherHop, inner_len: usize, out: &mut [u8]) {
+    fn push(&self, hop: &EitherHop, inner: Inner, out: &mut [u8]) {
         match hop {
-            EitherHop::Udp(hop) => Udp.push(hop, inner_len, out),
-            EitherHop::Vxlan(hop) => self.vxlan.push(hop, inner_len, out),
+            EitherHop::Udp(hop) => Udp.push(hop, inner, out),
+            EitherHop::Vxlan(hop) => self.vxlan.push(hop, inner, out),
         }
     }
 
     #[inline]
-    fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason> {
+    fn pull(&self, envelope: &Envelope, datagram: &[u8]) -> Result<usize, DropReason> {
         match self.speaks {
-            Speaks::Udp => Udp.pull(datagram),
-            Speaks::Vxlan => self.vxlan.pull(datagram),
+            Speaks::Udp => Udp.pull(envelope, datagram),
+            Speaks::Vxlan => self.vxlan.pull(envelope, datagram),
         }
     }
 }
@@ -149,7 +152,15 @@ impl AutoBackend {
         })
     }
 
-    /// The same after a look at the port that [`Backend::wanted_port`] or [`Backend::port`] named.
+    /// The UDP port that is received on.
+    pub fn port(&self) -> u16 {
+        match self.speaks {
+            Speaks::Udp => self.udp.port(),
+            Speaks::Vxlan => self.vxlan.port(),
+        }
+    }
+
+    /// The same after a look at the port that [`Backend::wanted_port`] or [`Self::port`] named.
     pub fn settled(self, port_taken: bool) -> Self {
         match (self.reason, port_taken) {
             (Reason::Unnamed, _) => self,
@@ -205,17 +216,10 @@ impl Backend for AutoBackend {
         }
     }
 
-    fn port(&self) -> u16 {
+    fn carrier(&self) -> Carrier {
         match self.speaks {
-            Speaks::Udp => self.udp.port(),
-            Speaks::Vxlan => self.vxlan.port(),
-        }
-    }
-
-    fn source_ports(&self) -> usize {
-        match self.speaks {
-            Speaks::Udp => self.udp.source_ports(),
-            Speaks::Vxlan => self.vxlan.source_ports(),
+            Speaks::Udp => self.udp.carrier(),
+            Speaks::Vxlan => self.vxlan.carrier(),
         }
     }
 

@@ -6,12 +6,15 @@
 pub mod alloc;
 pub mod auto;
 pub mod host_gw;
+pub mod srv6;
 pub mod udp;
 pub mod vxlan;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
-use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
+use crate::addr::{AddrError, Ipv6Prefix, MacAddr, Mtu, Prefix, Vni};
+use crate::dataplane::endpoint::{Domain, LocalSids, SidError};
 use crate::dataplane::{Encap, Oversize};
 use crate::lease::LeaseAttrs;
 use crate::lease::json::{JsonError, Object};
@@ -54,6 +57,59 @@ pub struct OversizePolicy {
     pub v6: Oversize,
 }
 
+/// What carries the packets of a backend over the underlay.
+#[derive(Clone, Debug)]
+pub enum Carrier {
+    /// UDP sockets.
+    Udp {
+        /// The port it is spoken on.
+        port: u16,
+        /// How many source ports flows are spread over unless the user says otherwise; 1 is the port it is spoken on.
+        source_ports: usize,
+    },
+    /// Raw IPv6 sockets.
+    Raw {
+        /// This node's SIDs, and the locators that are to be its own.
+        sids: Arc<LocalSids>,
+        /// The source of what this node sends.
+        source: Ipv6Addr,
+        /// Where packets that pass through may come from and go to.
+        domain: Domain,
+    },
+}
+
+impl Carrier {
+    /// The UDP port, if there is one.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Udp { port, .. } => Some(*port),
+            Self::Raw { .. } => None,
+        }
+    }
+}
+
+/// A node's place in underlay and overlay.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Ethernet address of the underlay interface, if it has one.
+    pub mac: Option<MacAddr>,
+    /// The address peers are told.
+    pub public_v4: Option<Ipv4Addr>,
+    /// Which of the network's subnets is its own, counted from the first; none before there is a lease.
+    pub subnet: Option<u128>,
+}
+
+/// A prefix of a peer's, outside the overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Locator {
+    /// The prefix.
+    pub prefix: Ipv6Prefix,
+    /// Through which address, if that is on our link.
+    pub gateway: Option<Ipv6Addr>,
+    /// At which Ethernet address, where there is no neighbour discovery.
+    pub station: Option<MacAddr>,
+}
+
 /// One encapsulation as the daemon sees it.
 pub trait Backend: Clone + Send + 'static {
     /// Its packets.
@@ -65,12 +121,30 @@ pub trait Backend: Clone + Send + 'static {
     /// Its packets.
     fn encap(&self) -> Self::Encap;
 
-    /// The UDP port it is spoken on.
-    fn port(&self) -> u16;
+    /// What carries its packets.
+    fn carrier(&self) -> Carrier;
 
-    /// How many source ports flows are spread over unless the user says otherwise; 1 is the port it is spoken on.
-    fn source_ports(&self) -> usize {
-        1
+    /// Whether the underlay must have IPv6, whatever the overlay has.
+    fn needs_v6(&self) -> bool {
+        false
+    }
+
+    /// The same on a node in this place; asked once before there is a lease, and once more with it.
+    ///
+    /// # Errors
+    /// The config leaves no room for this node.
+    fn placed(self, _place: &Place) -> Result<Self, BackendError> {
+        Ok(self)
+    }
+
+    /// The prefixes of the underlay that belong to the backend, where nobody else routes anything.
+    fn blocks(&self) -> Vec<Ipv6Prefix> {
+        Vec::new()
+    }
+
+    /// How a peer on our own link is reached, if its packets do not go to its public address.
+    fn locator_of(&self, _attrs: &LeaseAttrs) -> Option<Locator> {
+        None
     }
 
     /// Bytes added to an inner packet on its way, the outer IP header included.
@@ -166,6 +240,12 @@ pub enum Unreachable {
     /// Its lease lacks what the backend needs.
     #[error("its lease has no BackendData")]
     NoData,
+    /// None of its SIDs ends a tunnel of this family.
+    #[error("its lease has no SID for this address family")]
+    NoSid,
+    /// The way there cannot be put into a header.
+    #[error("{0}")]
+    Path(String),
     /// What its lease says of the backend is wrong.
     #[error("its lease is wrong: {0}")]
     Data(#[from] JsonError),
@@ -176,7 +256,7 @@ pub enum Unreachable {
 pub enum BackendError {
     /// We do not have it.
     #[error(
-        "the network config asks for backend {kind:?}, which kersey does not have; it has auto, udp, vxlan, host-gw and alloc"
+        "the network config asks for backend {kind:?}, which kersey does not have; it has auto, udp, vxlan, srv6, host-gw and alloc"
     )]
     Unknown {
         /// What was asked for.
@@ -191,6 +271,22 @@ pub enum BackendError {
     /// The network identifier is out of range.
     #[error("the network config is invalid: Backend.VNI is {0}: a VNI is from 0 to {max}", max = Vni::MAX)]
     Vni(u32),
+    /// A SID of this node cannot be.
+    #[error("this node's SIDs are invalid: {0}")]
+    Sids(#[from] SidError),
+    /// An address cannot be made.
+    #[error(transparent)]
+    Addr(AddrError),
+    /// There are more nodes than locators.
+    #[error(
+        "the network config is invalid: Backend.LocatorLen leaves {bits} bits for the node, and this one is number {number}: make it longer"
+    )]
+    LocatorLen {
+        /// Bits between block and locator.
+        bits: u8,
+        /// The node's number.
+        number: u128,
+    },
     /// `Port` where it could mean one of two.
     #[error(
         "the network config is invalid: Backend.Port is given with Type auto, which may mean udp or vxlan: name one of them"
@@ -217,10 +313,12 @@ pub enum BackendError {
 }
 
 /// What a backend is to know of the node it runs on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Identity {
     /// Its Ethernet address inside the overlay; the same for as long as the node lives.
     pub mac: MacAddr,
+    /// Its part in segment routing.
+    pub srv6: srv6::Srv6Node,
 }
 
 /// The backends there are.
@@ -230,6 +328,8 @@ pub enum AnyBackend {
     Udp(udp::UdpBackend),
     /// flannel's vxlan.
     Vxlan(vxlan::VxlanBackend),
+    /// Segment routing over IPv6.
+    Srv6(Box<srv6::Srv6Backend>),
     /// Udp or vxlan, as it turns out.
     Auto(auto::AutoBackend),
     /// flannel's host-gw.
@@ -253,6 +353,10 @@ pub fn select(kind: Option<&str>, json: &str, identity: Identity) -> Result<AnyB
         "auto" => Ok(AnyBackend::Auto(auto::AutoBackend::parse(json, identity.mac)?)),
         "udp" => Ok(AnyBackend::Udp(udp::UdpBackend::parse(json)?)),
         "vxlan" => Ok(AnyBackend::Vxlan(vxlan::VxlanBackend::parse(json, identity.mac)?)),
+        "srv6" => Ok(AnyBackend::Srv6(Box::new(srv6::Srv6Backend::parse(
+            json,
+            identity.srv6,
+        )?))),
         "host-gw" => Ok(AnyBackend::HostGw(host_gw::HostGw)),
         "alloc" => Ok(AnyBackend::Alloc(alloc::Alloc)),
         _ => Err(BackendError::Unknown {
@@ -328,22 +432,25 @@ mod tests {
         }
     }
 
-    const IDENTITY: Identity = Identity {
-        mac: MacAddr::from_octets([2, 0x11, 0x22, 0x33, 0x44, 1]),
-    };
+    fn identity() -> Identity {
+        Identity {
+            mac: MacAddr::from_octets([2, 0x11, 0x22, 0x33, 0x44, 1]),
+            srv6: srv6::Srv6Node::default(),
+        }
+    }
 
     fn refused(kind: &str, json: &str) -> String {
-        select(Some(kind), json, IDENTITY).err().unwrap().to_string()
+        select(Some(kind), json, identity()).err().unwrap().to_string()
     }
 
     #[test]
     fn backends_without_a_tunnel_are_found_by_name() {
         assert!(matches!(
-            select(Some("host-gw"), r#"{"Type":"host-gw"}"#, IDENTITY),
+            select(Some("host-gw"), r#"{"Type":"host-gw"}"#, identity()),
             Ok(AnyBackend::HostGw(_))
         ));
         assert!(matches!(
-            select(Some("alloc"), r#"{"Type":"ALLOC"}"#, IDENTITY),
+            select(Some("alloc"), r#"{"Type":"ALLOC"}"#, identity()),
             Ok(AnyBackend::Alloc(_))
         ));
     }
@@ -376,7 +483,7 @@ mod tests {
     #[test]
     fn keys_match_whatever_their_case() {
         let AnyBackend::Udp(backend) =
-            select(Some("udp"), r#"{"Type":"udp","port":9000}"#, IDENTITY).unwrap()
+            select(Some("udp"), r#"{"Type":"udp","port":9000}"#, identity()).unwrap()
         else {
             panic!("another backend");
         };

@@ -11,12 +11,13 @@ use std::net::SocketAddr;
 
 use crate::addr::{AddrError, Mtu, Prefix};
 use crate::backend::{
-    Backend, BackendError, LeaseData, Networks, OversizePolicy, Underlay, Unreachable, peer_address, port,
-    settings,
+    Backend, BackendError, Carrier, LeaseData, Networks, OversizePolicy, Underlay, Unreachable, peer_address,
+    port, settings,
 };
+use crate::dataplane::datagram::Envelope;
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
-use crate::dataplane::{EcnPolicy, Encap, Manners, Oversize, PeerOffloads, TtlPolicy};
+use crate::dataplane::{EcnPolicy, Encap, Inner, Manners, Oversize, PeerOffloads, TtlPolicy};
 use crate::lease::LeaseAttrs;
 
 /// flannel's default port.
@@ -31,6 +32,7 @@ const MANNERS: Manners = Manners {
     ttl: TtlPolicy::Decrement,
     ecn: EcnPolicy::Ignore,
     offloads: PeerOffloads::None,
+    mute: false,
 };
 
 /// The encapsulation, which is none.
@@ -67,10 +69,10 @@ impl Encap for Udp {
     }
 
     #[inline]
-    fn push(&self, _hop: &UdpHop, _inner_len: usize, _out: &mut [u8]) {}
+    fn push(&self, _hop: &UdpHop, _inner: Inner, _out: &mut [u8]) {}
 
     #[inline]
-    fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason> {
+    fn pull(&self, _envelope: &Envelope, datagram: &[u8]) -> Result<usize, DropReason> {
         // The proxy ignores anything shorter than an IPv4 header.
         if datagram.len() < 20 {
             Err(DropReason::Truncated)
@@ -96,6 +98,11 @@ impl UdpBackend {
             port: port(&settings(json)?, DEFAULT_PORT)?,
         })
     }
+
+    /// The UDP port it is spoken on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
 }
 
 impl Backend for UdpBackend {
@@ -109,8 +116,11 @@ impl Backend for UdpBackend {
         Udp
     }
 
-    fn port(&self) -> u16 {
-        self.port
+    fn carrier(&self) -> Carrier {
+        Carrier::Udp {
+            port: self.port,
+            source_ports: 1,
+        }
     }
 
     fn overhead(&self, hop: &UdpHop) -> u16 {

@@ -15,12 +15,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::{AddrError, MacAddr, Mtu, Prefix, Vni};
 use crate::backend::{
-    Backend, BackendError, LeaseData, Networks, OversizePolicy, Underlay, Unreachable, peer_address, port,
-    settings,
+    Backend, BackendError, Carrier, LeaseData, Networks, OversizePolicy, Underlay, Unreachable, peer_address,
+    port, settings,
 };
+use crate::dataplane::datagram::Envelope;
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
-use crate::dataplane::{EcnPolicy, Encap, Manners, Oversize, PeerOffloads, TtlPolicy};
+use crate::dataplane::{EcnPolicy, Encap, Inner, Manners, Oversize, PeerOffloads, TtlPolicy};
 use crate::lease::LeaseAttrs;
 use crate::lease::json::{JsonError, Object};
 use crate::wire::vxlan::{HEADERS_LEN, VxlanHeader, ethertype};
@@ -43,6 +44,7 @@ const MANNERS: Manners = Manners {
     ttl: TtlPolicy::Keep,
     ecn: EcnPolicy::Carry,
     offloads: PeerOffloads::Kernel,
+    mute: false,
 };
 
 /// The encapsulation of one node.
@@ -107,14 +109,14 @@ impl Encap for Vxlan {
     }
 
     #[inline]
-    fn push(&self, hop: &VxlanHop, _inner_len: usize, out: &mut [u8]) {
+    fn push(&self, hop: &VxlanHop, _inner: Inner, out: &mut [u8]) {
         if let Some(out) = out.first_chunk_mut::<HEADERS_LEN>() {
             *out = hop.headers;
         }
     }
 
     #[inline]
-    fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason> {
+    fn pull(&self, _envelope: &Envelope, datagram: &[u8]) -> Result<usize, DropReason> {
         let header = VxlanHeader::parse(datagram)?;
         match header.vni {
             Some(vni) if vni == self.vni => {}
@@ -173,6 +175,11 @@ impl VxlanBackend {
         })
     }
 
+    /// The UDP port it is spoken on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// This node's part of a lease: flannel's `vxlanLeaseAttrs`, field order included.
     fn data(&self) -> String {
         format!(r#"{{"VNI":{},"VtepMAC":"{}"}}"#, self.vni, self.mac)
@@ -216,12 +223,11 @@ impl Backend for VxlanBackend {
         }
     }
 
-    fn port(&self) -> u16 {
-        self.port
-    }
-
-    fn source_ports(&self) -> usize {
-        SOURCE_PORTS
+    fn carrier(&self) -> Carrier {
+        Carrier::Udp {
+            port: self.port,
+            source_ports: SOURCE_PORTS,
+        }
     }
 
     fn overhead(&self, hop: &VxlanHop) -> u16 {

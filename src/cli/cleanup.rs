@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use super::exit;
 use super::go_flags::parse_bool;
 use super::status::DEFAULT_SOCKET;
+use crate::addr::Ipv6Prefix;
 use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
 use crate::options::{CleanupMode, CleanupOptions};
 
@@ -62,6 +63,7 @@ enum Leftover {
         /// The name of its link.
         link: String,
     },
+    Locator(Ipv6Prefix),
     Socket(PathBuf),
 }
 
@@ -81,6 +83,7 @@ impl fmt::Display for Leftover {
                 }
                 write!(f, " dev {link}")
             }
+            Self::Locator(prefix) => write!(f, "local route {prefix} (SRv6 locator)"),
             Self::Socket(path) => write!(f, "status socket {}", path.display()),
         }
     }
@@ -201,7 +204,9 @@ async fn leftovers(netlink: &Netlink) -> Result<Vec<Leftover>, NetlinkError> {
         route,
     });
     let devices: Vec<_> = devices.into_iter().map(Leftover::Device).collect();
-    Ok(devices.into_iter().chain(routes).collect())
+    let locators = netlink.own_local_prefixes().await?;
+    let locators = locators.into_iter().map(Leftover::Locator);
+    Ok(devices.into_iter().chain(routes).chain(locators).collect())
 }
 
 fn name(links: &[Link], index: u32) -> String {
@@ -214,6 +219,7 @@ async fn remove(netlink: &Netlink, leftover: &Leftover) -> Result<(), CleanupErr
     let removed = match leftover {
         Leftover::Device(device) => netlink.delete_link(device.link.index).await,
         Leftover::Route { route, .. } => netlink.delete_route(route).await,
+        Leftover::Locator(prefix) => netlink.delete_local_prefix(*prefix).await,
         Leftover::Socket(path) => {
             let cause = match fs::remove_file(path) {
                 Ok(()) => return Ok(()),
@@ -262,6 +268,10 @@ mod tests {
             (
                 Leftover::Route { route, link },
                 "route 10.244.2.0/24 via 192.0.2.2 dev eth0",
+            ),
+            (
+                Leftover::Locator("fd12:3456:789a:c000:201::/80".parse().unwrap()),
+                "local route fd12:3456:789a:c000:201::/80 (SRv6 locator)",
             ),
             (
                 Leftover::Socket("/run/k.sock".into()),

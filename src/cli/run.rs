@@ -10,9 +10,11 @@ use super::go_flags::parse_bool;
 use super::logging::LogArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
+use crate::addr::Ipv6Prefix;
+use crate::backend::srv6::NodeSid;
 use crate::options::{
     IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, Offload, OuterDf,
-    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, StoreKind, ThreadLayout,
+    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Options, StoreKind, ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -33,6 +35,8 @@ pub(super) struct RunArgs {
     share: ShareArgs,
     #[command(flatten)]
     packet_path: PacketPathArgs,
+    #[command(flatten)]
+    srv6: Srv6Args,
     #[command(flatten)]
     log: LogArgs,
     #[command(flatten)]
@@ -180,6 +184,21 @@ struct PacketPathArgs {
     /// UDP source ports to spread outbound flows over [default: the backend's choice]
     #[arg(long, value_name = "N", value_parser = source_ports)]
     source_ports: Option<NonZeroU16>,
+}
+
+/// What a node has of its own with backend `srv6`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Segment routing (backend srv6)")]
+struct Srv6Args {
+    /// This node's locator [default: by its public IPv4 address or its subnet]
+    #[arg(long, value_name = "PREFIX")]
+    srv6_locator: Option<Ipv6Prefix>,
+    /// A further SID of this node, and what it does: `SID[/LEN]=BEHAVIOR[,NEXT-HOP]`; may be repeated
+    #[arg(long, value_name = "SID=BEHAVIOR")]
+    srv6_sid: Vec<NodeSid>,
+    /// File with keys for HMAC TLVs, a line each: `NUMBER sha256|sha1 SECRET`
+    #[arg(long, value_name = "FILE")]
+    srv6_hmac_keys: Option<PathBuf>,
 }
 
 /// Defines flags as hidden optional texts, and lists those that were given.
@@ -389,6 +408,11 @@ impl RunArgs {
                 outer_df: path.outer_df,
                 clamp_mss: path.clamp_mss,
                 source_ports: path.source_ports,
+            },
+            srv6: Srv6Options {
+                locator: self.srv6.srv6_locator,
+                sids: self.srv6.srv6_sid,
+                hmac_keys: self.srv6.srv6_hmac_keys,
             },
             status_socket: self.other.status_socket,
             log: self.log.options(),

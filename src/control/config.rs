@@ -90,6 +90,24 @@ impl<P: Prefixed> SubnetRange<P> {
 }
 
 impl NetworkConfig {
+    /// Which subnet of the network this is, counted from the first: IPv4's number if there is IPv4.
+    pub fn number(&self, subnet: Subnet) -> u128 {
+        fn number<P: Prefixed>(range: &SubnetRange<P>, subnet: P) -> u128 {
+            (subnet.first() - range.network.first().min(subnet.first())) / size::<P>(range.subnet_len())
+        }
+        let v4 = self
+            .v4
+            .as_ref()
+            .zip(subnet.ipv4())
+            .map(|(range, own)| number(range, own));
+        let v6 = self
+            .v6
+            .as_ref()
+            .zip(subnet.v6)
+            .map(|(range, own)| number(range, own));
+        v4.or(v6).unwrap_or(0)
+    }
+
     /// Reads and checks a config.
     ///
     /// # Errors

@@ -206,15 +206,7 @@ impl Control {
 
     /// Acquires a lease for the node `attrs` describes; waits until there is one.
     pub async fn acquire(&mut self, attrs: &LeaseAttrs) -> Lease {
-        let config = self
-            .cache
-            .config
-            .as_deref()
-            .and_then(|text| NetworkConfig::parse(text).ok());
-        let cached = self.cache.own.as_ref().filter(|(subnet, theirs)| {
-            theirs.same_node(attrs) && config.is_some_and(|config| config.fits(*subnet))
-        });
-        let cached = cached.map(|(subnet, _)| *subnet);
+        let cached = self.cached_subnet(attrs);
         let previous = subnet_file::previous(&self.options.subnet_file).or(cached);
         let answered = AtomicBool::new(false);
         let fetch = async {
@@ -240,6 +232,30 @@ impl Control {
                 tracing::warn!(store = self.store.place(), %subnet, "the store is away: starting with the cached lease");
                 self.source = Source::Cache;
                 Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO) }
+            }
+        };
+        self.cache.own = Some((lease.subnet, lease.attrs.clone()));
+        lease
+    }
+
+    /// The subnet of an earlier life of the node that `attrs` describes, if the network would still hand it out.
+    pub fn remembered(&self, attrs: &LeaseAttrs) -> Option<Subnet> {
+        subnet_file::previous(&self.options.subnet_file).or_else(|| self.cached_subnet(attrs))
+    }
+
+    fn cached_subnet(&self, attrs: &LeaseAttrs) -> Option<Subnet> {
+        let config = NetworkConfig::parse(self.cache.config.as_deref()?).ok()?;
+        let (subnet, theirs) = self.cache.own.as_ref()?;
+        (theirs.same_node(attrs) && config.fits(*subnet)).then_some(*subnet)
+    }
+
+    /// Puts other attributes into a lease just acquired. While the store is away they wait: the next renewal carries them.
+    pub async fn amend(&mut self, lease: Lease) -> Lease {
+        let lease = match self.store.renew(&lease).await {
+            Ok(amended) => amended,
+            Err(error) => {
+                tracing::warn!(%error, "cannot complete our lease yet");
+                lease
             }
         };
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));

@@ -1,4 +1,4 @@
-//! Direct routing: past the tunnel to peers on our own link.
+//! Kernel routes beside the tunnel, to peers on our own link: past the tunnel (direct routing), and to where the tunnel's packets go (locators).
 //!
 //! A peer whose public address the kernel reaches on the underlay interface without a gateway gets a kernel route through that address,
 //! which is more specific than the network's route to the device. All others, and this one as soon as the kernel will not have its
@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use crate::addr::Prefix;
-use crate::backend::Backend;
+use crate::addr::{MacAddr, Prefix};
+use crate::backend::{Backend, Locator};
 use crate::control::peers::PeerTable;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
-use crate::daemon::network::{Setup, networks, prefixes};
+use crate::daemon::network::{Setup, networks, own_locators, prefixes};
 use crate::host::netlink::{Gateway, Route};
 use crate::lease::{LeaseAttrs, Subnet};
 
@@ -22,17 +22,22 @@ use crate::lease::{LeaseAttrs, Subnet};
 pub(super) struct DirectRoutes {
     /// The routes; their due time is when to call [`follow`](Self::follow) again.
     pub(super) kernel: KernelRoutes,
+    /// Neighbours pinned because their nodes do not answer for their addresses.
+    pinned: BTreeMap<IpAddr, MacAddr>,
 }
 
 impl DirectRoutes {
     pub(super) fn new<B: Backend>(setup: &Setup<'_, B>) -> Self {
-        let upkeep = if setup.backend.direct_routing() {
+        let blocks = setup.backend.blocks();
+        let upkeep = if setup.backend.direct_routing() || !blocks.is_empty() {
             Upkeep::Always
         } else {
             Upkeep::UntilClean
         };
+        let networks = networks(setup.config).chain(blocks.into_iter().map(Prefix::V6));
         Self {
-            kernel: KernelRoutes::new(setup.netlink.clone(), networks(setup.config), upkeep),
+            kernel: KernelRoutes::new(setup.netlink.clone(), networks, upkeep),
+            pinned: BTreeMap::new(),
         }
     }
 
@@ -61,8 +66,18 @@ impl DirectRoutes {
                 }
             }
         }
+        for (_, attrs) in table.iter() {
+            if let Some(locator) = setup.backend.locator_of(attrs)
+                && let Some(route) = locator_route(setup, locator, index).await
+            {
+                wanted.route(route);
+            }
+        }
+        self.pin(setup, table, index).await;
         let leftovers = Leftovers::of(table);
-        let own: Vec<Prefix> = prefixes(own).collect();
+        let own: Vec<Prefix> = prefixes(own)
+            .chain(own_locators(&setup.backend.carrier()).map(Prefix::V6))
+            .collect();
         // Without the privilege there would be no device, and this would not have been reached.
         let _ = self.kernel.sync(wanted, &own, index, leftovers).await;
         let direct = table.iter().filter_map(|(subnet, _)| {
@@ -71,6 +86,44 @@ impl DirectRoutes {
         });
         direct.collect()
     }
+
+    /// Pins the Ethernet addresses of peers that are known by them only, and lets go of those that are gone.
+    async fn pin<B: Backend>(&mut self, setup: &Setup<'_, B>, table: &PeerTable, index: u32) {
+        let located = table.iter().filter_map(|(_, attrs)| {
+            let locator = setup.backend.locator_of(attrs)?;
+            Some((IpAddr::V6(locator.prefix.addr()), locator.station?))
+        });
+        let wanted: BTreeMap<IpAddr, MacAddr> = located.collect();
+        for (&addr, &mac) in &wanted {
+            // Somebody may have removed it meanwhile, so it is set each time.
+            match setup.netlink.set_neighbour(index, addr, mac.octets()).await {
+                Ok(()) => {}
+                Err(error) if self.pinned.get(&addr) != Some(&mac) => {
+                    tracing::warn!(%addr, %mac, %error, "cannot pin a peer's Ethernet address; trying on");
+                }
+                Err(_) => {}
+            }
+        }
+        for addr in self.pinned.keys().filter(|addr| !wanted.contains_key(*addr)) {
+            // It goes stale by itself if this fails.
+            let _ = setup.netlink.delete_neighbour(index, *addr).await;
+        }
+        self.pinned = wanted;
+    }
+}
+
+/// The route to a peer's locator, if the peer is on our link; elsewhere routers must know it.
+async fn locator_route<B: Backend>(setup: &Setup<'_, B>, locator: Locator, index: u32) -> Option<Route> {
+    let direct = Route::direct(Prefix::V6(locator.prefix), index);
+    if locator.station.is_some() {
+        return Some(direct);
+    }
+    let gateway = IpAddr::V6(locator.gateway?);
+    let way = setup.netlink.route_to(gateway).await.ok()?;
+    (way.gateway.is_none() && way.index == index).then_some(Route {
+        gateway: Gateway::Via(gateway),
+        ..direct
+    })
 }
 
 /// The peer's address of the prefix's family, if the kernel reaches it on the interface itself.

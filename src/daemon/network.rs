@@ -1,30 +1,35 @@
 //! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use netlink_packet_route::link::LinkFlags;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::addr::{Mtu, Prefix};
-use crate::backend::{Backend, Underlay};
+use crate::addr::{Ipv6Prefix, Mtu, Prefix};
+use crate::backend::{Backend, Carrier, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::paths::Paths;
+use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::IngressCheck;
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
-use crate::dataplane::stats::{Count, PeerStats};
+use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
 use crate::dataplane::{Encap, Oversize};
+use crate::host::endpoint::{Endpoint, EndpointOptions};
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::queues::{Layout, Queues};
+use crate::host::raw::{RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl;
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
+use crate::host::underlay::AnyUnderlay;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, ThreadLayout};
 
@@ -56,10 +61,12 @@ pub(super) struct DataPlane<B: Backend> {
     paths: Paths,
     routes: SharedRoutes<<B::Encap as Encap>::Hop>,
     pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
-    pub(super) queues: Queues,
+    queues: Queues,
+    endpoint: Option<Endpoint>,
     pub(super) queue_count: usize,
     pub(super) tun_offloads: TunOffloads,
-    pub(super) socket_offloads: SocketOffloads,
+    /// Those of UDP sockets, if there are any.
+    pub(super) socket_offloads: Option<SocketOffloads>,
     /// The device's number.
     pub(super) index: u32,
 }
@@ -106,28 +113,9 @@ impl<B: Backend> DataPlane<B> {
             tso: switch(options.tun_tso),
             uso: switch(options.tun_uso),
         })?;
-        let underlay_options = UnderlayOptions {
-            v4: setup.interface.v4,
-            v6: setup.interface.v6,
-            port: setup.backend.port(),
-            source_ports: options
-                .source_ports
-                .map_or_else(|| setup.backend.source_ports(), |ports| usize::from(ports.get())),
-            queues: queue_count,
-            gso: switch(options.udp_gso),
-            gro: switch(options.udp_gro),
-            v4_oversize: match options.outer_df {
-                OuterDf::Auto => setup.backend.oversize().v4,
-                OuterDf::Set => Oversize::Refuse,
-                OuterDf::Clear => Oversize::FragmentAnywhere,
-            },
-            v6_oversize: setup.backend.oversize().v6,
-        };
-        let underlays = (0..queue_count)
-            .map(|_| UdpUnderlay::open(&underlay_options))
-            .collect::<Result<Vec<_>, _>>()?;
+        let (underlays, socket_offloads) = open_underlays(setup, queue_count)?;
+        claim_locators(setup).await?;
         let tun_offloads = tun.offloads();
-        let socket_offloads = underlays.first().context("no queue")?.offloads();
         let routes = SharedRoutes::new(RouteTable::new(overlay(setup.config, lease.subnet)));
         let inbound = InboundOptions {
             check: match options.ingress_check {
@@ -147,6 +135,7 @@ impl<B: Backend> DataPlane<B> {
             (layout, options.busy_poll, inbound),
             failed,
         )?;
+        let endpoint = start_endpoint(setup, &routes)?;
         let mut plane = Self {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
@@ -156,6 +145,7 @@ impl<B: Backend> DataPlane<B> {
             routes,
             peers: BTreeMap::new(),
             queues,
+            endpoint,
             queue_count,
             tun_offloads,
             socket_offloads,
@@ -165,14 +155,14 @@ impl<B: Backend> DataPlane<B> {
         tracing::info!(
             device = options.device,
             queues = queue_count,
-            threads = plane.queues.threads(),
+            threads = plane.threads(),
             tun_tso = tun_offloads.tso.describe(),
             tun_uso = tun_offloads.uso.describe(),
-            udp_gso = socket_offloads.gso.describe(),
-            udp_gro = socket_offloads.gro.describe(),
+            udp_gso = socket_offloads.map(|offloads| offloads.gso.describe()),
+            udp_gro = socket_offloads.map(|offloads| offloads.gro.describe()),
             ingress_check = inbound.check.name(),
             backend = setup.backend.name(),
-            port = setup.backend.port(),
+            port = setup.backend.carrier().port(),
             "data plane up"
         );
         Ok(plane)
@@ -265,6 +255,22 @@ impl<B: Backend> DataPlane<B> {
         self.peers.insert(subnet, peer);
     }
 
+    /// The counters of all threads.
+    pub(super) fn stats(&self) -> Vec<Arc<WorkerStats>> {
+        let endpoint = self.endpoint.as_ref().map(Endpoint::stats);
+        self.queues
+            .stats()
+            .iter()
+            .chain(endpoint)
+            .map(Arc::clone)
+            .collect()
+    }
+
+    /// Number of threads.
+    pub(super) fn threads(&self) -> usize {
+        self.queues.threads() + usize::from(self.endpoint.is_some())
+    }
+
     /// When to look at the paths again.
     pub(super) fn paths_due(&self) -> Instant {
         self.paths.due()
@@ -272,8 +278,11 @@ impl<B: Backend> DataPlane<B> {
 
     /// Looks whether paths carry less than they did, or more; whether any does.
     pub(super) fn look_at_paths(&mut self, now: Instant) -> bool {
-        let workers = self.queues.stats().iter();
-        let too_big = workers.map(|stats| stats.counted(Count::PathTooBig)).sum();
+        let too_big = self
+            .stats()
+            .iter()
+            .map(|stats| stats.counted(Count::PathTooBig))
+            .sum();
         if !self.paths.wants_survey(too_big, now) {
             return false;
         }
@@ -305,6 +314,107 @@ impl<B: Backend> DataPlane<B> {
         self.routes.publish(routes);
         true
     }
+}
+
+/// Opens the sockets of all queues.
+fn open_underlays<B: Backend>(
+    setup: &Setup<'_, B>,
+    queues: usize,
+) -> Result<(Vec<AnyUnderlay>, Option<SocketOffloads>)> {
+    let options = setup.options;
+    match setup.backend.carrier() {
+        Carrier::Udp { port, source_ports } => {
+            let wanted = UnderlayOptions {
+                v4: setup.interface.v4,
+                v6: setup.interface.v6,
+                port,
+                source_ports: options
+                    .source_ports
+                    .map_or(source_ports, |ports| usize::from(ports.get())),
+                queues,
+                gso: switch(options.udp_gso),
+                gro: switch(options.udp_gro),
+                v4_oversize: match options.outer_df {
+                    OuterDf::Auto => setup.backend.oversize().v4,
+                    OuterDf::Set => Oversize::Refuse,
+                    OuterDf::Clear => Oversize::FragmentAnywhere,
+                },
+                v6_oversize: setup.backend.oversize().v6,
+            };
+            let underlays = (0..queues)
+                .map(|_| UdpUnderlay::open(&wanted))
+                .collect::<Result<Vec<_>, _>>()?;
+            let offloads = underlays.first().context("no queue")?.offloads();
+            Ok((
+                underlays.into_iter().map(AnyUnderlay::Udp).collect(),
+                Some(offloads),
+            ))
+        }
+        Carrier::Raw { sids, source, .. } => {
+            let wanted = raw_options(setup, &sids, source, queues);
+            let underlays = (0..queues)
+                .map(|queue| RawUnderlay::open(&wanted, queue).map(AnyUnderlay::Raw))
+                .collect::<Result<_, _>>()?;
+            Ok((underlays, None))
+        }
+    }
+}
+
+fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queues: usize) -> RawOptions {
+    RawOptions {
+        interface: setup.interface.name.clone(),
+        locators: sids.locators().to_vec(),
+        ends: sids.ends().collect(),
+        source,
+        queues,
+    }
+}
+
+/// Starts what deals with packets to SIDs that do not end in the device, for a backend that has SIDs.
+fn start_endpoint<B: Backend>(
+    setup: &Setup<'_, B>,
+    routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
+) -> Result<Option<Endpoint>> {
+    let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
+        return Ok(None);
+    };
+    let options = EndpointOptions {
+        raw: raw_options(setup, &sids, source, 1),
+        sids,
+        domain,
+        link_mtu: setup.interface.mtu,
+    };
+    Ok(Some(Endpoint::start(options, routes)?))
+}
+
+/// The prefixes of the underlay that are this node's own.
+pub(super) fn own_locators(carrier: &Carrier) -> impl Iterator<Item = Ipv6Prefix> {
+    let locators: &[Ipv6Prefix] = match carrier {
+        Carrier::Udp { .. } => &[],
+        Carrier::Raw { sids, .. } => sids.locators(),
+    };
+    locators.iter().copied()
+}
+
+/// Makes the node's locators its own, and gives back what an earlier life had. They stay when the daemon ends: without them the kernel
+/// would pass peers' packets on, back to where they came from.
+async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
+    let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
+    for held in setup.netlink.own_local_prefixes().await? {
+        if !wanted.contains(&held) {
+            setup.netlink.delete_local_prefix(held).await?;
+        }
+    }
+    for &locator in &wanted {
+        setup.netlink.add_local_prefix(locator).await?;
+    }
+    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name)? {
+        tracing::warn!(
+            interface = setup.interface.name,
+            "the kernel's own segment routing was on here and would have taken packets to our SIDs; switched off (seg6_enabled=0)"
+        );
+    }
+    Ok(())
 }
 
 /// Half the cores from four on, at most eight; more queues on few cores cost throughput.

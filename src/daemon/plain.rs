@@ -35,7 +35,7 @@ pub(super) async fn join<B: NoTunnel>(
     report: Arc<Report>,
 ) -> Result<()> {
     let netlink = Netlink::open()?;
-    let wanted = families(&config);
+    let wanted = families(&config, false);
     // Packets leave bare, so there is no carrying one family over the other.
     let wanted: &[Families] = if backend.makes_routes() {
         &wanted[..1]

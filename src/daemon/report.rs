@@ -77,7 +77,7 @@ impl Report {
             parts.fixed.backend = status::Backend {
                 name: setup.backend.name().to_owned(),
                 reason: setup.backend.reason(),
-                port: Some(setup.backend.port()),
+                port: setup.backend.carrier().port(),
                 ingress_check: check.to_owned(),
             };
             parts.store = Some(store);
@@ -118,21 +118,22 @@ impl Report {
     }
 
     pub(super) fn set_plane<B: Backend>(&self, plane: &DataPlane<B>) {
-        let offloads = [
+        let mut offloads = vec![
             ("tun_tso", plane.tun_offloads.tso),
             ("tun_uso", plane.tun_offloads.uso),
-            ("udp_gso", plane.socket_offloads.gso),
-            ("udp_gro", plane.socket_offloads.gro),
         ];
+        if let Some(sockets) = plane.socket_offloads {
+            offloads.extend([("udp_gso", sockets.gso), ("udp_gro", sockets.gro)]);
+        }
         self.edit(|parts| {
             parts.fixed.device.queues = plane.queue_count;
-            parts.fixed.device.threads = plane.queues.threads();
+            parts.fixed.device.threads = plane.threads();
             parts.fixed.device.offloads = offloads
                 .iter()
                 .map(|(name, probed)| ((*name).to_owned(), probed.describe().to_owned()))
                 .collect();
             parts.peers = plane.peers.clone();
-            parts.workers = plane.queues.stats().to_vec();
+            parts.workers = plane.stats();
         });
     }
 

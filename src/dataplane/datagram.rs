@@ -5,15 +5,46 @@
 //!
 //! All memory is allocated once; clearing keeps it.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use crate::dataplane::packet::Arena;
-use crate::wire::ip::Ecn;
+use crate::wire::ip::{Ecn, protocol};
 
 /// Datagram slots: enough that small packets come in batches.
 pub const DATAGRAM_SLOTS: usize = 64;
 /// Bytes of a slot: any datagram fits, whatever the underlay's MTU. The odd 64 keeps slots from sharing cache sets.
 const SLOT_BYTES: usize = 65_536 + 64;
+
+/// What the outer headers of a datagram said, which the kernel took off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Whom it was sent to, where one socket stands for many addresses; unspecified where the socket has one.
+    pub to: Ipv6Addr,
+    /// The protocol number that stood before it.
+    pub protocol: u8,
+    /// Hop limit, where the socket was asked to tell it.
+    pub hop_limit: u8,
+    /// Traffic class and flow label, the lower 28 bits of the first word of an IPv6 header, where the socket was asked to tell it.
+    pub flow_info: u32,
+    /// Congestion codepoint.
+    pub ecn: Ecn,
+}
+
+impl Envelope {
+    /// That of a datagram to a UDP socket of ours.
+    pub fn udp(from: SocketAddr, ecn: Ecn) -> Self {
+        Self {
+            from,
+            to: Ipv6Addr::UNSPECIFIED,
+            protocol: protocol::UDP,
+            hop_limit: 0,
+            flow_info: 0,
+            ecn,
+        }
+    }
+}
 
 /// One datagram, or one run of datagrams the kernel coalesced.
 #[derive(Clone, Copy, Debug)]
@@ -23,10 +54,10 @@ pub struct Datagram {
     pub len: usize,
     /// Size of every datagram in it but the last, if the kernel coalesced several.
     pub segment_size: Option<usize>,
-    /// Who sent it.
-    pub from: SocketAddr,
-    /// Congestion codepoint of the outer headers.
-    pub ecn: Ecn,
+    /// What stood before it.
+    pub envelope: Envelope,
+    /// It did not fit its slot: there is nothing in it, and it is counted already.
+    pub is_cut: bool,
 }
 
 /// What the underlay received in one go.
@@ -78,14 +109,14 @@ impl DatagramBatch {
 
     /// Takes the next slot as a datagram.
     #[inline]
-    pub fn commit(&mut self, from: SocketAddr, len: usize, segment_size: Option<usize>, ecn: Ecn) {
+    pub fn commit(&mut self, envelope: Envelope, len: usize, segment_size: Option<usize>) {
         let slot = self.datagrams.len();
         self.datagrams.push(Datagram {
             slot,
             len: len.min(SLOT_BYTES),
             segment_size: segment_size.filter(|&size| size > 0 && size < len),
-            from,
-            ecn,
+            envelope,
+            is_cut: false,
         });
     }
 
@@ -99,8 +130,8 @@ impl DatagramBatch {
             slot,
             len: 0,
             segment_size: None,
-            from,
-            ecn: Ecn::NotEct,
+            envelope: Envelope::udp(from, Ecn::NotEct),
+            is_cut: true,
         });
     }
 
@@ -120,12 +151,12 @@ impl DatagramBatch {
     }
 
     /// Copies a datagram in; for tests and the in-memory underlay. `false` if there is no room.
-    pub fn push(&mut self, from: SocketAddr, bytes: &[u8], segment_size: Option<usize>, ecn: Ecn) -> bool {
+    pub fn push(&mut self, envelope: Envelope, bytes: &[u8], segment_size: Option<usize>) -> bool {
         let Some(slot) = self.slots().next().and_then(|slot| slot.get_mut(..bytes.len())) else {
             return false;
         };
         slot.copy_from_slice(bytes);
-        self.commit(from, bytes.len(), segment_size, ecn);
+        self.commit(envelope, bytes.len(), segment_size);
         true
     }
 
@@ -167,10 +198,10 @@ mod tests {
         let from = SocketAddr::from(([192, 0, 2, 1], 8285));
         let mut batch = DatagramBatch::new();
         batch.note_cut();
-        assert!(batch.push(from, b"next", None, Ecn::Ce));
+        assert!(batch.push(Envelope::udp(from, Ecn::Ce), b"next", None));
         let datagram = batch.datagrams()[1];
         let start = DatagramBatch::start(datagram);
         assert_eq!(&batch.bytes()[start..start + datagram.len], b"next");
-        assert_eq!((batch.cut(), datagram.ecn), (1, Ecn::Ce));
+        assert_eq!((batch.cut(), datagram.envelope.ecn), (1, Ecn::Ce));
     }
 }

@@ -17,12 +17,12 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
-use crate::dataplane::datagram::{Datagram, DatagramBatch};
+use crate::dataplane::datagram::{Datagram, DatagramBatch, Envelope};
 use crate::dataplane::offload::{SuperPacket, finish_checksum, finish_for_kernel};
 use crate::dataplane::packet::{PacketBatch, RunKey, RunLimits, Segments, SendPlan};
 use crate::dataplane::route::{Hop, RouteTable};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
-use crate::dataplane::{EcnPolicy, Encap, Manners, PeerOffloads, TtlPolicy};
+use crate::dataplane::{EcnPolicy, Encap, Inner, Manners, PeerOffloads, TtlPolicy};
 use crate::wire::Malformed;
 use crate::wire::icmp::IcmpError;
 use crate::wire::ip::{
@@ -161,20 +161,21 @@ pub fn outbound<E: Encap>(
             }
         }
     }
-    if sending.clamp_mss {
+    if sending.clamp_mss || manners.mute {
         let finished = meta.header.checksum.is_none();
         clamp_segments(batch.front_mut(meta), &ip, peer.inner_mtu, finished);
     }
     let to = peer.hop.endpoint();
     let limits = if to.is_ipv4() { sending.v4 } else { sending.v6 };
     let flow = flow_hash(&ip, batch.front(meta));
+    let ecn = match manners.ecn {
+        EcnPolicy::Ignore => Ecn::NotEct,
+        EcnPolicy::Carry => Ecn::of(ip.tos),
+    };
     let key = RunKey {
         to,
         port: flow as usize % sending.ports,
-        ecn: match manners.ecn {
-            EcnPolicy::Ignore => Ecn::NotEct,
-            EcnPolicy::Carry => Ecn::of(ip.tos),
-        },
+        ecn,
         flow,
         peer: peer_index,
     };
@@ -188,7 +189,12 @@ pub fn outbound<E: Encap>(
     let (segments, count) = match super_packet {
         None => {
             let (header, packet) = bytes.split_at_mut(encap_len);
-            encap.push(&peer.hop, ip.total_len, header);
+            let inner = Inner {
+                len: ip.total_len,
+                flow,
+                ecn,
+            };
+            encap.push(&peer.hop, inner, header);
             if let Some(partial) = meta.header.checksum {
                 let packet = packet.get_mut(..ip.total_len).ok_or(DropReason::BadLength)?;
                 finish_checksum(packet, partial).map_err(|reason| refuse(reason, None))?;
@@ -204,8 +210,8 @@ pub fn outbound<E: Encap>(
             )
         }
         Some(super_packet) => {
-            super_packet.split(bytes, encap_len, |header, inner_len| {
-                encap.push(&peer.hop, inner_len, header)
+            super_packet.split(bytes, encap_len, |header, len| {
+                encap.push(&peer.hop, Inner { len, flow, ecn }, header)
             });
             stats.count(Count::OutboundSuperPackets, 1);
             let size = super_packet.shape(encap_len).stride();
@@ -234,6 +240,7 @@ pub fn outbound<E: Encap>(
 #[derive(Clone, Copy)]
 struct Outer {
     source: IpAddr,
+    envelope: Envelope,
     ecn: Ecn,
     manners: Manners,
 }
@@ -273,7 +280,7 @@ impl<E: Encap> Ingress<'_, E> {
         let start = DatagramBatch::start(datagram);
         let end = start + datagram.len;
         let step = datagram.segment_size.unwrap_or(datagram.len).max(1);
-        let source = datagram.from.ip().to_canonical();
+        let source = datagram.envelope.from.ip().to_canonical();
         let peer = self.routes.source(source);
         if peer.is_none() && self.check == IngressCheck::Strict {
             self.stats
@@ -284,7 +291,7 @@ impl<E: Encap> Ingress<'_, E> {
             .and_then(|index| self.routes.peer(index))
             .and_then(|peer| peer.stats.inbound(self.queue));
         // A datagram that was cut is counted already, and has no sender.
-        if datagram.len == 0 && datagram.from.port() != 0 {
+        if datagram.len == 0 && !datagram.is_cut {
             self.stats.discard(DropReason::Truncated, 1);
         }
         // The kernel checks the outer checksum, and it coalesces only datagrams that have one (net/ipv4/udp_offload.c).
@@ -295,9 +302,10 @@ impl<E: Encap> Ingress<'_, E> {
         let manners = self.encap.inbound();
         let outer = Outer {
             source,
+            envelope: datagram.envelope,
             ecn: match manners.ecn {
                 EcnPolicy::Ignore => Ecn::NotEct,
-                EcnPolicy::Carry => datagram.ecn,
+                EcnPolicy::Carry => datagram.envelope.ecn,
             },
             manners,
         };
@@ -308,7 +316,9 @@ impl<E: Encap> Ingress<'_, E> {
         for at in (start..end).step_by(step) {
             let segment_end = (at + step).min(end);
             if let Some(ttl) = continued
-                && let Ok(skip) = self.encap.pull(batch.bytes().get(at..segment_end).unwrap_or(&[]))
+                && let Ok(skip) = self
+                    .encap
+                    .pull(&outer.envelope, batch.bytes().get(at..segment_end).unwrap_or(&[]))
                 && coalescer.extend(batch.bytes(), at + skip, segment_end, ttl)
             {
                 packets += 1;
@@ -380,7 +390,7 @@ impl<E: Encap> Ingress<'_, E> {
     ) -> Result<(usize, IpHeader), (Refusal, usize)> {
         let plain = |reason: DropReason| (Refusal::from(reason), at);
         let datagram = buffer.get(at..end).ok_or_else(|| plain(DropReason::Truncated))?;
-        let inner_at = at + self.encap.pull(datagram).map_err(plain)?;
+        let inner_at = at + self.encap.pull(&outer.envelope, datagram).map_err(plain)?;
         let packet = buffer
             .get_mut(inner_at..end)
             .ok_or_else(|| plain(DropReason::Truncated))?;
@@ -420,6 +430,15 @@ impl<E: Encap> Ingress<'_, E> {
         Ok((inner_at, ip))
     }
 
+    /// Whether `addr` belongs to the node whose datagrams come from `outer`.
+    fn is_node(&self, outer: IpAddr, addr: IpAddr) -> bool {
+        let peer = self
+            .routes
+            .source(outer)
+            .and_then(|index| self.routes.peer(index));
+        peer.map_or(addr == outer, |peer| peer.hop.is_node(addr))
+    }
+
     fn check_addresses(&self, ip: &IpHeader, outer: IpAddr) -> Result<(), DropReason> {
         if self.check == IngressCheck::Off {
             return Ok(());
@@ -432,13 +451,13 @@ impl<E: Encap> Ingress<'_, E> {
         let owner = self.routes.lookup(src).and_then(|index| self.routes.peer(index));
         match (self.check, owner) {
             (IngressCheck::Loose, Some(_)) | (IngressCheck::Off, _) => {}
-            (IngressCheck::Strict, Some(peer)) if peer.hop.endpoint().ip() == outer => {}
+            (IngressCheck::Strict, Some(peer)) if peer.hop.source() == outer => {}
             (IngressCheck::Strict, Some(_)) => return Err(DropReason::SpoofedSource),
             (IngressCheck::Strict | IngressCheck::Loose, None) if overlay.contains(src) => {
                 return Err(DropReason::SpoofedSource);
             }
             // The peer's own node may speak to our pods with its underlay address.
-            (IngressCheck::Strict | IngressCheck::Loose, None) if src == outer => {}
+            (IngressCheck::Strict | IngressCheck::Loose, None) if self.is_node(outer, src) => {}
             (IngressCheck::Strict | IngressCheck::Loose, None) => return Err(DropReason::ForeignSource),
         }
         match scope(dst) {

@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::dataplane::coalesce::Merge;
-use crate::dataplane::datagram::DatagramBatch;
+use crate::dataplane::datagram::{DatagramBatch, Envelope};
 use crate::dataplane::offload::finish_checksum;
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::WorkerStats;
@@ -143,7 +143,11 @@ impl Underlay for MemoryUnderlay {
     fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
         while let Some(message) = self.incoming.front() {
             let coalesced = (message.segment_size < message.bytes.len()).then_some(message.segment_size);
-            if !batch.push(message.addr, &message.bytes, coalesced, message.ecn) {
+            if !batch.push(
+                Envelope::udp(message.addr, message.ecn),
+                &message.bytes,
+                coalesced,
+            ) {
                 break;
             }
             self.incoming.pop_front();

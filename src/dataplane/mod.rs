@@ -23,10 +23,11 @@ use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 
 use crate::dataplane::coalesce::Merge;
-use crate::dataplane::datagram::DatagramBatch;
+use crate::dataplane::datagram::{DatagramBatch, Envelope};
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::{DropReason, WorkerStats};
+use crate::wire::ip::Ecn;
 
 pub mod coalesce;
 pub mod datagram;
@@ -37,6 +38,7 @@ pub mod offload;
 pub mod packet;
 pub mod route;
 pub mod stats;
+pub mod transit;
 pub mod worker;
 
 /// The edge to the overlay: a TUN queue, or its twin in memory.
@@ -189,9 +191,22 @@ pub struct Manners {
     pub ecn: EcnPolicy,
     /// What arrives through it.
     pub offloads: PeerOffloads,
+    /// Whether the other end drops what is too big for it without a word: then SYNs are made to announce what fits, asked for or not.
+    pub mute: bool,
 }
 
-/// One encapsulation: what goes between the outer transport header, which the socket makes, and the inner packet.
+/// What an encapsulation may want to know of the packet it goes before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inner {
+    /// Its length, bytes.
+    pub len: usize,
+    /// Hash of its flow.
+    pub flow: u32,
+    /// The congestion codepoint the outer header is to carry.
+    pub ecn: Ecn,
+}
+
+/// One encapsulation: what goes between what the socket makes (a UDP header, or nothing) and the inner packet.
 pub trait Encap: Clone + Send + 'static {
     /// What it needs to know of a peer.
     type Hop: Hop;
@@ -205,12 +220,12 @@ pub trait Encap: Clone + Send + 'static {
     /// Length of its header towards a peer, bytes; at most [`packet::HEADROOM`].
     fn header_len(&self, hop: &Self::Hop) -> usize;
 
-    /// Writes the header for an inner packet of `inner_len` bytes; `out` is as long as [`Self::header_len`] says.
-    fn push(&self, hop: &Self::Hop, inner_len: usize, out: &mut [u8]);
+    /// Writes the header for an inner packet; `out` is as long as [`Self::header_len`] says.
+    fn push(&self, hop: &Self::Hop, inner: Inner, out: &mut [u8]);
 
     /// Where the inner packet starts in a datagram.
     ///
     /// # Errors
     /// The datagram is not of this encapsulation.
-    fn pull(&self, datagram: &[u8]) -> Result<usize, DropReason>;
+    fn pull(&self, envelope: &Envelope, datagram: &[u8]) -> Result<usize, DropReason>;
 }

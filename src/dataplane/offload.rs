@@ -121,12 +121,13 @@ impl SuperPacket {
         }
     }
 
-    /// Copies the packet into `out` in [its shape](Self::shape), without encapsulation.
+    /// Copies the packet into `out` in [its shape](Self::shape), with `encap_len` bytes of room before each segment.
     #[cold]
-    pub fn spread(&self, packet: &[u8], out: &mut Vec<u8>) {
+    pub fn spread(&self, packet: &[u8], encap_len: usize, out: &mut Vec<u8>) {
         out.clear();
         let (headers, payload) = packet.split_at(self.header_len.min(packet.len()));
         for piece in payload.chunks(self.size) {
+            out.resize(out.len() + encap_len, 0);
             out.extend_from_slice(headers);
             out.extend_from_slice(piece);
         }
@@ -412,7 +413,7 @@ pub(crate) mod tests {
         };
         let super_packet = SuperPacket::new(packet, ip, gso).unwrap();
         let mut spread = Vec::new();
-        super_packet.spread(packet, &mut spread);
+        super_packet.spread(packet, 0, &mut spread);
         super_packet.split(&mut spread, 0, |_, _| ());
         spread
             .chunks(super_packet.shape(0).stride())
@@ -587,7 +588,7 @@ pub(crate) mod tests {
                 && let Ok(packet) = SuperPacket::new(&bytes, ip, Gso { kind, size, header_len: 0 })
             {
                 let mut spread = Vec::new();
-                packet.spread(&bytes, &mut spread);
+                packet.spread(&bytes, 0, &mut spread);
                 let mut total = 0;
                 packet.split(&mut spread, 0, |_, inner_len| total += inner_len);
                 prop_assert_eq!(total, spread.len());

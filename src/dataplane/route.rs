@@ -34,8 +34,20 @@ use crate::dataplane::stats::PeerStats;
 
 /// What the encapsulation needs to reach a peer.
 pub trait Hop: Clone + Send + Sync + 'static {
-    /// Where its datagrams go, and where its own come from (the address).
+    /// Where its datagrams go.
     fn endpoint(&self) -> SocketAddr;
+
+    /// The address its own datagrams come from.
+    #[inline]
+    fn source(&self) -> IpAddr {
+        self.endpoint().ip()
+    }
+
+    /// Whether `addr` is its node's own, outside the overlay, which may stand as the source of what the node itself sends.
+    #[inline]
+    fn is_node(&self, addr: IpAddr) -> bool {
+        self.source() == addr
+    }
 }
 
 /// A peer as one route sees it.
@@ -134,7 +146,7 @@ impl<H: Hop> RouteTable<H> {
     /// Puts a route in, or replaces the route of exactly this prefix.
     pub fn insert(&mut self, prefix: Prefix, peer: Peer<H>) {
         self.remove(prefix);
-        let source = peer.hop.endpoint().ip();
+        let source = peer.hop.source();
         let index = self
             .free
             .pop()
@@ -156,7 +168,7 @@ impl<H: Hop> RouteTable<H> {
         };
         let Some(index) = removed else { return false };
         if let Some(peer) = self.peer(index) {
-            let source = peer.hop.endpoint().ip();
+            let source = peer.hop.source();
             self.sources.remove(source, index);
         }
         self.peers.set(index as usize, None);

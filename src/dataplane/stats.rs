@@ -187,6 +187,10 @@ named! {
         ReceiveOverflows = "receive_overflows",
         /// Sends that had to wait for room.
         SendWaits = "send_waits",
+        /// SRv6 packets sent on towards their next segment or next hop.
+        SegmentsForwarded = "segments_forwarded",
+        /// SRv6 echo requests answered.
+        SegmentEchoes = "segment_echoes",
         /// Times a thread went to sleep.
         Sleeps = "sleeps",
     }

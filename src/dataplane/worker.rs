@@ -321,7 +321,7 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             GsoKind::TcpV4 | GsoKind::TcpV6 => Merge { tcp: false, ..merge },
             GsoKind::Udp => Merge { udp: false, ..merge },
         });
-        super_packet.spread(packet, &mut self.spread);
+        super_packet.spread(packet, 0, &mut self.spread);
         super_packet.split(&mut self.spread, 0, |_, _| ());
         let plain = VirtioHeader::default().emit();
         for segment in self.spread.chunks(super_packet.shape(0).stride()) {

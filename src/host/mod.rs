@@ -5,11 +5,14 @@
 //! AVX2 in [`checksum`](crate::wire::checksum), and the one in
 //! [`ethtool`], which only labs make. Links, addresses and routes go through [`netlink`].
 
+pub mod endpoint;
 pub mod ethtool;
 pub mod interface;
 pub mod netlink;
 pub mod queues;
+pub mod raw;
 pub mod socket;
 pub mod sys;
 pub mod sysctl;
 pub mod tun;
+pub mod underlay;

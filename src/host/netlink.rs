@@ -29,7 +29,8 @@ pub use self::message::{
     Gateway, HeldRoute, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup, RouteOwner,
     VxlanDevice,
 };
-use self::message::{change, held_route, ip, link, link_addr, vxlan_device};
+use self::message::{change, held_local_prefix, held_route, ip, link, link_addr, local_prefix, vxlan_device};
+use crate::addr::Ipv6Prefix;
 
 /// A request to the kernel failed.
 #[derive(Debug, thiserror::Error)]
@@ -368,6 +369,41 @@ impl Netlink {
         let mut routes = self.routes().await?;
         routes.retain(|held| held.owner == RouteOwner::Kersey);
         Ok(routes.into_iter().map(|held| held.route).collect())
+    }
+
+    /// Makes every address of `prefix` one of this host's own (AnyIP: `ip -6 route add local PREFIX dev lo`), under [`KERSEY_PROTOCOL`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn add_local_prefix(&self, prefix: Ipv6Prefix) -> Result<(), NetlinkError> {
+        let request = self.handle.route().add(local_prefix(prefix)).replace();
+        request.execute().await.or_refused("make local", prefix)
+    }
+
+    /// Undoes [`add_local_prefix`](Self::add_local_prefix); one that is not there is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn delete_local_prefix(&self, prefix: Ipv6Prefix) -> Result<(), NetlinkError> {
+        let result = self.handle.route().del(local_prefix(prefix)).execute().await;
+        gone(result, &[libc::ESRCH, libc::ENODEV]).or_refused("make foreign", prefix)
+    }
+
+    /// What [`add_local_prefix`](Self::add_local_prefix) has made.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn own_local_prefixes(&self) -> Result<Vec<Ipv6Prefix>, NetlinkError> {
+        let dump = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        let messages = self
+            .handle
+            .route()
+            .get(dump)
+            .execute()
+            .try_collect::<Vec<_>>()
+            .await;
+        let messages = messages.or_refused("list", "routes")?;
+        Ok(messages.iter().filter_map(held_local_prefix).collect())
     }
 
     /// The default routes of both families, in the kernel's order.

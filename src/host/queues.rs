@@ -20,9 +20,9 @@ use crate::dataplane::Encap;
 use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
-use crate::host::socket::UdpUnderlay;
 use crate::host::sys::{self, Ready};
 use crate::host::tun::{Tun, TunQueue};
+use crate::host::underlay::AnyUnderlay;
 
 /// How long an idle thread sleeps at the most.
 const IDLE_MS: i32 = 1000;
@@ -64,7 +64,7 @@ impl Queues {
     pub fn start<E: Encap + Sync>(
         encap: E,
         tun: Tun,
-        underlays: Vec<UdpUnderlay>,
+        underlays: Vec<AnyUnderlay>,
         routes: &SharedRoutes<E::Hop>,
         (layout, busy_poll, options): (Layout, Duration, InboundOptions),
         failed: mpsc::Sender<io::Error>,
@@ -182,7 +182,7 @@ trait Work {
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready>;
 }
 
-impl<E: Encap> Work for Outbound<E, TunQueue, UdpUnderlay> {
+impl<E: Encap> Work for Outbound<E, TunQueue, AnyUnderlay> {
     fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         Outbound::turn(self, now)
     }
@@ -200,7 +200,7 @@ impl<E: Encap> Work for Outbound<E, TunQueue, UdpUnderlay> {
     }
 }
 
-impl<E: Encap> Work for Inbound<E, TunQueue, UdpUnderlay> {
+impl<E: Encap> Work for Inbound<E, TunQueue, AnyUnderlay> {
     fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         Inbound::turn(self, now)
     }
@@ -220,8 +220,8 @@ impl<E: Encap> Work for Inbound<E, TunQueue, UdpUnderlay> {
 
 /// Both directions on one thread.
 struct Joined<E: Encap> {
-    outbound: Outbound<E, TunQueue, UdpUnderlay>,
-    inbound: Inbound<E, TunQueue, UdpUnderlay>,
+    outbound: Outbound<E, TunQueue, AnyUnderlay>,
+    inbound: Inbound<E, TunQueue, AnyUnderlay>,
 }
 
 impl<E: Encap> Work for Joined<E> {

@@ -27,11 +27,12 @@ use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::{Oversize, SendError, SendFailure, Underlay};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
+use crate::wire::ip::protocol;
 
 /// Receive buffer asked for, bytes: 16 MiB holds 13 ms at 10 Gbit/s, longer than a worker is ever descheduled.
-const RECV_BUFFER: i32 = 16 << 20;
+pub(super) const RECV_BUFFER: i32 = 16 << 20;
 /// Send buffer asked for, bytes: 30 runs of 64 KiB in flight.
-const SEND_BUFFER: i32 = 2 << 20;
+pub(super) const SEND_BUFFER: i32 = 2 << 20;
 /// Slots used while messages are large.
 const LARGE_SLOTS: usize = 8;
 /// A message is large from here on, bytes.
@@ -46,8 +47,8 @@ const PATH_HOLIDAY: Duration = Duration::from_secs(3);
 ///
 /// A fast link makes room within that; on a slow one the buffer is the queue, and what does not fit it is dropped, as a full device
 /// queue would. A longer wait would hold up the other direction, which may share the thread.
-const WAIT_TRIES: u32 = 2;
-const WAIT_MS: i32 = 1;
+pub(super) const WAIT_TRIES: u32 = 2;
+pub(super) const WAIT_MS: i32 = 1;
 
 /// How a probed feature is to be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -439,7 +440,7 @@ impl Underlay for UdpUnderlay {
         }
         for (family, scratch) in families {
             let Some(family) = family else { continue };
-            match sys::recv_datagrams(family.recv.as_fd(), batch, scratch, slots) {
+            match sys::recv_datagrams((family.recv.as_fd(), protocol::UDP), batch, scratch, slots) {
                 Ok(_) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
                     return Err(error);
@@ -583,7 +584,7 @@ pub fn path_mtu(to: IpAddr) -> io::Result<Mtu> {
 }
 
 /// What a failed send means for the packets in it.
-fn classify(error: &io::Error) -> SendError {
+pub(super) fn classify(error: &io::Error) -> SendError {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => SendError::Busy,
         Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EADDRNOTAVAIL) => {

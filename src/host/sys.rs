@@ -10,11 +10,14 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch, Envelope};
 use crate::wire::ip::Ecn;
 
-/// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class, each with its header.
-const CONTROL_BYTES: usize = 96;
+/// Bytes of control data a message: room for UDP_GRO or UDP_SEGMENT, SO_RXQ_OVFL and a traffic class; or what an IPv6
+/// header said: destination, traffic class, hop limit and flow label; each with its header.
+const CONTROL_BYTES: usize = 144;
+/// `IPV6_FLOWINFO` of linux/in6.h: as an option, asks for traffic class and flow label; as control data, has them.
+pub const IPV6_FLOWINFO: i32 = 11;
 
 /// Control data, aligned as `cmsghdr` wants.
 #[derive(Clone, Copy)]
@@ -66,6 +69,53 @@ pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
         )
     };
     check(result).map(|_| value)
+}
+
+/// An instruction of a classic BPF program: linux/filter.h's `sock_filter`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BpfInstruction {
+    /// Operation.
+    pub code: u16,
+    /// Instructions to skip if a comparison holds.
+    pub when_true: u8,
+    /// Instructions to skip if it does not.
+    pub when_false: u8,
+    /// Operand.
+    pub k: u32,
+}
+
+/// `SKF_NET_OFF` of linux/filter.h: offsets from here on count from the network header.
+pub const BPF_NET_OFFSET: u32 = (-0x10_0000_i32).cast_unsigned();
+
+/// Lets a socket receive only what a program accepts.
+///
+/// # Errors
+/// The kernel's: EINVAL for a program it does not like.
+pub fn attach_filter(fd: BorrowedFd<'_>, program: &[BpfInstruction]) -> io::Result<()> {
+    let mut code: Vec<libc::sock_filter> = program
+        .iter()
+        .map(|instruction| libc::sock_filter {
+            code: instruction.code,
+            jt: instruction.when_true,
+            jf: instruction.when_false,
+            k: instruction.k,
+        })
+        .collect();
+    let program = libc::sock_fprog {
+        len: u16::try_from(code.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,
+        filter: code.as_mut_ptr(),
+    };
+    // SAFETY: `program` describes `code`, and both outlive the call, which copies them.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            ptr::from_ref(&program).cast(),
+            mem::size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    check(result).map(drop)
 }
 
 /// A socket address as the kernel wants it.
@@ -181,6 +231,9 @@ struct RecvControl {
     segment_size: Option<usize>,
     overflows: Option<u32>,
     ecn: Ecn,
+    to: Option<Ipv6Addr>,
+    hop_limit: u8,
+    flow_info: u32,
 }
 
 impl RecvControl {
@@ -197,15 +250,23 @@ impl RecvControl {
             // SAFETY: the data follows the header; how much there is, the length checks below ask.
             let data = unsafe { libc::CMSG_DATA(control) };
             // SAFETY: CMSG_LEN is arithmetic on its argument only.
-            let (carries_byte, carries_int) = unsafe {
+            let (carries_byte, carries_int, carries_info) = unsafe {
+                let info = mem::size_of::<libc::in6_pktinfo>() as libc::c_uint;
                 (
                     control.cmsg_len >= libc::CMSG_LEN(1) as usize,
                     control.cmsg_len >= libc::CMSG_LEN(4) as usize,
+                    control.cmsg_len >= libc::CMSG_LEN(info) as usize,
                 )
             };
             if (control.cmsg_level, control.cmsg_type) == (libc::IPPROTO_IP, libc::IP_TOS) && carries_byte {
                 // SAFETY: a byte is there. The kernel gives the type of service as one, unlike all else.
                 found.ecn = Ecn::of(unsafe { data.read() });
+            } else if (control.cmsg_level, control.cmsg_type) == (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO)
+                && carries_info
+            {
+                // SAFETY: an `in6_pktinfo` is there; it need not be aligned.
+                let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
+                found.to = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr));
             } else if carries_int {
                 // SAFETY: four bytes are there; they need not be aligned.
                 let value = unsafe { data.cast::<u32>().read_unaligned() };
@@ -213,6 +274,10 @@ impl RecvControl {
                     (libc::SOL_UDP, libc::UDP_GRO) => found.segment_size = Some(value as usize),
                     (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => found.overflows = Some(value),
                     (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => found.ecn = Ecn::of((value & 0xff) as u8),
+                    (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT) => found.hop_limit = (value & 0xff) as u8,
+                    (libc::IPPROTO_IPV6, IPV6_FLOWINFO) => {
+                        found.flow_info = u32::from_be(value) & 0x0fff_ffff
+                    }
                     _ => {}
                 }
             }
@@ -223,12 +288,12 @@ impl RecvControl {
     }
 }
 
-/// Receives waiting datagrams into free slots of `batch`, at most `limit`; 0 if there are none. Never blocks.
+/// Receives waiting datagrams into free slots of `batch`, at most `limit`; 0 if there are none. Never blocks. The socket is one for `protocol`.
 ///
 /// # Errors
 /// The kernel's, but for "nothing there".
 pub fn recv_datagrams(
-    fd: BorrowedFd<'_>,
+    (fd, protocol): (BorrowedFd<'_>, u8),
     batch: &mut DatagramBatch,
     scratch: &mut RecvScratch,
     limit: usize,
@@ -286,7 +351,15 @@ pub fn recv_datagrams(
         }
         match scratch.addrs[index].parse() {
             Some(from) if header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 => {
-                batch.commit(from, header.msg_len as usize, control.segment_size, control.ecn);
+                let envelope = Envelope {
+                    from,
+                    to: control.to.unwrap_or(Ipv6Addr::UNSPECIFIED),
+                    protocol,
+                    hop_limit: control.hop_limit,
+                    flow_info: control.flow_info,
+                    ecn: control.ecn,
+                };
+                batch.commit(envelope, header.msg_len as usize, control.segment_size);
             }
             Some(_) | None => batch.note_cut(),
         }
@@ -320,6 +393,17 @@ pub struct MessageTo {
     pub segment_size: Option<u16>,
     /// Congestion codepoint of the outer headers.
     pub ecn: Ecn,
+}
+
+impl MessageTo {
+    /// A message sent as it is.
+    pub fn plain(to: SocketAddr) -> Self {
+        Self {
+            to,
+            segment_size: None,
+            ecn: Ecn::NotEct,
+        }
+    }
 }
 
 /// Sends messages, each given as its destination and its pieces; gives how many were sent. Never blocks.

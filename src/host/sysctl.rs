@@ -47,6 +47,22 @@ pub fn disable_ipv6(link: &str) -> Result<(), SysctlError> {
     present(set(&format!("ipv6/conf/{link}/disable_ipv6"), "1"))
 }
 
+/// Turns the kernel's own processing of segment routing headers off on `link`; whether it was on. A kernel without it counts as off.
+///
+/// # Errors
+/// The switch exists but cannot be written.
+pub fn disable_seg6(link: &str) -> Result<bool, SysctlError> {
+    let is_on = |conf: &str| {
+        fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{conf}/seg6_enabled"))
+            .is_ok_and(|value| value.trim() == "1")
+    };
+    // Both must be on for the kernel to look at one (net/ipv6/exthdrs.c).
+    if !(is_on("all") && is_on(link)) {
+        return Ok(false);
+    }
+    set(&format!("ipv6/conf/{link}/seg6_enabled"), "0").map(|()| true)
+}
+
 fn present(result: Result<(), SysctlError>) -> Result<(), SysctlError> {
     match result {
         Err(error) if error.source.kind() == io::ErrorKind::NotFound => Ok(()),

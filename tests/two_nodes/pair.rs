@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kersey::backend::udp::Udp;
 use kersey::backend::vxlan::Vxlan;
+use kersey::dataplane::Inner;
 use kersey::dataplane::coalesce::Merge;
 use kersey::dataplane::memory::Message;
 use kersey::dataplane::stats::{Count, DropReason};
@@ -243,7 +244,12 @@ fn sent_by_kernel<E: Tunnel>(packet: &[u8]) -> Message {
     let [v4, v6] = prefixes(2);
     let hop = encap.hop(if packet[0] >> 4 == 4 { v4 } else { v6 }, 2);
     let mut bytes = vec![0; encap.header_len(&hop)];
-    encap.push(&hop, packet.len(), &mut bytes);
+    let inner = Inner {
+        len: packet.len(),
+        flow: 1,
+        ecn: Ecn::NotEct,
+    };
+    encap.push(&hop, inner, &mut bytes);
     bytes.extend_from_slice(packet);
     Message {
         addr: underlay(2),

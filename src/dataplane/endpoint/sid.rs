@@ -388,6 +388,18 @@ impl LocalSids {
         exact.chain(self.prefixes.iter().map(|(prefix, sid)| (*prefix, sid)))
     }
 
+    /// The addresses where paths end in our device, those included where they may also go on.
+    pub fn ends(&self) -> impl Iterator<Item = Ipv6Addr> {
+        let to_device = |sid: &LocalSid| {
+            [next_header::IPV4, next_header::IPV6]
+                .into_iter()
+                .any(|upper| matches!(sid.exit(upper), Some(Exit::Device)))
+        };
+        self.iter()
+            .filter(move |(_, sid)| to_device(sid))
+            .map(|(prefix, _)| prefix.addr())
+    }
+
     /// Whether an address is a SID in all its bits, so that nothing of it has changed on its way.
     pub(super) fn is_whole(&self, address: Ipv6Addr) -> bool {
         let bits = address.to_bits();

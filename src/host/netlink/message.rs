@@ -9,7 +9,7 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::NetlinkPayload;
@@ -171,6 +171,40 @@ impl Route {
         }
         message
     }
+}
+
+/// `RT_TABLE_LOCAL` of linux/rtnetlink.h.
+const TABLE_LOCAL: u8 = 255;
+
+/// A route that makes all addresses of a prefix this host's own.
+pub(super) fn local_prefix(prefix: Ipv6Prefix) -> RouteMessage {
+    /// Number of `lo` in every namespace: LOOPBACK_IFINDEX of include/net/flow.h.
+    const LOOPBACK: u32 = 1;
+    let mut message = RouteMessageBuilder::<Ipv6Addr>::new()
+        .destination_prefix(prefix.addr(), prefix.len())
+        .output_interface(LOOPBACK)
+        .build();
+    message.header.protocol = RouteProtocol::Other(KERSEY_PROTOCOL);
+    message.header.kind = RouteType::Local;
+    message.header.table = TABLE_LOCAL;
+    message
+}
+
+/// The prefix of a route that [`local_prefix`] has made.
+pub(super) fn held_local_prefix(message: &RouteMessage) -> Option<Ipv6Prefix> {
+    let header = &message.header;
+    let ours = header.protocol == RouteProtocol::Other(KERSEY_PROTOCOL)
+        && header.kind == RouteType::Local
+        && header.table == TABLE_LOCAL;
+    if !ours {
+        return None;
+    }
+    message.attributes.iter().find_map(|attribute| {
+        let RouteAttribute::Destination(RouteAddress::Inet6(addr)) = attribute else {
+            return None;
+        };
+        Ipv6Prefix::new(*addr, header.destination_prefix_length).ok()
+    })
 }
 
 impl fmt::Display for Route {

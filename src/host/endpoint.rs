@@ -1,0 +1,347 @@
+//! The thread that does what SIDs say with packets that do not end in our device: waypoints, next hops, pings and everything wrong.
+//!
+//! What to do is [`dataplane::endpoint`](crate::dataplane::endpoint)'s to say; here are sockets, buffers and the clock. It is a thread of its
+//! own, so that a node that is nobody's waypoint pays nothing for it, and a flood of wrong packets takes no turn from a queue.
+
+use std::io::{self, PipeReader, PipeWriter};
+use std::iter::once;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use socket2::{Domain as SocketDomain, Protocol, Socket, Type};
+
+use crate::addr::Mtu;
+use crate::dataplane::SendError;
+use crate::dataplane::datagram::{Datagram, DatagramBatch};
+use crate::dataplane::endpoint::{
+    Answer, Arrived, Domain, LocalSids, Refusal, Verdict, advance, build_error,
+};
+use crate::dataplane::forward::ErrorLimiter;
+use crate::dataplane::route::{Hop, RouteReader, SharedRoutes};
+use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::transit::{Fitted, fit, fit_outer};
+use crate::host::raw::{Audience, PROTOCOLS, RawError, RawOptions, receiver, sender};
+use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
+use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
+use crate::wire::ip::{IpHeader, Scope, decrement_ttl, scope};
+
+/// How long the thread sleeps at the most, so that it lets go of an old route snapshot.
+const IDLE_MS: i32 = 1000;
+/// Packets taken from one socket at a time.
+const SLOTS: usize = 32;
+
+/// What a node's SIDs are.
+#[derive(Clone, Debug)]
+pub struct EndpointOptions {
+    /// The sockets.
+    pub raw: RawOptions,
+    /// The SIDs.
+    pub sids: Arc<LocalSids>,
+    /// Where packets may come from and go to.
+    pub domain: Domain,
+    /// MTU of the underlay interface.
+    pub link_mtu: Mtu,
+}
+
+/// The running thread; dropping stops it.
+pub struct Endpoint {
+    stop: Option<PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+    stats: Arc<WorkerStats>,
+}
+
+impl Endpoint {
+    /// Opens the sockets and starts the thread.
+    ///
+    /// # Errors
+    /// The sockets cannot be had, or there are no threads left.
+    pub fn start<H: Hop>(options: EndpointOptions, routes: &SharedRoutes<H>) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let stats = Arc::<WorkerStats>::default();
+        let mut worker =
+            Worker::open(options, routes.reader(), Arc::clone(&stats)).map_err(io::Error::other)?;
+        let thread = std::thread::Builder::new()
+            .name("endpoint".to_owned())
+            .spawn(move || worker.run(&stopped))?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+            stats,
+        })
+    }
+
+    /// Its counters.
+    pub fn stats(&self) -> &Arc<WorkerStats> {
+        &self.stats
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // Closing the pipe wakes it.
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Worker<H> {
+    options: EndpointOptions,
+    routes: RouteReader<H>,
+    stats: Arc<WorkerStats>,
+    recv: Vec<(Socket, u8, RecvScratch)>,
+    out: Outlet,
+    batch: DatagramBatch,
+    limiter: ErrorLimiter,
+    packet: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl<H: Hop> Worker<H> {
+    fn open(
+        options: EndpointOptions,
+        routes: RouteReader<H>,
+        stats: Arc<WorkerStats>,
+    ) -> Result<Self, RawError> {
+        let recv = PROTOCOLS
+            .into_iter()
+            .map(|protocol| {
+                let socket = receiver(&options.raw, protocol, Audience::Endpoint)?;
+                Ok((socket, protocol, RecvScratch::default()))
+            })
+            .collect::<Result<_, RawError>>()?;
+        Ok(Self {
+            out: Outlet::open(options.raw.source, Arc::clone(&stats))?,
+            options,
+            routes,
+            stats,
+            recv,
+            batch: DatagramBatch::new(),
+            limiter: ErrorLimiter::new(now()),
+            packet: Vec::new(),
+            answer: Vec::new(),
+        })
+    }
+
+    fn run(&mut self, stopped: &PipeReader) {
+        loop {
+            let sockets = self.recv.iter().map(|(socket, ..)| socket.as_fd());
+            match sys::wait_readable(once(stopped.as_fd()).chain(sockets), IDLE_MS) {
+                Ok(ready) if ready.first() => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the endpoint thread ends: its sockets are beyond use");
+                    return;
+                }
+            }
+            while self.turn() {}
+        }
+    }
+
+    /// Deals with a batch; whether there was one.
+    fn turn(&mut self) -> bool {
+        self.batch.clear();
+        for (socket, protocol, scratch) in &mut self.recv {
+            // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
+            let _ = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
+        }
+        self.stats.count(Count::ReceiveOverflows, self.batch.overflows());
+        self.stats.discard(DropReason::DatagramCut, self.batch.cut());
+        for index in 0..self.batch.datagrams().len() {
+            let datagram = self.batch.datagrams()[index];
+            if !datagram.is_cut {
+                self.take(datagram);
+            }
+        }
+        !self.batch.is_empty()
+    }
+
+    fn take(&mut self, datagram: Datagram) {
+        let SocketAddr::V6(from) = datagram.envelope.from else {
+            return;
+        };
+        let start = DatagramBatch::start(datagram);
+        let envelope = datagram.envelope;
+        let arrived = Arrived {
+            source: *from.ip(),
+            destination: envelope.to,
+            hop_limit: envelope.hop_limit,
+            traffic_class: (envelope.flow_info >> 20) as u8,
+            flow_label: envelope.flow_info & 0xf_ffff,
+            next_header: envelope.protocol,
+            payload: self
+                .batch
+                .bytes()
+                .get(start..start + datagram.len)
+                .unwrap_or_default(),
+        };
+        let routes = self.routes.load();
+        let is_peer = |addr: Ipv6Addr| routes.source(addr.into()).is_some();
+        let (sids, domain) = (&self.options.sids, &self.options.domain);
+        let sent = match advance(&arrived, sids, domain, is_peer, &mut self.packet) {
+            Ok(Verdict::Send { to }) => {
+                let is_reply = to == arrived.source;
+                let sent = self.out.outer(&mut self.packet, to, self.options.link_mtu);
+                let count = if is_reply {
+                    Count::SegmentEchoes
+                } else {
+                    Count::SegmentsForwarded
+                };
+                self.stats.count(count, u64::from(sent.is_ok()));
+                sent
+            }
+            Ok(Verdict::NextHop { inner, next_hop }) => {
+                self.packet.clear();
+                self.packet
+                    .extend_from_slice(arrived.payload.get(inner..).unwrap_or_default());
+                let sent = self.out.inner(&mut self.packet, next_hop, self.options.link_mtu);
+                self.stats
+                    .count(Count::SegmentsForwarded, u64::from(sent.is_ok()));
+                sent
+            }
+            // The queues' filters let all of these through; what got past them was no whole packet.
+            Ok(Verdict::Inner { .. }) => Err(DropReason::SidUpperLayer.into()),
+            Err(refusal) => Err(refusal),
+        };
+        let Err(refusal) = sent else { return };
+        self.stats.discard(refusal.reason, 1);
+        let Some(answer) = refusal.answer else { return };
+        if !self.limiter.allows(arrived.source.into(), now()) {
+            self.stats.count(Count::IcmpLimited, 1);
+            return;
+        }
+        build_error(&arrived, answer, arrived.destination, &mut self.answer);
+        if self.out.send_v6(&[&self.answer], arrived.source).is_ok() {
+            self.stats.count(Count::IcmpSent, 1);
+        }
+    }
+}
+
+/// The sockets packets leave by.
+struct Outlet {
+    v6: Socket,
+    /// For inner packets of End.DX4; none on a host without IPv4.
+    v4: Option<Socket>,
+    scratch: SendScratch,
+    spread: Vec<u8>,
+    stats: Arc<WorkerStats>,
+}
+
+impl Outlet {
+    fn open(source: Ipv6Addr, stats: Arc<WorkerStats>) -> Result<Self, RawError> {
+        let raw = Protocol::from(libc::IPPROTO_RAW);
+        let v4 = Socket::new(SocketDomain::IPV4, Type::RAW.nonblocking().cloexec(), Some(raw)).ok();
+        Ok(Self {
+            v6: sender(source)?,
+            v4,
+            scratch: SendScratch::default(),
+            spread: Vec::new(),
+            stats,
+        })
+    }
+
+    /// Sends an outer packet to a segment or an adjacent node.
+    fn outer(&mut self, packet: &mut [u8], to: Ipv6Addr, mtu: Mtu) -> Result<(), Refusal> {
+        let mut spread = std::mem::take(&mut self.spread);
+        let sent = match fit_outer(packet, mtu, &mut spread) {
+            Fitted::Whole => self.send_v6(&[packet], to),
+            Fitted::Segments(len) => self.send_v6(&spread.chunks(len).collect::<Vec<_>>(), to),
+        };
+        self.spread = spread;
+        sent.map_err(|error| refusal(error, to.into(), mtu))
+    }
+
+    /// Sends an inner packet to a next hop; a router does that, so it takes one from the TTL.
+    fn inner(&mut self, packet: &mut [u8], next_hop: IpAddr, mtu: Mtu) -> Result<(), Refusal> {
+        let ip = IpHeader::parse(packet).map_err(DropReason::from)?;
+        if (scope(ip.addrs.src()), scope(ip.addrs.dst())) != (Scope::Routable, Scope::Routable) {
+            return Err(DropReason::MartianSource.into());
+        }
+        if decrement_ttl(packet).is_none() {
+            return Err(DropReason::TtlExpired.into());
+        }
+        let packet = packet.get_mut(..ip.total_len).ok_or(DropReason::BadLength)?;
+        let mut spread = std::mem::take(&mut self.spread);
+        let fitted = fit(packet, 0, mtu, &mut spread);
+        let whole: [&[u8]; 1] = [packet];
+        let segments: Vec<&[u8]>;
+        let packets: &[&[u8]] = match fitted {
+            Fitted::Whole => &whole,
+            Fitted::Segments(len) => {
+                segments = spread.chunks(len).collect();
+                &segments
+            }
+        };
+        let sent = match next_hop {
+            IpAddr::V4(next_hop) => self.send_v4(packets, next_hop),
+            IpAddr::V6(next_hop) => self.send_v6(packets, next_hop),
+        };
+        self.spread = spread;
+        sent.map_err(|error| DropReason::from(error).into())
+    }
+
+    fn send_v6(&mut self, packets: &[&[u8]], to: Ipv6Addr) -> Result<(), SendError> {
+        send(&self.v6, packets, (to, 0).into(), &mut self.scratch, &self.stats)
+    }
+
+    fn send_v4(&mut self, packets: &[&[u8]], to: Ipv4Addr) -> Result<(), SendError> {
+        let socket = self.v4.as_ref().ok_or(SendError::Unreachable)?;
+        send(socket, packets, (to, 0).into(), &mut self.scratch, &self.stats)
+    }
+}
+
+/// Sends packets in order, with a bounded wait for a full socket; gives up at the first that cannot be sent.
+fn send(
+    socket: &Socket,
+    packets: &[&[u8]],
+    to: SocketAddr,
+    scratch: &mut SendScratch,
+    stats: &WorkerStats,
+) -> Result<(), SendError> {
+    let (mut rest, mut waits) = (packets, 0);
+    while !rest.is_empty() {
+        let messages = rest.iter().map(|packet| (MessageTo::plain(to), once(*packet)));
+        match sys::send_messages(socket.as_fd(), messages, scratch) {
+            Ok(sent) => rest = rest.get(sent.max(1)..).unwrap_or_default(),
+            Err(error) => match classify(&error) {
+                SendError::Busy if waits < WAIT_TRIES => {
+                    waits += 1;
+                    stats.count(Count::SendWaits, 1);
+                    // If waiting fails, so does the next attempt.
+                    let _ = sys::wait_writable(socket.as_fd(), WAIT_MS);
+                }
+                error @ (SendError::Busy
+                | SendError::Unreachable
+                | SendError::Denied
+                | SendError::TooBig
+                | SendError::Refused) => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// What is to be said about a packet that could not be sent on.
+fn refusal(error: SendError, to: IpAddr, link_mtu: Mtu) -> Refusal {
+    let answer = (error == SendError::TooBig).then(|| {
+        let mtu = path_mtu(to).map_or(link_mtu, |mtu| mtu.min(link_mtu));
+        Answer::TooBig(mtu.bytes().into())
+    });
+    Refusal {
+        reason: error.into(),
+        answer,
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a shell: the rate of errors goes by the clock"
+)]
+fn now() -> Instant {
+    Instant::now()
+}

@@ -1,0 +1,590 @@
+//! The SRv6 underlay: raw IPv6 sockets, one packet a message.
+//!
+//! # Theory of operation
+//!
+//! The locator is an AnyIP route (`local <locator> dev lo`), so packets to our SIDs are the kernel's own; what its IPv6 has to do is done
+//! before we see them: reassembly, firewall, path MTU. Sockets for protocols 4, 41 and 43 get what stands behind the outer header, and
+//! with generic GRO at the link up to 64 KiB of merged TCP at once.
+//!
+//! A raw socket gets every packet of its protocol, so each has a filter, which runs where the packet still has its outer header:
+//!
+//! ```text
+//! destination is a SID that ends in our device ── not 43 ────────────────────────────▶ this queue, by a hash of the inner addresses
+//!                                              └─ 43: segment routing, none left ────▶ the same
+//! anything else to our locator ──────────────────────────────────────────────────────▶ the endpoint's thread
+//! another destination: another tunnel of this host ──────────────────────────────────▶ nobody
+//! ```
+//!
+//! Filters sort, they do not judge: all checks are made on what arrives. Sending is `IPPROTO_RAW` with our own outer header: flow label,
+//! hop limit and routing header are ours, route, neighbour and path MTU the kernel's. A packet larger than its path is refused (EMSGSIZE).
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::addr::Ipv6Prefix;
+use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
+use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
+use crate::dataplane::stats::{Count, WorkerStats};
+use crate::dataplane::{SendError, SendFailure, Underlay};
+use crate::host::socket::{RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
+use crate::host::sys::{self, BpfInstruction, MessageTo, RecvScratch, SendScratch};
+use crate::wire::srv6::next_header;
+
+/// What may stand behind the outer header of a packet to a SID.
+pub const PROTOCOLS: [u8; 3] = [next_header::IPV4, next_header::IPV6, next_header::ROUTING];
+/// Packets taken from one socket at a time while they are large, as merged ones are.
+const LARGE_SLOTS: usize = 8;
+/// A packet is large from here on, bytes.
+const LARGE_BYTES: usize = 4096;
+/// Longest run of a plan: there is nothing to gain from runs but fewer of them.
+const MAX_SEGMENTS: usize = 64;
+
+/// What is wanted of the underlay.
+#[derive(Clone, Debug)]
+pub struct RawOptions {
+    /// The interface packets come in by.
+    pub interface: String,
+    /// All our SIDs are in there.
+    pub locators: Vec<Ipv6Prefix>,
+    /// Those that end in our device.
+    pub ends: Vec<Ipv6Addr>,
+    /// The source of what we send.
+    pub source: Ipv6Addr,
+    /// Number of queues.
+    pub queues: usize,
+}
+
+/// The raw sockets cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing} a raw IPv6 socket for protocol {protocol}")]
+pub struct RawError {
+    /// What we were doing.
+    doing: &'static str,
+    /// The protocol.
+    protocol: u8,
+    /// The kernel's word.
+    #[source]
+    source: io::Error,
+}
+
+/// One queue's sockets.
+pub struct RawUnderlay {
+    recv: Vec<(Socket, u8)>,
+    send: Socket,
+    recv_scratch: Vec<RecvScratch>,
+    send_scratch: SendScratch,
+    /// Packets of the last batch were large.
+    large: bool,
+    /// Which protocol is received from first this time.
+    first: usize,
+}
+
+/// Who is to get a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// A queue: what ends in our device.
+    Queue(usize),
+    /// The endpoint's thread: all else.
+    Endpoint,
+}
+
+impl RawUnderlay {
+    /// Opens the sockets of queue `queue`.
+    ///
+    /// # Errors
+    /// See [`RawError`]; without CAP_NET_RAW the source is EPERM.
+    pub fn open(options: &RawOptions, queue: usize) -> Result<Self, RawError> {
+        let recv = PROTOCOLS
+            .into_iter()
+            .map(|protocol| Ok((receiver(options, protocol, Audience::Queue(queue))?, protocol)))
+            .collect::<Result<_, RawError>>()?;
+        Ok(Self::of(recv, sender(options.source)?))
+    }
+
+    fn of(recv: Vec<(Socket, u8)>, send: Socket) -> Self {
+        Self {
+            recv_scratch: recv.iter().map(|_| RecvScratch::default()).collect(),
+            recv,
+            send,
+            send_scratch: SendScratch::default(),
+            large: true,
+            first: 0,
+        }
+    }
+
+    /// The same sockets for the other direction.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let recv = self
+            .recv
+            .iter()
+            .map(|(socket, protocol)| Ok((socket.try_clone()?, *protocol)))
+            .collect::<io::Result<_>>()?;
+        Ok(Self::of(recv, self.send.try_clone()?))
+    }
+
+    /// What to wait for before receiving.
+    pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.recv.iter().map(|(socket, _)| socket.as_fd())
+    }
+}
+
+/// Opens a socket that gets what `audience` is to get.
+///
+/// # Errors
+/// See [`RawError`].
+pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Result<Socket, RawError> {
+    let failed = |doing| {
+        move |source| RawError {
+            doing,
+            protocol,
+            source,
+        }
+    };
+    let socket = Socket::new(
+        Domain::IPV6,
+        Type::RAW.nonblocking().cloexec(),
+        Some(Protocol::from(i32::from(protocol))),
+    )
+    .map_err(failed("open"))?;
+    let fd = socket.as_fd();
+    // Before the filter is there, a packet may slip in: it is judged like all others.
+    sys::attach_filter(fd, &filter(options, protocol, audience)).map_err(failed("filter"))?;
+    socket
+        .bind_device(Some(options.interface.as_bytes()))
+        .map_err(failed("bind to the interface"))?;
+    for option in [libc::IPV6_RECVPKTINFO, libc::IPV6_RECVTCLASS] {
+        sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;
+    }
+    if audience == Audience::Endpoint {
+        for option in [libc::IPV6_RECVHOPLIMIT, sys::IPV6_FLOWINFO] {
+            sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;
+        }
+    }
+    if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECV_BUFFER).is_err() {
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, RECV_BUFFER)
+            .map_err(failed("size the receive buffer of"))?;
+    }
+    // Counting overflows is for show; a kernel without it loses nothing.
+    let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
+    Ok(socket)
+}
+
+/// Opens a socket that sends whole IPv6 packets, whose source is most often `source`.
+///
+/// # Errors
+/// See [`RawError`].
+pub fn sender(source: Ipv6Addr) -> Result<Socket, RawError> {
+    const IPPROTO_RAW: u8 = 255;
+    let failed = |doing| {
+        move |source| RawError {
+            doing,
+            protocol: IPPROTO_RAW,
+            source,
+        }
+    };
+    let socket = Socket::new(
+        Domain::IPV6,
+        Type::RAW.nonblocking().cloexec(),
+        Some(Protocol::from(i32::from(IPPROTO_RAW))),
+    )
+    .map_err(failed("open"))?;
+    let fd = socket.as_fd();
+    if sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER).is_err() {
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER)
+            .map_err(failed("size the send buffer of"))?;
+    }
+    // Otherwise the kernel would choose a source for each packet, at a tenth of its cost, only to send ours.
+    sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_FREEBIND, 1)
+        .and_then(|()| socket.bind(&SocketAddr::from((source, 0)).into()))
+        .map_err(failed("bind"))?;
+    // A socket of this protocol receives nothing; it must not hold what it will never read all the same.
+    sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 0)
+        .map_err(failed("size the receive buffer of"))?;
+    Ok(socket)
+}
+
+/// Where a header field lies for a filter: counted from the outer IPv6 header, wherever the packet itself is taken to begin.
+const OUTER: u32 = sys::BPF_NET_OFFSET;
+/// Destination address in the IPv6 header, RFC 8200 §3.
+const DESTINATION: u32 = OUTER + 24;
+/// Routing header: next header, length, type, segments left (RFC 8754 §2).
+const SRH_NEXT_HEADER: u32 = 0;
+const SRH_LENGTH: u32 = 1;
+const SRH_TYPE: u32 = 2;
+const SRH_SEGMENTS_LEFT: u32 = 3;
+/// What stands behind the outer header is no shorter than an IPv4 header.
+const SHORTEST: u32 = 20;
+
+/// Builds the filter of a socket; see the picture above.
+fn filter(options: &RawOptions, protocol: u8, audience: Audience) -> Vec<BpfInstruction> {
+    let mut program = Program::default();
+    let ends = program.label();
+    let endpoint = program.label();
+    let nobody = program.label();
+    for &sid in &options.ends {
+        program.jump_if_prefix(DESTINATION, sid, 128, ends);
+    }
+    for &locator in &options.locators {
+        program.jump_if_prefix(DESTINATION, locator.addr(), locator.len(), endpoint);
+    }
+    program.jump(nobody);
+
+    program.place(ends);
+    // A load past the end rejects; the endpoint counts what is that short.
+    let whole = program.label();
+    program.push(op::LOAD_LENGTH, 0);
+    program.jump_if_at_least(SHORTEST, whole);
+    program.jump(endpoint);
+    program.place(whole);
+    if protocol == next_header::ROUTING {
+        let good = program.label();
+        program.load_byte(SRH_TYPE);
+        program.jump_unless(4, endpoint);
+        program.load_byte(SRH_SEGMENTS_LEFT);
+        program.jump_unless(0, endpoint);
+        program.load_byte(SRH_NEXT_HEADER);
+        // An echo request to the SID is the endpoint's; options may come before the inner packet.
+        for next in [next_header::IPV4, next_header::IPV6, next_header::DESTINATION] {
+            program.jump_if(u32::from(next), good);
+        }
+        program.jump(endpoint);
+        program.place(good);
+    }
+    match audience {
+        Audience::Endpoint => program.reject(),
+        Audience::Queue(_) if options.queues <= 1 => program.accept(),
+        Audience::Queue(queue) => {
+            program.hash_inner(protocol);
+            program.modulo(u32::try_from(options.queues).unwrap_or(1));
+            let mine = program.label();
+            program.jump_if(u32::try_from(queue).unwrap_or(0), mine);
+            program.reject();
+            program.place(mine);
+            program.accept();
+        }
+    }
+
+    program.place(endpoint);
+    match audience {
+        Audience::Endpoint => program.accept(),
+        Audience::Queue(_) => program.reject(),
+    }
+    program.place(nobody);
+    program.reject();
+    program.assemble()
+}
+
+/// A place in a [`Program`] to jump to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Label(usize);
+
+/// A classic BPF program under construction (Documentation/networking/filter.rst); all jumps lead forward.
+#[derive(Default)]
+struct Program {
+    code: Vec<Step>,
+    places: Vec<usize>,
+}
+
+enum Step {
+    Plain(BpfInstruction),
+    Jump(Label),
+}
+
+mod op {
+    //! Operations of linux/filter.h and linux/bpf_common.h, each with its operands' kinds.
+    pub(super) const LOAD_WORD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+    pub(super) const LOAD_LENGTH: u16 = 0x80; // BPF_LD | BPF_W | BPF_LEN
+    pub(super) const LOAD_BYTE: u16 = 0x30; // BPF_LD | BPF_B | BPF_ABS
+    pub(super) const LOAD_WORD_AT_X: u16 = 0x40; // BPF_LD | BPF_W | BPF_IND
+    pub(super) const LOAD_BYTE_AT_X: u16 = 0x50; // BPF_LD | BPF_B | BPF_IND
+    pub(super) const LOAD_X: u16 = 0x01; // BPF_LDX | BPF_IMM
+    pub(super) const LOAD_X_MEMORY: u16 = 0x61; // BPF_LDX | BPF_MEM
+    pub(super) const STORE: u16 = 0x02; // BPF_ST
+    pub(super) const A_TO_X: u16 = 0x07; // BPF_MISC | BPF_TAX
+    pub(super) const XOR_X: u16 = 0xac; // BPF_ALU | BPF_XOR | BPF_X
+    pub(super) const ADD: u16 = 0x04; // BPF_ALU | BPF_ADD
+    pub(super) const MULTIPLY: u16 = 0x24; // BPF_ALU | BPF_MUL
+    pub(super) const AND: u16 = 0x54; // BPF_ALU | BPF_AND
+    pub(super) const SHIFT_RIGHT: u16 = 0x74; // BPF_ALU | BPF_RSH
+    pub(super) const MODULO: u16 = 0x94; // BPF_ALU | BPF_MOD
+    pub(super) const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
+    pub(super) const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
+    pub(super) const JUMP_AT_LEAST: u16 = 0x35; // BPF_JMP | BPF_JGE
+    pub(super) const RETURN: u16 = 0x06; // BPF_RET
+}
+
+impl Program {
+    fn label(&mut self) -> Label {
+        self.places.push(0);
+        Label(self.places.len() - 1)
+    }
+
+    fn place(&mut self, label: Label) {
+        let here = self.code.len();
+        if let Some(place) = self.places.get_mut(label.0) {
+            *place = here;
+        }
+    }
+
+    fn push(&mut self, code: u16, k: u32) {
+        self.push_jump(code, 0, 0, k);
+    }
+
+    fn push_jump(&mut self, code: u16, when_true: u8, when_false: u8, k: u32) {
+        self.code.push(Step::Plain(BpfInstruction {
+            code,
+            when_true,
+            when_false,
+            k,
+        }));
+    }
+
+    fn load_byte(&mut self, at: u32) {
+        self.push(op::LOAD_BYTE, at);
+    }
+
+    fn jump(&mut self, to: Label) {
+        self.code.push(Step::Jump(to));
+    }
+
+    fn jump_if(&mut self, value: u32, to: Label) {
+        self.push_jump(op::JUMP_EQUAL, 0, 1, value);
+        self.jump(to);
+    }
+
+    fn jump_if_at_least(&mut self, value: u32, to: Label) {
+        self.push_jump(op::JUMP_AT_LEAST, 0, 1, value);
+        self.jump(to);
+    }
+
+    fn jump_unless(&mut self, value: u32, to: Label) {
+        self.push_jump(op::JUMP_EQUAL, 1, 0, value);
+        self.jump(to);
+    }
+
+    /// Jumps if the address at `at` lies in a prefix.
+    fn jump_if_prefix(&mut self, at: u32, addr: Ipv6Addr, len: u8, to: Label) {
+        let other = self.label();
+        let bits = addr.to_bits();
+        for (word, offset) in (0u8..4).zip((at..).step_by(4)) {
+            let covered = len.saturating_sub(word * 32).min(32);
+            if covered == 0 {
+                break;
+            }
+            let mask = u32::MAX << (32 - u32::from(covered));
+            let wanted = (bits >> (96 - 32 * u32::from(word))) as u32 & mask;
+            self.push(op::LOAD_WORD, offset);
+            if mask != u32::MAX {
+                self.push(op::AND, mask);
+            }
+            self.jump_unless(wanted, other);
+        }
+        self.jump(to);
+        self.place(other);
+    }
+
+    /// Leaves a hash of the inner addresses in the accumulator; inner packets of one flow have one.
+    fn hash_inner(&mut self, protocol: u8) {
+        const START: u32 = 0;
+        const SUM: u32 = 1;
+        if protocol == next_header::ROUTING {
+            // The inner packet starts behind the routing header: (length + 1) * 8.
+            self.load_byte(SRH_LENGTH);
+            self.push(op::ADD, 1);
+            self.push(op::MULTIPLY, 8);
+            self.push(op::A_TO_X, 0);
+        } else {
+            self.push(op::LOAD_X, 0);
+        }
+        // BPF_STX | BPF_MEM: X is needed again.
+        self.push(0x03, START);
+        let (v4, done) = (self.label(), self.label());
+        self.push(op::LOAD_BYTE_AT_X, 0);
+        self.push(op::AND, 0xf0);
+        self.jump_if(0x40, v4);
+        self.xor_words(&[12, 16, 20, 28, 32, 36], START, SUM);
+        self.jump(done);
+        self.place(v4);
+        self.xor_words(&[12, 16], START, SUM);
+        self.place(done);
+        // The last bits of addresses differ most; spread them.
+        self.push(op::MULTIPLY, 0x9e37_79b1);
+        self.push(op::SHIFT_RIGHT, 16);
+    }
+
+    /// Leaves the exclusive or of words of the inner header in the accumulator.
+    fn xor_words(&mut self, offsets: &[u32], start: u32, sum: u32) {
+        for (nth, &offset) in offsets.iter().enumerate() {
+            self.push(op::LOAD_X_MEMORY, start);
+            self.push(op::LOAD_WORD_AT_X, offset);
+            if nth > 0 {
+                self.push(op::LOAD_X_MEMORY, sum);
+                self.push(op::XOR_X, 0);
+            }
+            self.push(op::STORE, sum);
+        }
+    }
+
+    fn modulo(&mut self, n: u32) {
+        self.push(op::MODULO, n.max(1));
+    }
+
+    fn accept(&mut self) {
+        self.push(op::RETURN, u32::MAX);
+    }
+
+    fn reject(&mut self) {
+        self.push(op::RETURN, 0);
+    }
+
+    fn assemble(self) -> Vec<BpfInstruction> {
+        let places = self.places;
+        let distance = |from: usize, to: Label| {
+            let place = places.get(to.0).copied().unwrap_or(0);
+            u32::try_from(place.saturating_sub(from + 1)).unwrap_or(0)
+        };
+        let steps = self.code.into_iter().enumerate();
+        steps
+            .map(|(at, step)| match step {
+                Step::Plain(instruction) => instruction,
+                Step::Jump(to) => BpfInstruction {
+                    code: op::JUMP,
+                    when_true: 0,
+                    when_false: 0,
+                    k: distance(at, to),
+                },
+            })
+            .collect()
+    }
+}
+
+impl Underlay for RawUnderlay {
+    fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
+        let slots = if self.large { LARGE_SLOTS } else { DATAGRAM_SLOTS };
+        // The first may fill the batch: a flood of one protocol must not starve the others.
+        self.first = (self.first + 1) % self.recv.len().max(1);
+        let (before, from_first) = self.recv.split_at(self.first);
+        let (scratch_before, scratch_from) = self.recv_scratch.split_at_mut(self.first);
+        let in_turn = from_first
+            .iter()
+            .zip(scratch_from)
+            .chain(before.iter().zip(scratch_before));
+        for ((socket, protocol), scratch) in in_turn {
+            match sys::recv_datagrams((socket.as_fd(), *protocol), batch, scratch, slots) {
+                Ok(_) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
+                    return Err(error);
+                }
+                // The interface is gone for the moment (ENODEV, ENETDOWN), or the network speaks of earlier packets.
+                Err(_) => {}
+            }
+        }
+        if !batch.is_empty() {
+            let bytes: usize = batch.datagrams().iter().map(|datagram| datagram.len).sum();
+            self.large = bytes >= LARGE_BYTES * batch.datagrams().len();
+        }
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        plan: &SendPlan,
+        batch: &PacketBatch,
+        stats: &WorkerStats,
+        failures: &mut Vec<SendFailure>,
+    ) -> io::Result<()> {
+        let (mut at, mut waits) = (Place { run: 0, segment: 0 }, 0);
+        while let Some(run) = plan.runs().get(at.run) {
+            let mut next = at;
+            let messages = std::iter::from_fn(|| {
+                let run = plan.runs().get(next.run)?;
+                let segment = next.segment;
+                next = next.after(run.segments);
+                let message = MessageTo::plain(portless(run.to));
+                Some((message, plan.slices(run, batch, segment, 1)))
+            });
+            let error = match sys::send_messages(self.send.as_fd(), messages, &mut self.send_scratch) {
+                Ok(sent) => {
+                    for _ in 0..sent.max(1) {
+                        let Some(run) = plan.runs().get(at.run) else { break };
+                        at = at.after(run.segments);
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            };
+            if error.raw_os_error() == Some(libc::EBADF) {
+                return Err(error);
+            }
+            match classify(&error) {
+                SendError::Busy if waits < WAIT_TRIES => {
+                    waits += 1;
+                    stats.count(Count::SendWaits, 1);
+                    sys::wait_writable(self.send.as_fd(), WAIT_MS)?;
+                }
+                error @ (SendError::Busy
+                | SendError::Unreachable
+                | SendError::Denied
+                | SendError::TooBig
+                | SendError::Refused) => {
+                    stats.count(Count::PathTooBig, u64::from(error == SendError::TooBig));
+                    failures.push(SendFailure {
+                        run: at.run,
+                        segments: 1,
+                        error,
+                    });
+                    at = at.after(run.segments);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn limits(&self, _to: SocketAddr) -> RunLimits {
+        RunLimits {
+            segments: MAX_SEGMENTS,
+            bytes: usize::MAX / 2,
+        }
+    }
+
+    fn source_ports(&self) -> usize {
+        1
+    }
+}
+
+/// A raw socket takes a port for a protocol number, and wants none.
+fn portless(to: SocketAddr) -> SocketAddr {
+    match to {
+        SocketAddr::V4(_) => to,
+        SocketAddr::V6(to) => SocketAddrV6::new(*to.ip(), 0, 0, to.scope_id()).into(),
+    }
+}
+
+/// A segment of the plan.
+#[derive(Clone, Copy)]
+struct Place {
+    run: usize,
+    segment: usize,
+}
+
+impl Place {
+    fn after(self, segments: usize) -> Self {
+        if self.segment + 1 < segments {
+            Self {
+                run: self.run,
+                segment: self.segment + 1,
+            }
+        } else {
+            Self {
+                run: self.run + 1,
+                segment: 0,
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The underlays there are, as one type for the threads.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use crate::dataplane::datagram::DatagramBatch;
+use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
+use crate::dataplane::stats::WorkerStats;
+use crate::dataplane::{SendFailure, Underlay};
+use crate::host::raw::RawUnderlay;
+use crate::host::socket::UdpUnderlay;
+
+/// One queue's sockets.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are a few, which live as long as the daemon"
+)]
+pub enum AnyUnderlay {
+    /// For backends in UDP.
+    Udp(UdpUnderlay),
+    /// For SRv6.
+    Raw(RawUnderlay),
+}
+
+impl AnyUnderlay {
+    /// The same sockets for the other direction.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        match self {
+            Self::Udp(underlay) => underlay.try_clone().map(Self::Udp),
+            Self::Raw(underlay) => underlay.try_clone().map(Self::Raw),
+        }
+    }
+
+    /// What to wait for before receiving.
+    pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let (udp, raw) = match self {
+            Self::Udp(underlay) => (Some(underlay.readable()), None),
+            Self::Raw(underlay) => (None, Some(underlay.readable())),
+        };
+        udp.into_iter().flatten().chain(raw.into_iter().flatten())
+    }
+}
+
+impl Underlay for AnyUnderlay {
+    #[inline]
+    fn recv(&mut self, batch: &mut DatagramBatch) -> io::Result<()> {
+        match self {
+            Self::Udp(underlay) => underlay.recv(batch),
+            Self::Raw(underlay) => underlay.recv(batch),
+        }
+    }
+
+    #[inline]
+    fn send(
+        &mut self,
+        plan: &SendPlan,
+        batch: &PacketBatch,
+        stats: &WorkerStats,
+        failures: &mut Vec<SendFailure>,
+    ) -> io::Result<()> {
+        match self {
+            Self::Udp(underlay) => underlay.send(plan, batch, stats, failures),
+            Self::Raw(underlay) => underlay.send(plan, batch, stats, failures),
+        }
+    }
+
+    fn limits(&self, to: SocketAddr) -> RunLimits {
+        match self {
+            Self::Udp(underlay) => underlay.limits(to),
+            Self::Raw(underlay) => underlay.limits(to),
+        }
+    }
+
+    fn source_ports(&self) -> usize {
+        match self {
+            Self::Udp(underlay) => underlay.source_ports(),
+            Self::Raw(underlay) => underlay.source_ports(),
+        }
+    }
+}
