@@ -1,10 +1,15 @@
-//! Reading the captures: classic pcap, little endian, Ethernet, UDP over either family.
+//! Reading the captures of UDP tunnels, over either family.
 
 use std::net::SocketAddr;
 
 use kersey::wire::checksum::Sum;
 use kersey::wire::ip::{Addrs, IpHeader, protocol, verify_v4_header};
 use kersey::wire::transport::udp;
+
+use self::packets::packets;
+
+#[path = "packets.rs"]
+mod packets;
 
 /// A UDP datagram of a capture.
 pub(crate) struct Datagram {
@@ -36,36 +41,23 @@ impl Datagram {
 
 /// The datagrams of a capture, their outer IP headers checked.
 pub(crate) fn datagrams(capture: &[u8]) -> Vec<Datagram> {
-    const FILE_HEADER: usize = 24;
-    const RECORD_HEADER: usize = 16;
-    const ETHERNET: usize = 14;
-    assert_eq!(
-        capture[..4],
-        0xa1b2_c3d4u32.to_le_bytes(),
-        "a classic pcap file, little endian"
-    );
-    let mut rest = &capture[FILE_HEADER..];
-    let mut out = Vec::new();
-    while let Some((header, after)) = rest.split_first_chunk::<RECORD_HEADER>() {
-        let captured = u32::from_le_bytes(header[8..12].try_into().unwrap()) as usize;
-        let (frame, after) = after.split_at(captured);
-        rest = after;
-        let packet = &frame[ETHERNET..];
-        let ip = IpHeader::parse(packet).unwrap();
-        assert!(matches!(ip.addrs, Addrs::V6 { .. }) || verify_v4_header(&packet[..ip.l4]));
-        assert_eq!(ip.protocol, protocol::UDP);
-        let (header, payload) = packet[ip.l4..ip.total_len].split_at(udp::LEN);
-        let word = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
-        let pseudo = ip.pseudo(header.len() + payload.len());
-        out.push(Datagram {
-            from: SocketAddr::new(ip.addrs.src(), word(0)),
-            to: SocketAddr::new(ip.addrs.dst(), word(2)),
-            tos: ip.tos,
-            payload: payload.to_vec(),
-            headers: pseudo + Sum::of(&header[..udp::CHECKSUM.start]),
-            pseudo: pseudo.fold(),
-            checksum: word(udp::CHECKSUM.start),
-        });
+    packets(capture).into_iter().map(datagram).collect()
+}
+
+fn datagram(packet: &[u8]) -> Datagram {
+    let ip = IpHeader::parse(packet).unwrap();
+    assert!(matches!(ip.addrs, Addrs::V6 { .. }) || verify_v4_header(&packet[..ip.l4]));
+    assert_eq!(ip.protocol, protocol::UDP);
+    let (header, payload) = packet[ip.l4..ip.total_len].split_at(udp::LEN);
+    let word = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+    let pseudo = ip.pseudo(header.len() + payload.len());
+    Datagram {
+        from: SocketAddr::new(ip.addrs.src(), word(0)),
+        to: SocketAddr::new(ip.addrs.dst(), word(2)),
+        tos: ip.tos,
+        payload: payload.to_vec(),
+        headers: pseudo + Sum::of(&header[..udp::CHECKSUM.start]),
+        pseudo: pseudo.fold(),
+        checksum: word(udp::CHECKSUM.start),
     }
-    out
 }

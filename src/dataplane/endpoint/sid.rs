@@ -413,3 +413,128 @@ impl LocalSids {
             .any(LocalSid::is_transit)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_rfcs() {
+        for behavior in Behavior::ALL {
+            assert_eq!(behavior.to_string().parse(), Ok(behavior));
+        }
+        assert_eq!("end.dt46".parse(), Ok(Behavior::EndDt46));
+        assert_eq!(Behavior::Un.to_string(), "uN");
+        assert_eq!(
+            "End.T".parse::<Behavior>(),
+            Err(SidError::Behavior("End.T".to_owned()))
+        );
+        let flavors: Flavors = "PSP, usd".parse().unwrap();
+        assert_eq!(flavors.to_string(), "psp,usd");
+        assert_eq!("".parse(), Ok(Flavors::default()));
+        assert_eq!("psp,x".parse::<Flavors>(), Err(SidError::Flavor("x".to_owned())));
+    }
+
+    #[test]
+    fn a_sid_has_what_its_behaviour_needs_and_no_more() {
+        let none = Flavors::default();
+        let psp = Flavors { psp: true, ..none };
+        let v4 = Some("192.0.2.1".parse().unwrap());
+        let v6 = Some("fe80::1".parse().unwrap());
+        let zero = Some("0.0.0.0".parse().unwrap());
+        for (behavior, flavors, next_hop, sound) in [
+            (Behavior::End, psp, None, true),
+            (Behavior::End, none, v6, false),
+            (Behavior::EndX, psp, v6, true),
+            (Behavior::EndX, none, None, false),
+            (Behavior::EndX, none, v4, false),
+            (Behavior::EndDt4, none, None, true),
+            (Behavior::EndDt6, psp, None, false),
+            (Behavior::EndDt46, none, v4, false),
+            (Behavior::EndDx4, none, zero, true),
+            (Behavior::EndDx4, none, v4, true),
+            (Behavior::EndDx4, none, v6, false),
+            (Behavior::EndDx6, none, v6, true),
+            (Behavior::EndDx6, none, v4, false),
+            (Behavior::Un, psp, None, true),
+            (Behavior::Ua, psp, v6, true),
+            (Behavior::Ua, psp, None, false),
+        ] {
+            let sid = LocalSid::new(behavior, flavors, next_hop, CsidFormat::F3216);
+            assert_eq!(
+                sid.as_ref().is_ok_and(|sid| sid.behavior() == behavior),
+                sound,
+                "{behavior}, {flavors}, {next_hop:?}"
+            );
+        }
+        let zero = LocalSid::new(Behavior::EndDx4, none, zero, CsidFormat::F3216).unwrap();
+        assert_eq!(zero.action(), Action::EndDx4(None));
+    }
+
+    #[test]
+    fn the_longest_match_wins() {
+        let sids = local(&[
+            ("fcbb:bb00:1::/48", Behavior::Un),
+            ("fcbb:bb00:1:d4::/64", Behavior::EndDt4),
+            ("fcbb:bb00:1:d4::1/128", Behavior::EndDt6),
+        ])
+        .unwrap();
+        for (address, expected) in [
+            ("fcbb:bb00:1::", Some(Behavior::Un)),
+            ("fcbb:bb00:1:2::", Some(Behavior::Un)),
+            ("fcbb:bb00:1:d4::", Some(Behavior::EndDt4)),
+            ("fcbb:bb00:1:d4::1", Some(Behavior::EndDt6)),
+            ("fcbb:bb00:2::", None),
+        ] {
+            let found = sids.lookup(address.parse().unwrap());
+            assert_eq!(found.map(LocalSid::behavior), expected, "{address}");
+        }
+        assert_eq!(sids.iter().count(), 3);
+        assert!(sids.has_transit());
+        assert!(
+            !local(&[("fcbb:bb00:1::1/128", Behavior::EndDt46)])
+                .unwrap()
+                .has_transit()
+        );
+        assert_eq!(sids.locator("fcbb:bb00:1:9::".parse().unwrap()), Some(locator()));
+        assert_eq!(sids.locator("fcbb:bb00:2::".parse().unwrap()), None);
+        assert_eq!(sids.locators(), [locator()]);
+    }
+
+    #[test]
+    fn sids_that_cannot_be_are_refused() {
+        let prefix = |text: &str| text.parse().unwrap();
+        let outside = local(&[("fcbb:bb00:2::1/128", Behavior::EndDt4)]);
+        assert_eq!(
+            outside.err(),
+            Some(SidError::OutsideLocators(prefix("fcbb:bb00:2::1/128")))
+        );
+        let twice = local(&[
+            ("fcbb:bb00:1::1/128", Behavior::EndDt4),
+            ("fcbb:bb00:1::1/128", Behavior::EndDt6),
+        ]);
+        assert_eq!(twice.err(), Some(SidError::Twice(prefix("fcbb:bb00:1::1/128"))));
+        let long = local(&[("fcbb:bb00:1:2::/64", Behavior::Un)]);
+        let error = long.err().unwrap();
+        assert_eq!(
+            error,
+            SidError::CsidPrefix(prefix("fcbb:bb00:1:2::/64"), CsidFormat::F3216)
+        );
+        assert_eq!(
+            error.to_string(),
+            "the prefix of a compressed SID has 48 bits, not fcbb:bb00:1:2::/64"
+        );
+    }
+
+    fn local(sids: &[(&str, Behavior)]) -> Result<LocalSids, SidError> {
+        let sids = sids.iter().map(|&(prefix, behavior)| {
+            let sid = LocalSid::new(behavior, Flavors::default(), None, CsidFormat::F3216);
+            (prefix.parse().unwrap(), sid.unwrap())
+        });
+        LocalSids::new(vec![locator()], sids)
+    }
+
+    fn locator() -> Ipv6Prefix {
+        "fcbb:bb00:1::/48".parse().unwrap()
+    }
+}
