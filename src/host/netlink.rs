@@ -6,6 +6,7 @@
 //! after a crash and told from everyone else's.
 
 mod message;
+mod seg6;
 
 use std::fmt;
 use std::io;
@@ -29,6 +30,7 @@ pub use self::message::{
     Gateway, HeldRoute, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup, RouteOwner,
     VxlanDevice,
 };
+pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
 use self::message::{change, held_route, ip, link, link_addr, vxlan_device};
 
 /// A request to the kernel failed.
