@@ -26,7 +26,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -35,8 +35,7 @@ use crate::control::config::NetworkConfig;
 use crate::host::netlink::{Gateway, Link, Netlink, Route, Vxlan};
 use crate::host::sysctl;
 use crate::lab::cluster::{VXLAN_PORT, give_pod_addresses};
-use crate::lab::interrupt;
-use crate::lab::leases::{LARGEST_JSON, inside, prefixes, snapshot};
+use crate::lab::leases::{self, LARGEST_JSON, inside, prefixes, snapshot};
 use crate::lab::netns::Namespace;
 use crate::lease::json::Object;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -177,20 +176,10 @@ impl KernelNode {
         limit: Duration,
         mut wanted: impl FnMut(&BTreeSet<Subnet>) -> bool,
     ) -> Result<()> {
-        let deadline = Instant::now() + limit;
-        loop {
+        leases::follow(limit, || {
             self.update()?;
-            if wanted(&self.peers) {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the kernel node knows {} peers, not those it should, after {} s",
-                self.peers.len(),
-                limit.as_secs_f32()
-            );
-            interrupt::sleep(Duration::from_millis(20))?;
-        }
+            Ok((wanted(&self.peers), self.peers.len()))
+        })
     }
 
     /// Gives a device another Ethernet address and publishes it. The kernel forgets the device's neighbours over it, so

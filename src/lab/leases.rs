@@ -1,13 +1,14 @@
 //! A kernel node's dealings with the network's store: it has no daemon to do that for it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::StreamExt;
 
 use crate::addr::Prefix;
 use crate::control::store::{self, Expirations, LEASE_TTL, Store};
 use crate::host::netlink::Netlink;
+use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
 use crate::lease::{Lease, LeaseUpdate, Subnet};
 use crate::options::StoreKind;
@@ -46,4 +47,21 @@ pub(super) async fn snapshot(store: &dyn Store) -> Result<Vec<Lease>> {
 pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
     let v4 = subnet.ipv4().map(Prefix::V4);
     v4.into_iter().chain(subnet.v6.map(Prefix::V6))
+}
+
+/// Updates until the peers are as wanted: `update` says whether they are, and how many there are.
+pub(super) fn follow(limit: Duration, mut update: impl FnMut() -> Result<(bool, usize)>) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let (done, peers) = update()?;
+        if done {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the kernel node knows {peers} peers, not those it should, after {} s",
+            limit.as_secs_f32()
+        );
+        interrupt::sleep(Duration::from_millis(20))?;
+    }
 }
