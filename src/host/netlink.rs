@@ -30,8 +30,8 @@ pub use self::message::{
     Gateway, HeldRoute, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup, RouteOwner,
     VxlanDevice,
 };
-pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
 use self::message::{change, held_route, ip, link, link_addr, vxlan_device};
+pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
 
 /// A request to the kernel failed.
 #[derive(Debug, thiserror::Error)]
