@@ -280,7 +280,10 @@ pub fn peers_installed(namespace: &Namespace) -> Result<usize> {
 /// The block leaves no room for an IPv4 address and a segment's own part.
 pub fn locator(block: Ipv6Prefix, node: Ipv4Addr) -> Result<Ipv6Prefix> {
     let len = block.len() + 32;
-    ensure!(len <= 120, "{block} is no block for locators made of IPv4 addresses");
+    ensure!(
+        len <= 120,
+        "{block} is no block for locators made of IPv4 addresses"
+    );
     let node = u128::from(node.to_bits()) << (128 - len);
     Ok(Ipv6Prefix::new(
         Ipv6Addr::from_bits(block.addr().to_bits() | node),
@@ -368,7 +371,12 @@ impl Rules {
         let steering = object.raw("Paths").map(Steering::parse).transpose()?;
         let mut steering = steering.unwrap_or_default();
         // Who is the first waypoint does not send packets to itself.
-        steering.retain(|steering| steering.via.first().is_some_and(|&first| !locator.contains(first)));
+        steering.retain(|steering| {
+            steering
+                .via
+                .first()
+                .is_some_and(|&first| !locator.contains(first))
+        });
         Ok(Self {
             form: plan.form,
             block,
@@ -708,19 +716,14 @@ mod tests {
         {"Version":1,"Locator":"fd12:3456:789a:c000:201::/80","SIDs":[
         {"SID":"fd12:3456:789a:c000:201::4","Behavior":"End.DX4"},
         {"SID":"fd12:3456:789a:c000:201::6","Behavior":"End.DT6"}]}}"#;
-    const OLD: &str =
-        r#"{"PublicIP":"192.0.2.1","BackendType":"srv6","BackendData":{"MACAddr":"AgAAAAoB"}}"#;
+    const OLD: &str = r#"{"PublicIP":"192.0.2.1","BackendType":"srv6","BackendData":{"MACAddr":"AgAAAAoB"}}"#;
 
     #[test]
     fn each_family_goes_to_a_segment_that_takes_it() {
         let rules = rules(Form::Seg6, r#"{"Type":"srv6"}"#);
         for (what, peer, expected) in [
             ("one for both", KERSEY, vec!["[201::1] 1460", "[201::1] 1460"]),
-            (
-                "one for each",
-                SEG6,
-                vec!["[201::4] 1460", "[201::6] 1460"],
-            ),
+            ("one for each", SEG6, vec!["[201::4] 1460", "[201::6] 1460"]),
             ("an old one, IPv4 only", OLD, vec!["[201::1] 1460"]),
         ] {
             assert_eq!(encaps(&rules.towards(&lease(peer))), expected, "{what}");
