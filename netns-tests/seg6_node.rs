@@ -14,16 +14,19 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::process::Command;
 use std::time::Duration;
 
+use kersey::host::ethtool::Switch;
 use kersey::host::netlink::{Behavior, Gateway, Seg6Mode, Sid};
 use kersey::lab::cluster::ClusterPlan;
+use kersey::lab::contestant::{self, Contestant};
 use kersey::lab::daemon::Child;
 use kersey::lab::netns::Namespace;
 use kersey::lab::seg6_node::{Form, Seg6Node, Seg6Plan, default_end_sid, peers_installed};
-use kersey::lab::topology::{HUB_V4, INTERFACE, Plan, Topology};
+use kersey::lab::topology::{HUB_V4, INTERFACE, Plan, Topology, Wiring};
 use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::tcp::Verified;
@@ -250,6 +253,42 @@ fn the_kernel_takes_every_behavior_as_it_is_meant() {
     }
 }
 
+#[test]
+fn a_contestant_of_benches_needs_no_seg6_switched_on() {
+    if !require_root("a_contestant_of_benches_needs_no_seg6_switched_on") {
+        return;
+    }
+    // Segments that are joined behind the link, as network cards have it, and segments that are not.
+    for gro in [Switch::Off, Switch::On] {
+        let mut plan = Plan::private("seg6-bench", 2);
+        plan.wiring = Wiring::Pair;
+        plan.offloads = Switch::Off;
+        plan.gro = gro;
+        let lab = plan.build().unwrap();
+        contestant::prepare(Contestant::KernelSeg6, &lab).unwrap();
+        let kersey = contestant::Kersey {
+            backend: "srv6".to_owned(),
+            folder: "/nonexistent".into(),
+            arguments: Vec::new(),
+        };
+        let running = contestant::start(Contestant::KernelSeg6, &lab, &kersey).unwrap();
+        let (one, two) = running.ends(&lab).unwrap();
+        let sniffer = Sniffer::start(&lab.nodes[1].namespace, INTERFACE);
+        reach(one, two, 1460);
+        transfer(one, two);
+        let mut sizes = BTreeMap::from([(Way::In, 0), (Way::Out, 0)]);
+        for (way, packet) in sniffer.packets() {
+            let largest = sizes.entry(way).or_default();
+            *largest = packet.len().max(*largest);
+        }
+        assert_eq!(sizes[&Way::Out], 1500);
+        assert_eq!(sizes[&Way::In] > 1500, gro == Switch::On, "{gro:?}: {sizes:?}");
+        for node in &lab.nodes {
+            assert_eq!(seg6_switches(&node.namespace), ["0", "0"]);
+        }
+    }
+}
+
 /// Bytes of a transfer.
 const TRANSFER: u64 = (4 << 20) + 1;
 
@@ -312,6 +351,15 @@ fn ip(namespace: &Namespace, args: &[&str]) -> String {
     let output = namespace.spawn(&mut command).unwrap().wait_with_output().unwrap();
     assert!(output.status.success(), "ip {args:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// `seg6_enabled` of all interfaces and of the underlay's.
+fn seg6_switches(namespace: &Namespace) -> [String; 2] {
+    ["all", INTERFACE].map(|scope| {
+        let file = format!("/proc/sys/net/ipv6/conf/{scope}/seg6_enabled");
+        let text = namespace.run(|| Ok(std::fs::read_to_string(&file)?));
+        text.unwrap().trim().to_owned()
+    })
 }
 
 /// Nodes, and a server with the leases in the hub.
@@ -391,13 +439,7 @@ impl Network {
         mac.map(|byte| format!("{byte:02x}")).join(":")
     }
 
-    /// `seg6_enabled` of all interfaces and of the underlay's.
     fn seg6_switches(&self, nth: usize) -> [String; 2] {
-        ["all", INTERFACE].map(|scope| {
-            let file = format!("/proc/sys/net/ipv6/conf/{scope}/seg6_enabled");
-            let namespace = &self.lab.nodes[nth - 1].namespace;
-            let text = namespace.run(|| Ok(std::fs::read_to_string(&file)?));
-            text.unwrap().trim().to_owned()
-        })
+        seg6_switches(&self.lab.nodes[nth - 1].namespace)
     }
 }

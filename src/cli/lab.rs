@@ -152,7 +152,9 @@ impl Shape {
     fn special(&self) -> String {
         let is = match self.peer {
             Peer::Kersey => String::new(),
-            other => format!(" · node {} is {}", self.nodes, other.name()),
+            kernel @ (Peer::KernelVxlan | Peer::KernelSeg6) => {
+                format!(" · node {} is {}", self.nodes, kernel.name())
+            }
         };
         let waypoint = if self.waypoint {
             format!(" · between nodes 1 and 2 through node {}", self.nodes)
@@ -549,7 +551,9 @@ impl Report {
         let route = match self.peer {
             _ if self.waypoint => format!("node 1 → node {} → node {}", self.nodes, self.far),
             Peer::Kersey => format!("node 1 → node {}", self.far),
-            other => format!("node 1, kersey → node {}, {}", self.far, other.name()),
+            kernel @ (Peer::KernelVxlan | Peer::KernelSeg6) => {
+                format!("node 1, kersey → node {}, {}", self.far, kernel.name())
+            }
         };
         let mut text = table([&route, "throughput", "packets/s", "loss", "CPU"], &rows);
         let rtt = &self.latency;
