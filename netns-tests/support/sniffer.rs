@@ -15,7 +15,7 @@ const BUFFER: usize = 256 << 20;
 const OUTGOING: u8 = 4;
 
 /// Which way a packet went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Way {
     /// Into the namespace.
     In,

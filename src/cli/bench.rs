@@ -45,13 +45,14 @@ pub struct BenchOptions {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Against the kernel's VXLAN as flannel sets it up, over one veth pair
+    /// Against the kernel's VXLAN as flannel sets it up, or its SRv6, over one veth pair
     VsKernel(VsKernel),
 }
 
 #[derive(Debug, Args)]
 struct VsKernel {
-    /// How kersey's pair carries packets; with vxlan, mixed pairs of kersey and kernel are measured too
+    /// How kersey's pair carries packets; with vxlan and srv6, mixed pairs of kersey and kernel are measured too, and
+    /// with srv6 the kernel's SRv6 is the measure of all
     #[arg(long, default_value = "udp", value_name = "TYPE", value_parser = BACKENDS)]
     backend: String,
     /// Rounds; each measures every contestant once
@@ -80,10 +81,13 @@ struct VsKernel {
     /// Checksum and segmentation offload of the veth; off behaves like a wire
     #[arg(long, default_value = "on", value_delimiter = ',', value_parser = switch, value_name = "on,off")]
     underlay_offloads: Vec<Switch>,
+    /// Generic receive offload of the veth; on behaves like most network cards
+    #[arg(long, default_value = "off", value_delimiter = ',', value_parser = switch, value_name = "on,off")]
+    underlay_gro: Vec<Switch>,
     /// MTU of the veth, bytes
     #[arg(long, default_value_t = 1500)]
     mtu: u16,
-    /// Who is measured against the kernel's VXLAN
+    /// Who is measured against the kernel's tunnel
     #[arg(long, value_enum, default_value_t = Contestant::Kersey, hide = true)]
     contender: Contestant,
     /// Measure the veth without any tunnel too
@@ -107,7 +111,7 @@ struct VsKernel {
 }
 
 /// Kersey's backends that are tunnels.
-const BACKENDS: [&str; 2] = ["udp", "vxlan"];
+const BACKENDS: [&str; 3] = ["udp", "vxlan", "srv6"];
 /// How close a search without loss gets, relative to the rate.
 const RESOLUTION: f64 = 0.03;
 /// The same for a look.
@@ -150,6 +154,8 @@ pub fn run(options: BenchOptions) -> Result<ExitCode> {
 struct Report {
     command: Vec<String>,
     backend: String,
+    /// What the others are measured by.
+    baseline: Contestant,
     kernel: String,
     processors: usize,
     link_mtu: u16,
@@ -161,11 +167,19 @@ struct Report {
     scenarios: Vec<Scenario>,
 }
 
+/// What is on and what is off.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Switches {
+    underlay_offloads: Switch,
+    underlay_gro: Switch,
+    kersey_offloads: Switch,
+}
+
 /// One combination of switches.
 #[derive(Debug, Serialize)]
 struct Scenario {
-    underlay_offloads: Switch,
-    kersey_offloads: Switch,
+    #[serde(flatten)]
+    switches: Switches,
     steal_percent: f64,
     metrics: Vec<Metric>,
     /// Searches that ended because the sender could send no faster.
@@ -188,7 +202,7 @@ struct Metric {
     name: String,
     unit: Unit,
     samples: Vec<(Contestant, Vec<f64>)>,
-    /// Each contestant over the kernel's VXLAN, round by round.
+    /// Each contestant over the kernel's tunnel, round by round.
     ratios: Vec<(Contestant, Spread)>,
 }
 
@@ -281,8 +295,8 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     for name in &options.cc {
         tcp::has_congestion_control(name)?;
     }
-    let mut contestants = vec![Contestant::KernelVxlan, options.contender];
-    if options.backend == "vxlan" {
+    let mut contestants = vec![options.baseline(), options.contender];
+    if options.backend != "udp" && options.contender == Contestant::Kersey {
         contestants.extend(MIXED);
     }
     if options.with_veth {
@@ -296,6 +310,7 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     let mut report = Report {
         command: std::env::args().collect(),
         backend: options.backend.clone(),
+        baseline: options.baseline(),
         kernel: nix::sys::utsname::uname()?
             .release()
             .to_string_lossy()
@@ -334,19 +349,11 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
             },
         ))
     })?;
-    for &underlay_offloads in &options.underlay_offloads {
-        for &kersey_offloads in &options.offloads {
-            let scenario = options.scenario(
-                &contestants,
-                underlay_offloads,
-                kersey_offloads,
-                folder.path(),
-                &progress,
-                report.scenarios.len(),
-            )?;
-            println!("\n{}", options.text(&scenario, &contestants));
-            report.scenarios.push(scenario);
-        }
+    for switches in options.scenarios() {
+        let nth = report.scenarios.len();
+        let scenario = options.scenario(&contestants, switches, folder.path(), &progress, nth)?;
+        println!("\n{}", options.text(&scenario, &contestants));
+        report.scenarios.push(scenario);
     }
     if let Some(path) = &options.json {
         let json = serde_json::to_vec_pretty(&report)?;
@@ -357,6 +364,31 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
 }
 
 impl VsKernel {
+    /// The kernel's tunnel that the others are measured by.
+    fn baseline(&self) -> Contestant {
+        if self.backend == "srv6" {
+            Contestant::KernelSeg6
+        } else {
+            Contestant::KernelVxlan
+        }
+    }
+
+    /// Every combination of switches asked for.
+    fn scenarios(&self) -> Vec<Switches> {
+        let mut all = Vec::new();
+        for &underlay_offloads in &self.underlay_offloads {
+            for &underlay_gro in &self.underlay_gro {
+                let of = |&kersey_offloads| Switches {
+                    underlay_offloads,
+                    underlay_gro,
+                    kersey_offloads,
+                };
+                all.extend(self.offloads.iter().map(of));
+            }
+        }
+        all
+    }
+
     fn minutes(&self, contestants: &[Contestant]) -> f64 {
         let tcp = |streams: usize| (streams * self.cc.len()) as f64 * (self.warmup + self.seconds);
         let search = if self.loss_free {
@@ -371,15 +403,14 @@ impl VsKernel {
                 tcp(self.streams.len()) + 3.0 * self.seconds + search
             }
         };
-        let rounds = self.pairs * self.offloads.len() * self.underlay_offloads.len();
+        let rounds = self.pairs * self.scenarios().len();
         contestants.iter().map(one).sum::<f64>() * rounds as f64 / 60.0
     }
 
     fn scenario(
         &self,
         contestants: &[Contestant],
-        underlay_offloads: Switch,
-        kersey_offloads: Switch,
+        switches: Switches,
         folder: &Path,
         progress: &Progress,
         nth: usize,
@@ -387,19 +418,19 @@ impl VsKernel {
         let mut plan = Plan::private(&format!("bench{nth}"), 2);
         plan.wiring = Wiring::Pair;
         plan.mtu = Mtu::new(self.mtu.into())?;
-        plan.offloads = underlay_offloads;
+        plan.offloads = switches.underlay_offloads;
+        plan.gro = switches.underlay_gro;
         let topology = plan.build()?;
-        contestant::add_kernel_vxlan(&topology)?;
+        contestant::prepare(self.baseline(), &topology)?;
         let mut arguments = self.daemon_args.clone();
-        if kersey_offloads == Switch::Off {
+        if switches.kersey_offloads == Switch::Off {
             for flag in ["--tun-tso", "--tun-uso", "--udp-gso", "--udp-gro"] {
                 arguments.extend([flag.to_owned(), "off".to_owned()]);
             }
         }
 
         let mut scenario = Scenario {
-            underlay_offloads,
-            kersey_offloads,
+            switches,
             steal_percent: 0.0,
             metrics: Vec::new(),
             sender_limited: Vec::new(),
@@ -443,8 +474,9 @@ impl VsKernel {
         }
         scenario.steal_percent = (MachineCpu::now()? - cpu).steal_percent();
         for metric in &mut scenario.metrics {
-            let others = contestants.iter().filter(|&&of| of != Contestant::KernelVxlan);
-            let ratio = |&of: &Contestant| Some((of, metric.ratio_of(of, Contestant::KernelVxlan)?));
+            let baseline = self.baseline();
+            let others = contestants.iter().filter(|&&of| of != baseline);
+            let ratio = |&of: &Contestant| Some((of, metric.ratio_of(of, baseline)?));
             metric.ratios = others.filter_map(ratio).collect();
         }
         drop(topology);
@@ -536,14 +568,16 @@ impl VsKernel {
 
     fn text(&self, scenario: &Scenario, contestants: &[Contestant]) -> String {
         let mut text = format!(
-            "underlay offloads {} · kersey offloads {} · median of {} rounds of {} s · steal {:.1} %\n\n",
-            word(scenario.underlay_offloads),
-            word(scenario.kersey_offloads),
+            "underlay offloads {}, GRO {} · kersey offloads {} · median of {} rounds of {} s · steal {:.1} %\n\n",
+            word(scenario.switches.underlay_offloads),
+            word(scenario.switches.underlay_gro),
+            word(scenario.switches.kersey_offloads),
             self.pairs,
             self.seconds,
             scenario.steal_percent
         );
         let contender = self.contender.name();
+        let baseline = self.baseline();
         let median = |metric: &Metric, contestant| {
             let spread = metric
                 .samples_of(contestant)
@@ -557,7 +591,7 @@ impl VsKernel {
             };
             [
                 metric.name.clone(),
-                median(metric, Contestant::KernelVxlan),
+                median(metric, baseline),
                 median(metric, self.contender),
                 ratio,
                 spread,
@@ -565,7 +599,14 @@ impl VsKernel {
             ]
         });
         let rows = without_repeats(rows.collect());
-        let head = ["", "kernel vxlan", contender, "ratio", "min to max", "plain veth"];
+        let head = [
+            "",
+            baseline.name(),
+            contender,
+            "ratio",
+            "min to max",
+            "plain veth",
+        ];
         if contestants.contains(&Contestant::Veth) && self.contender != Contestant::Veth {
             text += &table(head, &rows);
         } else {
@@ -585,7 +626,7 @@ impl VsKernel {
             (there && back).then(|| {
                 [
                     metric.name.clone(),
-                    median(metric, Contestant::KernelVxlan),
+                    median(metric, baseline),
                     median(metric, Contestant::KerseyToKernel),
                     to_kernel,
                     median(metric, Contestant::KernelToKersey),
@@ -596,13 +637,14 @@ impl VsKernel {
         let mixed: Vec<_> = mixed.collect();
         if !mixed.is_empty() {
             let [there, back] = MIXED.map(Contestant::name);
-            let head = ["mixed pairs", "kernel vxlan", there, "ratio", back, "ratio"];
+            let head = ["mixed pairs", baseline.name(), there, "ratio", back, "ratio"];
             text += "\n";
             text += &table(head, &without_repeats(mixed));
         }
         text += &format!(
-            "\n  ratio: {contender} over kernel vxlan within a round; for time and CPU less is better\n  \
+            "\n  ratio: {contender} over {} within a round; for time and CPU less is better\n  \
              ~ rounds differ by more than {} %\n",
+            baseline.name(),
             TRUSTED_SPREAD * 100.0
         );
         if self.loss_free {
@@ -711,7 +753,7 @@ impl Metric {
         column.map(|(_, samples)| samples.as_slice())
     }
 
-    /// A contestant over the kernel's VXLAN.
+    /// A contestant over the kernel's tunnel.
     fn ratio(&self, contestant: Contestant) -> Option<Spread> {
         let mut ratios = self.ratios.iter();
         ratios.find(|(of, _)| *of == contestant).map(|(_, ratio)| *ratio)
@@ -809,8 +851,11 @@ mod tests {
 
     fn scenario() -> Scenario {
         Scenario {
-            underlay_offloads: Switch::On,
-            kersey_offloads: Switch::On,
+            switches: Switches {
+                underlay_offloads: Switch::On,
+                underlay_gro: Switch::Off,
+                kersey_offloads: Switch::On,
+            },
             steal_percent: 0.0,
             metrics: Vec::new(),
             sender_limited: Vec::new(),

@@ -16,7 +16,8 @@ use crate::cli::progress::{Progress, grouped, table};
 use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind};
 use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
-use crate::lab::topology::{MOST_NODES, Plan, Topology};
+use crate::lab::seg6_node;
+use crate::lab::topology::{MOST_NODES, Node, Plan, Topology};
 use crate::lab::traffic::latency::{self, LatencyReport};
 use crate::lab::traffic::ping::Ping;
 use crate::lab::traffic::tcp::{Bulk, BulkReport, Verified, VerifiedReport};
@@ -75,6 +76,9 @@ pub(crate) struct Shape {
     /// What the last node is; the others are kersey's
     #[arg(long, value_enum, default_value_t = Peer::Kersey)]
     peer: Peer,
+    /// Send packets between nodes 1 and 2 through a segment of the last node (with srv6)
+    #[arg(long)]
+    waypoint: bool,
     /// Give every node an IPv6 subnet too
     #[arg(long)]
     dual_stack: bool,
@@ -90,7 +94,9 @@ pub(crate) struct Shape {
 }
 
 /// The backends a lab can be made of.
-const BACKENDS: [&str; 3] = ["udp", "vxlan", "host-gw"];
+const BACKENDS: [&str; 4] = ["udp", "vxlan", "host-gw", "srv6"];
+/// A link that carries less carries no IPv6, RFC 8200 §5.
+const LEAST_IPV6_MTU: u16 = 1280;
 
 impl LabOptions {
     /// Refuses what clap cannot tell to be wrong.
@@ -111,13 +117,32 @@ impl Shape {
                 "kersey lab --nodes 3",
             ));
         }
-        if self.peer == Peer::KernelVxlan && self.backend != "vxlan" {
+        if let Some(backend) = self.peer.backend()
+            && self.backend != backend
+        {
+            let (flag, what) = match self.peer {
+                Peer::Kersey => unreachable!("it is at home in every network"),
+                Peer::KernelVxlan => ("kernel-vxlan", "VXLAN talks to nodes of a VXLAN"),
+                Peer::KernelSeg6 => ("kernel-seg6", "SRv6 talks to nodes of an SRv6"),
+            };
+            return Err(UsageError::new(
+                format!("--peer {flag} cannot be had with --backend {}", self.backend),
+                format!("the kernel's {what} network: add --backend {backend}"),
+            ));
+        }
+        if self.waypoint && (self.backend != "srv6" || self.nodes < 3) {
             return Err(UsageError::new(
                 format!(
-                    "--peer kernel-vxlan cannot be had with --backend {}",
-                    self.backend
+                    "--waypoint cannot be had with --backend {} and {} nodes",
+                    self.backend, self.nodes
                 ),
-                "the kernel's VXLAN talks to nodes of a VXLAN network: add --backend vxlan",
+                "kersey lab --backend srv6 --nodes 3 --waypoint",
+            ));
+        }
+        if self.backend == "srv6" && self.mtu < LEAST_IPV6_MTU {
+            return Err(UsageError::new(
+                format!("--mtu {}: srv6 needs IPv6 on the underlay", self.mtu),
+                format!("IPv6 needs links of {LEAST_IPV6_MTU} bytes at least"),
             ));
         }
         Ok(())
@@ -125,10 +150,18 @@ impl Shape {
 
     /// The last node, if there is something special about it.
     fn special(&self) -> String {
-        match self.peer {
+        let is = match self.peer {
             Peer::Kersey => String::new(),
-            other => format!(" · node {} is {}", self.nodes, other.name()),
-        }
+            kernel @ (Peer::KernelVxlan | Peer::KernelSeg6) => {
+                format!(" · node {} is {}", self.nodes, kernel.name())
+            }
+        };
+        let waypoint = if self.waypoint {
+            format!(" · between nodes 1 and 2 through node {}", self.nodes)
+        } else {
+            String::new()
+        };
+        is + &waypoint
     }
 
     fn topology(&self, prefix: String) -> Result<Plan> {
@@ -137,7 +170,7 @@ impl Shape {
         Ok(plan)
     }
 
-    fn cluster(&self, folder: PathBuf) -> Result<ClusterPlan> {
+    fn cluster(&self, folder: PathBuf, topology: &Topology) -> Result<ClusterPlan> {
         Ok(ClusterPlan {
             program: match &self.program {
                 Some(program) => program.clone(),
@@ -145,10 +178,25 @@ impl Shape {
             },
             folder,
             store: self.store,
-            network: ClusterPlan::network(&self.backend, self.dual_stack),
+            network: self.network(topology)?,
             peer: self.peer,
             arguments: self.daemon_args.clone(),
         })
+    }
+
+    fn network(&self, topology: &Topology) -> Result<String> {
+        let [one, two, .., last] = topology.nodes.as_slice() else {
+            return Ok(ClusterPlan::network(&self.backend, self.dual_stack));
+        };
+        if !self.waypoint {
+            return Ok(ClusterPlan::network(&self.backend, self.dual_stack));
+        }
+        let end = seg6_node::default_end_sid(last.v4)?;
+        Ok(ClusterPlan::steered_network(
+            &[one.v4, two.v4],
+            end,
+            self.dual_stack,
+        ))
     }
 }
 
@@ -183,6 +231,8 @@ struct Report {
     store: StoreKind,
     backend: String,
     peer: Peer,
+    /// Whether packets between nodes 1 and 2 go through the last one.
+    waypoint: bool,
     /// The node traffic goes to, from node 1.
     far: usize,
     link_mtu: u16,
@@ -234,7 +284,7 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
         let names = topology.names().join(" ");
         Ok((topology, names))
     })?;
-    let cluster_plan = shape.cluster(folder.path().to_owned())?;
+    let cluster_plan = shape.cluster(folder.path().to_owned(), &topology)?;
     let cluster = progress.step("store, daemons, leases, routes", || {
         let cluster = cluster_plan.start(&topology)?;
         let subnets = cluster.subnets().join("  ");
@@ -288,10 +338,11 @@ fn measure(
     /// Enough for every window and buffer on the way to fill many times.
     const TRANSFER: u64 = 64 << 20;
     let duration = Duration::try_from_secs_f64(options.duration).context("--duration")?;
-    // A special node is what one wants to see; else all are alike.
+    // A special node is what one wants to see; else all are alike. A waypoint is seen between the first two.
     let far = match options.shape.peer {
         Peer::Kersey => 2,
-        Peer::KernelVxlan => topology.nodes.len(),
+        Peer::KernelVxlan | Peer::KernelSeg6 if options.shape.waypoint => 2,
+        Peer::KernelVxlan | Peer::KernelSeg6 => topology.nodes.len(),
     };
     let (one, two) = (cluster.pod(topology, 1)?, cluster.pod(topology, far)?);
     let mut failures = Vec::new();
@@ -311,6 +362,8 @@ fn measure(
         };
         Ok((pings, outcome))
     })?;
+    let waypoint = topology.nodes.last().filter(|_| options.shape.waypoint);
+    let passed_before = waypoint.map(Node::received_bytes).transpose()?;
     let mut transfer = |name, from, to| {
         progress.check(name, || {
             let transfer = Verified {
@@ -332,6 +385,17 @@ fn measure(
         transfer("64 MiB, every byte checked", one, two)?,
         transfer("64 MiB back", two, one)?,
     ];
+    if let (Some(waypoint), Some(before)) = (waypoint, passed_before) {
+        progress.check("both by way of the waypoint", || {
+            let passed = waypoint.received_bytes()? - before;
+            let outcome = format!("{} MiB passed it", passed >> 20);
+            if passed >= 2 * TRANSFER {
+                return Ok(((), Ok(outcome)));
+            }
+            failures.push(format!("waypoint: only {outcome}"));
+            Ok(((), Err(outcome)))
+        })?;
+    }
     let mut tcp = Vec::new();
     for streams in [1, 4] {
         let report = progress.step(&tcp_name(streams), || {
@@ -350,9 +414,9 @@ fn measure(
         }
         tcp.push(report);
     }
-    let tcp_back = match options.shape.peer {
+    let tcp_back = match cluster.peer(far) {
         Peer::Kersey => None,
-        Peer::KernelVxlan => Some(progress.step(TCP_BACK, || {
+        Peer::KernelVxlan | Peer::KernelSeg6 => Some(progress.step(TCP_BACK, || {
             let bulk = Bulk {
                 streams: 1,
                 warmup: Duration::from_millis(300),
@@ -400,6 +464,7 @@ fn measure(
         store: options.shape.store,
         backend: options.shape.backend.clone(),
         peer: options.shape.peer,
+        waypoint: options.shape.waypoint,
         far,
         link_mtu: options.shape.mtu,
         inner_mtu: status.first().map_or(0, |status| status.node.inner_mtu),
@@ -484,8 +549,11 @@ impl Report {
             ]);
         }
         let route = match self.peer {
+            _ if self.waypoint => format!("node 1 → node {} → node {}", self.nodes, self.far),
             Peer::Kersey => format!("node 1 → node {}", self.far),
-            other => format!("node 1, kersey → node {}, {}", self.far, other.name()),
+            kernel @ (Peer::KernelVxlan | Peer::KernelSeg6) => {
+                format!("node 1, kersey → node {}, {}", self.far, kernel.name())
+            }
         };
         let mut text = table([&route, "throughput", "packets/s", "loss", "CPU"], &rows);
         let rtt = &self.latency;

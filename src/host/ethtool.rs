@@ -19,24 +19,28 @@ pub enum Switch {
     Off,
 }
 
-/// An offload of the sending side.
+/// An offload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TxOffload {
+pub enum Offload {
     /// Checksums are filled in by the device; segmentation needs it too.
     Checksum,
     /// TCP segmentation by the device.
     TcpSegmentation,
     /// Segmentation by the kernel just before the device.
     GenericSegmentation,
+    /// Joining of received segments by the kernel just behind the device. A veth takes packets in batches, as that
+    /// needs, only while it is on.
+    GenericReceive,
 }
 
-impl TxOffload {
+impl Offload {
     // ETHTOOL_S* of linux/ethtool.h.
     fn command(self) -> u32 {
         match self {
             Self::Checksum => 0x17,
             Self::TcpSegmentation => 0x1f,
             Self::GenericSegmentation => 0x24,
+            Self::GenericReceive => 0x2c,
         }
     }
 }
@@ -46,7 +50,7 @@ impl TxOffload {
 #[error("cannot turn {offload:?} {switch:?} on interface {link:?}")]
 pub struct EthtoolError {
     link: String,
-    offload: TxOffload,
+    offload: Offload,
     switch: Switch,
     #[source]
     source: io::Error,
@@ -56,7 +60,7 @@ pub struct EthtoolError {
 ///
 /// # Errors
 /// The interface does not exist, or its driver refuses.
-pub fn set(link: &str, offload: TxOffload, switch: Switch) -> Result<(), EthtoolError> {
+pub fn set(link: &str, offload: Offload, switch: Switch) -> Result<(), EthtoolError> {
     let value = EthtoolValue {
         command: offload.command(),
         data: u32::from(switch == Switch::On),
@@ -95,7 +99,7 @@ fn siocethtool(link: &str, mut value: EthtoolValue) -> io::Result<()> {
     };
     let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?;
     // SAFETY: `request` is a whole `ifreq` whose data pointer is to `value`, the layout the `ETHTOOL_S*` commands of
-    // `TxOffload` read; both live to the end of this function, and the kernel keeps neither.
+    // `Offload` read; both live to the end of this function, and the kernel keeps neither.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
     if result < 0 {
         return Err(io::Error::last_os_error());

@@ -6,6 +6,7 @@
 //! after a crash and told from everyone else's.
 
 mod message;
+mod seg6;
 
 use std::fmt;
 use std::io;
@@ -30,6 +31,7 @@ pub use self::message::{
     VxlanDevice,
 };
 use self::message::{change, held_local_prefix, held_route, ip, link, link_addr, local_prefix, vxlan_device};
+pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
 use crate::addr::Ipv6Prefix;
 
 /// A request to the kernel failed.

@@ -5,7 +5,7 @@
 //!   etcd:      etcd runs in the hub on 192.0.2.254:2379; every node asks it
 //! ```
 //!
-//! The last node may do without Kersey, with the kernel's VXLAN ([`Peer::KernelVxlan`]).
+//! The last node may do without Kersey, with the kernel's VXLAN ([`Peer::KernelVxlan`]) or SRv6 ([`Peer::KernelSeg6`]).
 //!
 //! Each node then gets a *pod address*, the third of its subnet, on its loopback: traffic between pod addresses takes
 //! the overlay as a container's would, whatever address the daemon gave its device.
@@ -26,8 +26,10 @@ use crate::lab::daemon::{self, Child};
 use crate::lab::interrupt;
 use crate::lab::kernel_node::{KernelNode, KernelPlan, Underlay};
 use crate::lab::netns::Namespace;
+use crate::lab::seg6_node::{Form, Seg6Node, Seg6Plan};
 use crate::lab::topology::{HUB_V4, INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
+use crate::lease::Lease;
 use crate::options::{self, EtcdOptions, ServerAddress};
 use crate::status::Status;
 
@@ -69,6 +71,8 @@ pub enum Peer {
     Kersey,
     /// The kernel's VXLAN as flannel sets it up, without Kersey
     KernelVxlan,
+    /// The kernel's SRv6, without Kersey
+    KernelSeg6,
 }
 
 impl Peer {
@@ -77,6 +81,80 @@ impl Peer {
         match self {
             Self::Kersey => "kersey",
             Self::KernelVxlan => "kernel vxlan",
+            Self::KernelSeg6 => "kernel seg6",
+        }
+    }
+
+    /// The backend of networks such a node can be in, if not any.
+    pub fn backend(self) -> Option<&'static str> {
+        match self {
+            Self::Kersey => None,
+            Self::KernelVxlan => Some("vxlan"),
+            Self::KernelSeg6 => Some("srv6"),
+        }
+    }
+}
+
+/// A node without Kersey, in place.
+#[derive(Debug)]
+pub enum Kernel {
+    /// With the kernel's VXLAN.
+    Vxlan(KernelNode),
+    /// With the kernel's SRv6.
+    Seg6(Seg6Node),
+}
+
+impl Kernel {
+    /// What it is.
+    pub fn peer(&self) -> Peer {
+        match self {
+            Self::Vxlan(_) => Peer::KernelVxlan,
+            Self::Seg6(_) => Peer::KernelSeg6,
+        }
+    }
+
+    /// Its lease, as it was last published.
+    pub fn lease(&self) -> &Lease {
+        match self {
+            Self::Vxlan(node) => node.lease(),
+            Self::Seg6(node) => node.lease(),
+        }
+    }
+
+    /// Its subnets, one a family, in CIDR notation.
+    pub fn subnets(&self) -> Vec<String> {
+        match self {
+            Self::Vxlan(node) => node.subnets(),
+            Self::Seg6(node) => node.subnets(),
+        }
+    }
+
+    /// Its pod addresses, one a family.
+    pub fn pods(&self) -> &[IpAddr] {
+        match self {
+            Self::Vxlan(node) => node.pods(),
+            Self::Seg6(node) => node.pods(),
+        }
+    }
+
+    fn follow(&mut self, limit: Duration, peers: usize) -> Result<()> {
+        match self {
+            Self::Vxlan(node) => node.follow(limit, |known| known.len() >= peers),
+            Self::Seg6(node) => node.follow(limit, |known| known.len() >= peers),
+        }
+    }
+
+    fn keep(&mut self) {
+        match self {
+            Self::Vxlan(node) => node.keep(),
+            Self::Seg6(node) => node.keep(),
+        }
+    }
+
+    fn leave(self) -> Result<()> {
+        match self {
+            Self::Vxlan(node) => node.leave(),
+            Self::Seg6(node) => node.leave(),
         }
     }
 }
@@ -117,7 +195,7 @@ pub struct Cluster {
     /// One a node, in the order of the topology; the last node may have none.
     pub daemons: Vec<Daemon>,
     /// The last node, if it is the kernel's.
-    pub kernel: Option<KernelNode>,
+    pub kernel: Option<Kernel>,
     /// The store, if it is a process of its own.
     pub store: Option<Child>,
 }
@@ -129,6 +207,13 @@ impl ClusterPlan {
             "vxlan" => Self::vxlan_network(1, VXLAN_PORT, dual_stack),
             other => network(serde_json::json!({ "Type": other }), dual_stack),
         }
+    }
+
+    /// The same with backend `srv6`, where packets to each of `nodes` go through a segment of another first.
+    pub fn steered_network(nodes: &[Ipv4Addr], waypoint: Ipv6Addr, dual_stack: bool) -> String {
+        let path = |node: &Ipv4Addr| serde_json::json!({ "To": node, "Via": [waypoint] });
+        let paths: Vec<_> = nodes.iter().map(path).collect();
+        network(serde_json::json!({ "Type": "srv6", "Paths": paths }), dual_stack)
     }
 
     /// The same with backend `vxlan`, under a VNI and a port of its own.
@@ -151,7 +236,7 @@ impl ClusterPlan {
         };
         let (kersey, kernel) = match self.peer {
             Peer::Kersey => (topology.nodes.as_slice(), None),
-            Peer::KernelVxlan => match topology.nodes.split_last() {
+            Peer::KernelVxlan | Peer::KernelSeg6 => match topology.nodes.split_last() {
                 Some((last, others)) => (others, Some(last)),
                 None => bail!("a cluster has nodes"),
             },
@@ -181,7 +266,7 @@ impl ClusterPlan {
             if let Some(first) = cluster.daemons.first_mut() {
                 first.wait(deadline, 0)?;
             }
-            cluster.kernel = Some(KernelNode::join(&node.namespace, self.kernel_plan(node)?)?);
+            cluster.kernel = Some(self.kernel(node)?);
         }
         let peers = topology.nodes.len() - 1;
         for (daemon, node) in cluster.daemons.iter_mut().zip(kersey) {
@@ -190,36 +275,51 @@ impl ClusterPlan {
         }
         if let Some(kernel) = &mut cluster.kernel {
             let left = deadline.saturating_duration_since(Instant::now());
-            kernel.follow(left, |known| known.len() >= peers)?;
+            kernel.follow(left, peers)?;
         }
         Ok(cluster)
     }
 
-    /// How a kernel node takes part: with the families of the network, and from its own namespace's point of view.
-    fn kernel_plan(&self, node: &Node) -> Result<KernelPlan> {
+    /// The node without Kersey: with the families of the network, and from its own namespace's point of view.
+    fn kernel(&self, node: &Node) -> Result<Kernel> {
         let network = NetworkConfig::parse(&self.network)?;
         let first = |port| ServerAddress {
             host: first_node().to_string(),
             port,
         };
-        Ok(KernelPlan {
-            store: match self.store {
-                StoreKind::Embedded => options::StoreKind::Remote(vec![first(SERVER_PORT)]),
-                StoreKind::Etcd => options::StoreKind::Etcd(EtcdOptions {
-                    endpoints: vec![etcd_place()],
-                    prefix: DEFAULT_PREFIX.to_owned(),
-                    ca_file: None,
-                    client_cert: None,
-                    login: None,
-                }),
-            },
-            interface: INTERFACE.to_owned(),
+        let store = match self.store {
+            StoreKind::Embedded => options::StoreKind::Remote(vec![first(SERVER_PORT)]),
+            StoreKind::Etcd => options::StoreKind::Etcd(EtcdOptions {
+                endpoints: vec![etcd_place()],
+                prefix: DEFAULT_PREFIX.to_owned(),
+                ca_file: None,
+                client_cert: None,
+                login: None,
+            }),
+        };
+        let interface = INTERFACE.to_owned();
+        if self.peer == Peer::KernelSeg6 {
+            let plan = Seg6Plan {
+                store,
+                interface,
+                v4: node.v4,
+                v6: node.v6,
+                form: Form::Seg6,
+                mode: None,
+                subnet: None,
+            };
+            return Ok(Kernel::Seg6(Seg6Node::join(&node.namespace, plan)?));
+        }
+        let plan = KernelPlan {
+            store,
+            interface,
             underlay: Underlay {
                 v4: network.v4.map(|_| node.v4),
                 v6: network.v6.map(|_| node.v6),
             },
             subnet: None,
-        })
+        };
+        Ok(Kernel::Vxlan(KernelNode::join(&node.namespace, plan)?))
     }
 
     fn command(&self, nth: usize, socket: &Path) -> Command {
@@ -321,10 +421,9 @@ impl Cluster {
 
     /// What a node is, by its number.
     pub fn peer(&self, nth: usize) -> Peer {
-        if self.kernel.is_some() && nth > self.daemons.len() {
-            Peer::KernelVxlan
-        } else {
-            Peer::Kersey
+        match &self.kernel {
+            Some(kernel) if nth > self.daemons.len() => kernel.peer(),
+            Some(_) | None => Peer::Kersey,
         }
     }
 
@@ -516,6 +615,12 @@ mod tests {
                 "vxlan",
                 r#"{"Port":4789,"Type":"vxlan","VNI":7}"#,
                 false,
+            ),
+            (
+                ClusterPlan::steered_network(&[first_node()], Ipv6Addr::LOCALHOST, true),
+                "srv6",
+                r#"{"Paths":[{"To":"192.0.2.1","Via":["::1"]}],"Type":"srv6"}"#,
+                true,
             ),
         ] {
             let network = NetworkConfig::parse(&text).expect(&text);

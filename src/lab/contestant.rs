@@ -5,20 +5,23 @@
 //!   lo        10.244.a.2   kersey pod        lo        10.244.b.2
 //!   flannel0               kersey's TUN      flannel0  or, in a mixed pair, the kernel's flannel.3
 //!   flannel.1 10.245.1.0   kernel VXLAN      flannel.1 10.245.2.0
+//!   pods      10.245.1.0   or kernel SRv6    pods      10.245.2.0
 //!   eth0      192.0.2.1 ------ veth -------- eth0      192.0.2.2
 //! ```
 //!
-//! The kernel's pair stays for the life of the topology and owns port 8472 on both nodes, so whoever else speaks VXLAN
-//! has a VNI and a port of its own: Kersey's pair 4789, a mixed pair 4790.
+//! The kernel's VXLAN pair stays for the life of the topology and owns port 8472 on both nodes, so whoever else speaks VXLAN
+//! has a VNI and a port of its own: Kersey's pair 4789, a mixed pair 4790. The kernel's SRv6 pair has a block of
+//! locators of its own, and does without `seg6_enabled`: that switch is for routing headers at a node's addresses, and
+//! off on Kersey's nodes.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::addr::Ipv4Prefix;
-use crate::host::netlink::{Gateway, Route, Vxlan};
+use crate::addr::{Ipv4Prefix, Ipv6Prefix};
+use crate::host::netlink::{self, Behavior, Gateway, Route, Seg6Mode, Seg6Route, Sid, Vxlan};
 use crate::host::sysctl;
 use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind, VXLAN_PORT};
 use crate::lab::topology::{INTERFACE, Node, Topology};
@@ -39,7 +42,9 @@ pub enum Contestant {
     Kersey,
     /// The kernel's VXLAN, as flannel sets it up.
     KernelVxlan,
-    /// Kersey's vxlan backend on node 1, which sends, and the kernel's VXLAN on node 2.
+    /// The kernel's SRv6, with as few headers as it can do with.
+    KernelSeg6,
+    /// Kersey on node 1, which sends, and the kernel's tunnel of the same kind on node 2.
     KerseyToKernel,
     /// The same pair with the kernel sending.
     KernelToKersey,
@@ -53,6 +58,7 @@ impl Contestant {
         match self {
             Self::Kersey => "kersey",
             Self::KernelVxlan => "kernel vxlan",
+            Self::KernelSeg6 => "kernel seg6",
             Self::KerseyToKernel => "kersey to kernel",
             Self::KernelToKersey => "kernel to kersey",
             Self::Veth => "plain veth",
@@ -90,6 +96,20 @@ impl Running {
     }
 }
 
+/// Makes the kernel's tunnel on both nodes, once for the life of the topology; other contestants need nothing made.
+///
+/// # Errors
+/// This kernel has no such tunnel, or the topology is no pair.
+pub fn prepare(contestant: Contestant, topology: &Topology) -> Result<()> {
+    match contestant {
+        Contestant::KernelVxlan => add_kernel_vxlan(topology),
+        Contestant::KernelSeg6 => add_kernel_seg6(topology),
+        Contestant::Kersey | Contestant::KerseyToKernel | Contestant::KernelToKersey | Contestant::Veth => {
+            Ok(())
+        }
+    }
+}
+
 /// Makes flannel's VXLAN device on both nodes, once for the life of the topology.
 ///
 /// # Errors
@@ -101,6 +121,58 @@ pub fn add_kernel_vxlan(topology: &Topology) -> Result<()> {
     let macs = [vxlan_device(one, 1)?, vxlan_device(two, 2)?];
     join_vxlan(one, 2, macs[1], two.v4)?;
     join_vxlan(two, 1, macs[0], one.v4)
+}
+
+/// Makes a segment on both nodes and a route to the other's, once for the life of the topology.
+///
+/// # Errors
+/// This kernel has no SRv6, or the topology is no pair.
+pub fn add_kernel_seg6(topology: &Topology) -> Result<()> {
+    let [one, two] = topology.nodes.as_slice() else {
+        anyhow::bail!("a comparison takes 2 nodes");
+    };
+    for (node, nth, peer, peer_nth) in [(one, 1, two, 2), (two, 2, one, 1)] {
+        join_seg6(node, nth, peer, peer_nth).context("cannot set up the kernel's SRv6")?;
+    }
+    Ok(())
+}
+
+/// The address is on a bridge without ports: those of the loopback belong to the pods of clusters.
+fn join_seg6(node: &Node, nth: u8, peer: &Node, peer_nth: u8) -> Result<()> {
+    node.namespace.netlink(async |netlink| {
+        let link = netlink.link(INTERFACE).await?;
+        netlink.add_bridge("pods").await?;
+        let pods = netlink.link("pods").await?.index;
+        netlink.set_up(pods).await?;
+        netlink
+            .add_address(pods, tunnel_subnet(nth)?.addr().into(), 32)
+            .await?;
+        let dx4 = Behavior::EndDx4(Ipv4Addr::UNSPECIFIED);
+        netlink
+            .replace_sid(&Sid::new(seg6_sid(nth)?, link.index, dx4))
+            .await?;
+        let mut locator = Route::direct(seg6_locator(peer_nth)?.into(), link.index);
+        locator.gateway = Gateway::Via(peer.v6.into());
+        netlink.replace_route(&locator).await?;
+        let mode = Seg6Mode::EncapRed;
+        let route = Seg6Route {
+            destination: tunnel_subnet(peer_nth)?.into(),
+            index: link.index,
+            mode,
+            segments: vec![seg6_sid(peer_nth)?],
+            inner_mtu_bytes: Some(link.mtu_bytes - mode.overhead_bytes(1)),
+        };
+        Ok(netlink.replace_seg6_route(&route).await?)
+    })
+}
+
+fn seg6_locator(nth: u8) -> Result<Ipv6Prefix> {
+    let addr = Ipv6Addr::new(0xfd10, 0x245, nth.into(), 0, 0, 0, 0, 0);
+    Ok(Ipv6Prefix::new(addr, 48)?)
+}
+
+fn seg6_sid(nth: u8) -> Result<Ipv6Addr> {
+    Ok(Ipv6Addr::from_bits(seg6_locator(nth)?.addr().to_bits() + 4))
 }
 
 fn vxlan_device(node: &Node, nth: u8) -> Result<[u8; 6]> {
@@ -119,7 +191,7 @@ fn vxlan_device(node: &Node, nth: u8) -> Result<[u8; 6]> {
             sysctl::no_link_local_address(vxlan.name)?;
             let link = netlink.link(vxlan.name).await?;
             netlink
-                .add_address(link.index, vxlan_subnet(nth)?.addr().into(), 32)
+                .add_address(link.index, tunnel_subnet(nth)?.addr().into(), 32)
                 .await?;
             netlink.set_up(link.index).await?;
             link.mac.context("a VXLAN device has an Ethernet address")
@@ -128,7 +200,7 @@ fn vxlan_device(node: &Node, nth: u8) -> Result<[u8; 6]> {
 }
 
 fn join_vxlan(node: &Node, peer: u8, mac: [u8; 6], underlay: Ipv4Addr) -> Result<()> {
-    let subnet = vxlan_subnet(peer)?;
+    let subnet = tunnel_subnet(peer)?;
     node.namespace.netlink(async |netlink| {
         let index = netlink.link("flannel.1").await?.index;
         netlink.set_neighbour(index, subnet.addr().into(), mac).await?;
@@ -139,7 +211,7 @@ fn join_vxlan(node: &Node, peer: u8, mac: [u8; 6], underlay: Ipv4Addr) -> Result
     })
 }
 
-fn vxlan_subnet(nth: u8) -> Result<Ipv4Prefix> {
+fn tunnel_subnet(nth: u8) -> Result<Ipv4Prefix> {
     Ok(Ipv4Prefix::new(Ipv4Addr::new(10, 245, nth, 0), 24)?)
 }
 
@@ -164,6 +236,7 @@ impl Kersey {
             store: StoreKind::Embedded,
             network: match (peer, self.backend.as_str()) {
                 (Peer::KernelVxlan, _) => vxlan(MIXED_VXLAN),
+                (Peer::KernelSeg6, other) => ClusterPlan::network(other, false),
                 (Peer::Kersey, "vxlan") => vxlan(KERSEY_VXLAN),
                 (Peer::Kersey, other) => ClusterPlan::network(other, false),
             },
@@ -200,14 +273,25 @@ pub fn start(contestant: Contestant, topology: &Topology, kersey: &Kersey) -> Re
         sender: Sender::One,
         _cluster: None,
     };
+    let kernels = [tunnel_subnet(1)?.addr().into(), tunnel_subnet(2)?.addr().into()];
+    let kernel = if kersey.backend == "srv6" {
+        Peer::KernelSeg6
+    } else {
+        Peer::KernelVxlan
+    };
     match contestant {
         Contestant::Veth => Ok(standing([underlay(0)?.into(), underlay(1)?.into()])),
-        Contestant::KernelVxlan => Ok(standing([
-            vxlan_subnet(1)?.addr().into(),
-            vxlan_subnet(2)?.addr().into(),
-        ])),
+        Contestant::KernelVxlan => Ok(standing(kernels)),
+        Contestant::KernelSeg6 => {
+            // A mixed pair's kernel node had another.
+            for (nth, node) in (1..).zip(&topology.nodes) {
+                let source = seg6_sid(nth)?;
+                node.namespace.run(|| Ok(netlink::set_tunnel_source(source)?))?;
+            }
+            Ok(standing(kernels))
+        }
         Contestant::Kersey => pair(Peer::Kersey, Sender::One),
-        Contestant::KerseyToKernel => pair(Peer::KernelVxlan, Sender::One),
-        Contestant::KernelToKersey => pair(Peer::KernelVxlan, Sender::Two),
+        Contestant::KerseyToKernel => pair(kernel, Sender::One),
+        Contestant::KernelToKersey => pair(kernel, Sender::Two),
     }
 }

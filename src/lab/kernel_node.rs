@@ -26,21 +26,19 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use futures_util::StreamExt;
 
 use crate::addr::{MacAddr, Prefix, Vni};
 use crate::control::config::NetworkConfig;
-use crate::control::store::{self, Expirations, LEASE_TTL, Store};
 use crate::host::netlink::{Gateway, Link, Netlink, Route, Vxlan};
 use crate::host::sysctl;
 use crate::lab::cluster::{VXLAN_PORT, give_pod_addresses};
-use crate::lab::interrupt;
+use crate::lab::leases::{self, LARGEST_JSON, inside, prefixes, snapshot};
 use crate::lab::netns::Namespace;
 use crate::lease::json::Object;
-use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::StoreKind;
 
 /// The backend's name in configs and leases.
@@ -51,10 +49,6 @@ const DEFAULT_VNI: u32 = 1;
 const OVERHEAD_V4: u32 = 20 + 8 + 8 + 14;
 /// The same over IPv6. flannel asks for 20 bytes more and the kernel does not give them.
 const OVERHEAD_V6: u32 = 40 + 8 + 8 + 14;
-/// How long a store may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// A backend's data and settings are a few dozen bytes.
-const LARGEST_JSON: usize = 64 * 1024;
 
 /// Where other nodes reach a node: one address a family, at least one of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,20 +176,10 @@ impl KernelNode {
         limit: Duration,
         mut wanted: impl FnMut(&BTreeSet<Subnet>) -> bool,
     ) -> Result<()> {
-        let deadline = Instant::now() + limit;
-        loop {
+        leases::follow(limit, || {
             self.update()?;
-            if wanted(&self.peers) {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the kernel node knows {} peers, not those it should, after {} s",
-                self.peers.len(),
-                limit.as_secs_f32()
-            );
-            interrupt::sleep(Duration::from_millis(20))?;
-        }
+            Ok((wanted(&self.peers), self.peers.len()))
+        })
     }
 
     /// Gives a device another Ethernet address and publishes it. The kernel forgets the device's neighbours over it, so
@@ -612,36 +596,6 @@ fn settings(config: &NetworkConfig) -> Result<(Vni, u16)> {
         Some(port) => u16::try_from(port).context("the network's port is no UDP port")?,
     };
     Ok((vni, port))
-}
-
-fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
-    let v4 = subnet.ipv4().map(Prefix::V4);
-    v4.into_iter().chain(subnet.v6.map(Prefix::V6))
-}
-
-/// All leases there are.
-async fn snapshot(store: &dyn Store) -> Result<Vec<Lease>> {
-    match store.watch(None).next().await.transpose()? {
-        Some(item) => match item.update {
-            LeaseUpdate::Snapshot(leases) => Ok(leases),
-            LeaseUpdate::Events(_) => bail!("a watch began with changes"),
-        },
-        None => bail!("the store told nothing"),
-    }
-}
-
-/// Runs `work` in the namespace, with its netlink and the store as it is seen from there.
-fn inside<T: Send>(
-    namespace: &Namespace,
-    kind: &StoreKind,
-    work: impl AsyncFnOnce(&Netlink, &dyn Store) -> Result<T> + Send,
-) -> Result<T> {
-    namespace.netlink(async |netlink| {
-        let store = store::open(kind, LEASE_TTL, Expirations::Assume).await?;
-        tokio::time::timeout(PATIENCE, work(&netlink, &*store))
-            .await
-            .with_context(|| format!("{} took more than {} s", store.place(), PATIENCE.as_secs()))?
-    })
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ pub mod contestant;
 pub mod daemon;
 pub mod interrupt;
 pub mod kernel_node;
+mod leases;
 pub mod netns;
+pub mod seg6_node;
 pub mod topology;
 pub mod traffic;

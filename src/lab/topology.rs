@@ -17,7 +17,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, ensure};
 
 use crate::addr::{Ipv4Prefix, Ipv6Prefix, Mtu};
-use crate::host::ethtool::{self, Switch, TxOffload};
+use crate::host::ethtool::{self, Offload, Switch};
 use crate::host::netlink::{Gateway, Netlink, Route};
 use crate::lab::netns::Namespace;
 use crate::lab::traffic::End;
@@ -54,12 +54,14 @@ pub struct Plan {
     /// Checksum and segmentation offloads of every underlay link. A veth with them on hands whole super-packets over
     /// without a checksum; off makes it behave like a wire.
     pub offloads: Switch,
+    /// Generic receive offload of every underlay link: as most network cards have it, and as no veth has it by itself.
+    pub gro: Switch,
     /// Whether nodes have default routes through the hub.
     pub default_route: Switch,
 }
 
 impl Plan {
-    /// Nodes at a hub, 1500 bytes, offloads on, default routes.
+    /// Nodes at a hub, 1500 bytes, offloads on as veths have them, default routes.
     pub fn new(prefix: impl Into<String>, nodes: usize) -> Self {
         Self {
             prefix: prefix.into(),
@@ -68,6 +70,7 @@ impl Plan {
             // Ethernet.
             mtu: Mtu::new(1500).unwrap_or_else(|_| unreachable!("1500 is above 68")),
             offloads: Switch::On,
+            gro: Switch::Off,
             default_route: Switch::On,
         }
     }
@@ -179,12 +182,15 @@ impl Plan {
         if self.offloads == Switch::Off {
             // Segmentation first: the kernel drops it anyway once there are no checksums.
             for offload in [
-                TxOffload::TcpSegmentation,
-                TxOffload::GenericSegmentation,
-                TxOffload::Checksum,
+                Offload::TcpSegmentation,
+                Offload::GenericSegmentation,
+                Offload::Checksum,
             ] {
                 ethtool::set(link, offload, Switch::Off)?;
             }
+        }
+        if self.gro == Switch::On {
+            ethtool::set(link, Offload::GenericReceive, Switch::On)?;
         }
         Ok(())
     }
@@ -205,6 +211,20 @@ impl Node {
     /// The node as an end of traffic over the plain underlay.
     pub fn underlay(&self) -> End<'_> {
         End::new(&self.namespace, self.v4.into())
+    }
+
+    /// Bytes that came in over the underlay since the node was made.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn received_bytes(&self) -> Result<u64> {
+        let table = self
+            .namespace
+            .run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?))?;
+        let mut lines = table.lines().filter_map(|line| line.trim().split_once(':'));
+        let counters = lines.find(|(name, _)| *name == INTERFACE);
+        let bytes = counters.and_then(|(_, counters)| counters.split_whitespace().next());
+        Ok(bytes.context("the underlay link has counters")?.parse()?)
     }
 }
 

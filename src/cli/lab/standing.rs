@@ -13,10 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Shape;
 use crate::cli::progress::{Progress, table};
-use crate::lab::cluster::{Peer, end_processes};
+use crate::lab::cluster::{Kernel, Peer, end_processes};
 use crate::lab::daemon;
 use crate::lab::kernel_node;
 use crate::lab::netns::Namespace;
+use crate::lab::seg6_node;
 
 const FOLDER: &str = "/run/kersey-lab";
 const PREFIX: &str = "kersey";
@@ -47,6 +48,11 @@ enum What {
         subnets: Vec<String>,
         underlay: Vec<String>,
     },
+    /// The same with the kernel's SRv6.
+    KernelSeg6 {
+        subnets: Vec<String>,
+        underlay: Vec<String>,
+    },
 }
 
 #[expect(clippy::print_stdout, reason = "tells what to do next")]
@@ -66,7 +72,7 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
     })?;
     fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}"))?;
     let started = progress.step("store, daemons, leases, routes", || {
-        let cluster = shape.cluster(FOLDER.into())?.start(&topology)?;
+        let cluster = shape.cluster(FOLDER.into(), &topology)?.start(&topology)?;
         let subnets = cluster.subnets().join("  ");
         Ok((cluster, subnets))
     });
@@ -88,12 +94,17 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
         let attrs = &kernel.lease().attrs;
         let v4 = Some(attrs.public_ip).filter(|addr| !addr.is_unspecified());
         let v4 = v4.iter().map(ToString::to_string);
-        let what = What::KernelVxlan {
-            devices: kernel.device_names(),
-            subnets: kernel.subnets(),
-            underlay: v4
-                .chain(attrs.public_ipv6.iter().map(ToString::to_string))
-                .collect(),
+        let underlay = v4
+            .chain(attrs.public_ipv6.iter().map(ToString::to_string))
+            .collect();
+        let subnets = kernel.subnets();
+        let what = match kernel {
+            Kernel::Vxlan(node) => What::KernelVxlan {
+                devices: node.device_names(),
+                subnets,
+                underlay,
+            },
+            Kernel::Seg6(_) => What::KernelSeg6 { subnets, underlay },
         };
         (kernel.pods().to_vec(), what)
     });
@@ -209,18 +220,33 @@ impl NodeState {
             } => {
                 let peers = Namespace::existing(&name)
                     .and_then(|namespace| kernel_node::peers_installed(&namespace, devices));
-                let state = if peers.is_ok() { READY } else { "down" };
-                [
-                    name,
-                    Peer::KernelVxlan.name().to_owned(),
-                    state.into(),
-                    subnets.join(" "),
-                    underlay.join(" "),
-                    peers.map_or_else(|_| "–".to_owned(), |peers| peers.to_string()),
-                ]
+                kernel_row(name, Peer::KernelVxlan, subnets, underlay, peers)
+            }
+            What::KernelSeg6 { subnets, underlay } => {
+                let peers =
+                    Namespace::existing(&name).and_then(|namespace| seg6_node::peers_installed(&namespace));
+                kernel_row(name, Peer::KernelSeg6, subnets, underlay, peers)
             }
         }
     }
+}
+
+fn kernel_row(
+    name: String,
+    kind: Peer,
+    subnets: &[String],
+    underlay: &[String],
+    peers: Result<usize>,
+) -> [String; 6] {
+    let state = if peers.is_ok() { READY } else { "down" };
+    [
+        name,
+        kind.name().to_owned(),
+        state.into(),
+        subnets.join(" "),
+        underlay.join(" "),
+        peers.map_or_else(|_| "–".to_owned(), |peers| peers.to_string()),
+    ]
 }
 
 #[expect(clippy::print_stdout, reason = "says what was done")]
