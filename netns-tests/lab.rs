@@ -294,6 +294,54 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
 }
 
 #[test]
+fn a_bench_over_srv6_is_measured_by_the_kernels_own() {
+    if !require_root("a_bench_over_srv6_is_measured_by_the_kernels_own") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        .args(["bench", "vs-kernel", "--quick", "--backend", "srv6"])
+        .args(["--contender", "veth", "--mtu", "9000"])
+        .args(["--underlay-offloads", "off", "--underlay-gro", "on,off"])
+        .args([
+            "--pairs",
+            "1",
+            "--seconds",
+            "0.2",
+            "--warmup",
+            "0",
+            "--streams",
+            "1",
+        ])
+        .arg("--json")
+        .arg(&json)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    for word in ["kernel seg6", "offloads off, GRO on", "offloads off, GRO off"] {
+        assert!(text.contains(word), "{word:?} is not in {text}");
+    }
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(report["baseline"], "kernel-seg6");
+    for (scenario, gro) in report["scenarios"].as_array().unwrap().iter().zip(["on", "off"]) {
+        assert_eq!(
+            (&scenario["underlay_gro"], &scenario["underlay_offloads"]),
+            (&gro.into(), &"off".into())
+        );
+        let metric = &scenario["metrics"][0];
+        let samples = metric["samples"].as_array().unwrap();
+        let names: Vec<_> = samples.iter().map(|pair| &pair[0]).collect();
+        assert_eq!(names, ["kernel-seg6", "veth"]);
+        for pair in samples {
+            assert!(pair[1][0].as_f64().unwrap() > 0.01, "{metric}");
+        }
+    }
+}
+
+#[test]
 fn impossible_labs_are_misuse() {
     for (flags, word) in [
         (&["--nodes", "1"][..], "--nodes 1: a lab has 2 to 200 nodes"),
@@ -302,6 +350,22 @@ fn impossible_labs_are_misuse() {
         (
             &["--peer", "kernel-vxlan"],
             "--peer kernel-vxlan cannot be had with --backend udp",
+        ),
+        (
+            &["--peer", "kernel-seg6", "--backend", "vxlan"],
+            "--peer kernel-seg6 cannot be had with --backend vxlan",
+        ),
+        (
+            &["--waypoint", "--backend", "srv6"],
+            "--waypoint cannot be had with --backend srv6 and 2 nodes",
+        ),
+        (
+            &["--waypoint", "--nodes", "3"],
+            "--waypoint cannot be had with --backend udp and 3 nodes",
+        ),
+        (
+            &["--backend", "srv6", "--mtu", "1279"],
+            "--mtu 1279: srv6 needs IPv6 on the underlay",
         ),
         (&["--backend", "carrier-pigeon"], "carrier-pigeon"),
     ] {

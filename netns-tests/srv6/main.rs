@@ -19,6 +19,7 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod lab;
 mod matrix;
 mod mixed;
 #[allow(dead_code, reason = "made for the tests of daemons, which need more of it")]
