@@ -382,14 +382,16 @@ async fn stay<B: Backend>(
     let mut changes = Netlink::watch()?;
     let repairs = RateLimit::default();
     let mut direct = DirectRoutes::new(setup);
+    let by_locators = !setup.backend.blocks().is_empty();
     let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease, failed).await?;
         let mut table = published.peers.borrow_and_update().clone();
+        // A peer is in the table once its locator can be reached, if it has one.
+        report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
         plane.follow(&table);
         report.set_plane(&plane);
-        report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
         announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
         loop {
@@ -397,9 +399,11 @@ async fn stay<B: Backend>(
                 // The sender lives as long as the daemon: an error here would be the end of the process anyway.
                 Ok(()) = published.peers.changed() => {
                     table = published.peers.borrow_and_update().clone();
-                    plane.follow(&table);
-                    report.set_plane(&plane);
                     direct.kernel.peers_changed();
+                    if !by_locators {
+                        plane.follow(&table);
+                        report.set_plane(&plane);
+                    }
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -414,6 +418,10 @@ async fn stay<B: Backend>(
                 }
                 () = at(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
+                    if by_locators {
+                        plane.follow(&table);
+                        report.set_plane(&plane);
+                    }
                 }
                 Ok(()) = published.lease.changed() => {
                     let new = published.lease.borrow_and_update().clone();

@@ -62,7 +62,7 @@ fn a_path_for_a_subnet_steers_that_family_alone() {
     let mut blueprint = Blueprint::new("s-sub", 3);
     let via = default_end_sid(underlay(3)).unwrap();
     let paths = json!([{ "To": "fd00:10:244::/56", "Via": [via] }]);
-    blueprint.network = network(json!({ "Paths": paths, "MTU": 1436 }), true);
+    blueprint.network = network(json!({ "Paths": paths }), true);
     let mixed = Mixed::start(blueprint, Kernels::ONE);
     let ends = [mixed.pods(1), mixed.pods(2)];
     for (family, steered) in [(0, false), (1, true)] {

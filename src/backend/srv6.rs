@@ -654,14 +654,18 @@ impl Backend for Srv6Backend {
     }
 
     fn inner_mtu(&self, link_mtu: Mtu, _underlay: Underlay) -> Result<Mtu, AddrError> {
-        let one = Encapsulation {
+        // The longest path counts: whatever fits it fits all, and nobody has to be told.
+        let waypoints = self.paths.iter().map(|path| path.via.len()).max();
+        let segments = vec![Ipv6Addr::UNSPECIFIED; waypoints.unwrap_or(0) + 1];
+        let longest = Encapsulation {
             mode: self.mode,
             source: Ipv6Addr::UNSPECIFIED,
-            segments: &[Ipv6Addr::UNSPECIFIED],
+            segments: &segments,
             next_header: next_header::IPV4,
             hmac: self.signs.as_ref(),
         };
-        let overhead = one.template().map_or(FULL_OVERHEAD, |template| {
+        // A path too long for any header is refused where it is used.
+        let overhead = longest.template().map_or(FULL_OVERHEAD, |template| {
             u16::try_from(template.len()).unwrap_or(u16::MAX)
         });
         self.link_mtu.unwrap_or(link_mtu).minus(overhead)

@@ -310,8 +310,6 @@ struct Rules {
     block: Ipv6Prefix,
     locator: Ipv6Prefix,
     mode: Seg6Mode,
-    /// The network's MTU, if its config has one.
-    inner_mtu: Option<u32>,
     steering: Vec<Steering>,
     index: u32,
     loopback: u32,
@@ -382,11 +380,10 @@ impl Rules {
             block,
             locator,
             mode,
-            inner_mtu: object.uint("MTU")?.filter(|&mtu| mtu > 0),
             steering,
             index,
             loopback,
-            link_mtu,
+            link_mtu: object.uint("MTU")?.filter(|&mtu| mtu > 0).unwrap_or(link_mtu),
             mac,
         })
     }
@@ -469,7 +466,7 @@ impl Rules {
             let overhead = self.mode.overhead_bytes(segments.len());
             let fits = self.link_mtu.saturating_sub(overhead);
             let inner_mtu_bytes = match self.form {
-                Form::Seg6 => Some(self.inner_mtu.map_or(fits, |mtu| mtu.min(fits))),
+                Form::Seg6 => Some(fits),
                 Form::ProofOfConcept => None,
             };
             items.push(Item::Encap(Seg6Route {
@@ -829,7 +826,7 @@ mod tests {
         let other = r#"{"Type":"srv6","Block":"fd45::/32","LocatorLen":64,"MTU":1400}"#;
         let other = read(Form::Seg6, other).unwrap();
         assert_eq!(other.locator.to_string(), "fd45:0:c000:209::/64");
-        assert_eq!(encaps(&other.towards(&lease(SEG6)))[0], "[201::4] 1400");
+        assert_eq!(encaps(&other.towards(&lease(SEG6)))[0], "[201::4] 1360");
     }
 
     /// Segment lists, without what is alike in all of them, and inner MTUs.
