@@ -148,8 +148,13 @@ impl Seg6Node {
         self.namespace.run(|| Ok(netlink::set_tunnel_source(source)?))?;
         let wanted = self.rules.own(&self.pods);
         let own = &mut self.own;
-        self.namespace
-            .netlink(async |netlink| install(&netlink, own, &wanted).await)
+        self.namespace.netlink(async |netlink| {
+            // A Kersey that was here before has left its locator, which comes before what the kernel's SIDs are.
+            for prefix in netlink.own_local_prefixes().await? {
+                netlink.delete_local_prefix(prefix).await?;
+            }
+            install(&netlink, own, &wanted).await
+        })
     }
 
     /// Reads all leases and makes routes and neighbours agree with them.
