@@ -67,7 +67,7 @@ soak: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --locked $(RUNNER) --test netns_interop --run-ignored only --no-capture $(ARGS); \
+	    cargo nextest run --locked $(RUNNER) --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
 	else \
 	    cargo test --locked $(RUNNER) --test netns_interop -- --ignored --nocapture $(ARGS); \
 	fi

@@ -22,6 +22,7 @@ use kersey::addr::{Ipv4Prefix, Ipv6Prefix, MacAddr, Prefix};
 use kersey::host::netlink::{Gateway, Route};
 use kersey::host::sysctl;
 use kersey::lab::cluster::ClusterPlan;
+use kersey::lab::interrupt;
 use kersey::lab::kernel_node::{self, Carrier, KernelNode, KernelPlan};
 use kersey::lab::netns::Namespace;
 use kersey::lab::topology::INTERFACE;
@@ -239,7 +240,10 @@ impl Twins {
             _twin: twin,
             kersey,
         };
-        twins.mark(READY);
+        // Links that were set up a moment ago may not carry yet.
+        wait_for("a mark passes both", READY, || {
+            twins.try_mark(Duration::from_millis(100)).is_ok()
+        });
         twins
     }
 
@@ -260,10 +264,10 @@ impl Twins {
         for side in &self.sides {
             side.send(case);
         }
-        let mut seen = self.mark(within(Duration::from_secs(5)));
+        let mut seen = self.mark();
         if !patience.is_zero() {
             std::thread::sleep(patience);
-            for (seen, more) in seen.iter_mut().zip(self.mark(within(Duration::from_secs(5)))) {
+            for (seen, more) in seen.iter_mut().zip(self.mark()) {
                 seen.extend(more);
             }
         }
@@ -286,7 +290,13 @@ impl Twins {
     }
 
     /// Sends a mark to both, waits for it, and gives what came before it.
-    fn mark(&mut self, limit: Duration) -> [Vec<Vec<u8>>; 2] {
+    fn mark(&mut self) -> [Vec<Vec<u8>>; 2] {
+        let marked = self.try_mark(within(Duration::from_secs(5)));
+        marked.unwrap_or_else(|who| panic!("a mark was lost at {who}"))
+    }
+
+    /// The same; gives the name of who has not let it through within `limit`.
+    fn try_mark(&mut self, limit: Duration) -> Result<[Vec<Vec<u8>>; 2], &'static str> {
         self.marks += 1;
         let mut payload = MAGIC.to_vec();
         payload.extend(self.marks.to_be_bytes());
@@ -306,14 +316,14 @@ impl Twins {
                 all.iter().any(|packet: &Vec<u8>| packet.ends_with(&payload))
             };
             // Most marks are back before the first look would be due.
-            if !(0..2000).any(|_| arrived()) {
-                wait_for(&format!("mark at {who}"), limit, &mut arrived);
+            if !(0..2000).any(|_| arrived()) && !interrupt::wait_until(limit, &mut arrived) {
+                return Err(who);
             }
             all.retain(|packet| packet.get(V4_LEN..V4_LEN + MAGIC.len()) != Some(&MAGIC));
             all.retain(|packet| !self.place.is_nodes_own(packet));
             *seen = all;
         }
-        seen
+        Ok(seen)
     }
 }
 
