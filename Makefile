@@ -5,6 +5,7 @@
 #   make check   format, lints, documentation, licences of dependencies
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
+#   make soak    SOAK_CASES (20000) mutated VXLAN datagrams, each to Kersey and to a kernel, and what both let through compared
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -15,6 +16,7 @@ SHELL := /bin/bash
 
 ARGS ?=
 FUZZ_SECONDS ?= 20
+SOAK_CASES ?= 20000
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -28,7 +30,7 @@ AS_ROOT := sudo -E
 RUNNER := --config "target.'cfg(unix)'.runner=['sudo','-E']"
 endif
 
-.PHONY: lab test check bench fuzz deps build-deps build
+.PHONY: lab test check bench fuzz soak deps build-deps build
 
 lab: build
 	$(AS_ROOT) $(TARGET)/release/kersey lab $(ARGS)
@@ -60,6 +62,15 @@ fuzz: build-deps
 	for target in $$(cargo +nightly fuzz list); do \
 	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS); \
 	done
+
+soak: deps
+	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
+	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run --locked $(RUNNER) --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
+	else \
+	    cargo test --locked $(RUNNER) --test netns_interop -- --ignored --nocapture $(ARGS); \
+	fi
 
 build: build-deps
 	cargo build --release --locked

@@ -33,3 +33,4 @@ mod restart;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod vxlan;

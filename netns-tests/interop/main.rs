@@ -17,6 +17,7 @@
 )]
 
 mod checksums;
+mod differential;
 mod matrix;
 mod mixed;
 mod mixes;

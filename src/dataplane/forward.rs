@@ -282,17 +282,24 @@ impl<E: Encap> Ingress<'_, E> {
         let step = datagram.segment_size.unwrap_or(datagram.len).max(1);
         let source = datagram.envelope.from.ip().to_canonical();
         let peer = self.routes.source(source);
+        // It is counted already, and has no sender.
+        if datagram.is_cut {
+            return;
+        }
         if peer.is_none() && self.check == IngressCheck::Strict {
-            self.stats
-                .discard(DropReason::UnknownPeer, datagram.len.div_ceil(step) as u64);
+            let packets = datagram.len.div_ceil(step).max(1);
+            self.stats.discard(DropReason::UnknownPeer, packets as u64);
             return;
         }
         let cell = peer
             .and_then(|index| self.routes.peer(index))
             .and_then(|peer| peer.stats.inbound(self.queue));
-        // A datagram that was cut is counted already, and has no sender.
-        if datagram.len == 0 && !datagram.is_cut {
+        if datagram.len == 0 {
             self.stats.discard(DropReason::Truncated, 1);
+            if let Some(cell) = cell {
+                cell.discard(DropReason::Truncated, 1);
+            }
+            return;
         }
         // The kernel checks the outer checksum, and it coalesces only datagrams that have one (net/ipv4/udp_offload.c).
         let trust = match datagram.segment_size {

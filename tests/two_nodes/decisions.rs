@@ -111,6 +111,15 @@ fn a_stranger_is_refused_whatever_it_carries() {
     };
     assert!(node.receive([run], start()).is_empty());
     assert_eq!(node.drops(), [(DropReason::UnknownPeer, 6)]);
+    // So does a datagram without any; from port 0 too, which is no sign of a datagram the kernel cut.
+    for (port, count) in [(8285, 7), (0, 8)] {
+        let empty = Message {
+            addr: SocketAddr::from(([198, 51, 100, 9], port)),
+            ..from_peer(1, &[])
+        };
+        assert!(node.receive([empty], start()).is_empty());
+        assert_eq!(node.drops(), [(DropReason::UnknownPeer, count)]);
+    }
     // A known address may use any port: peers spread their flows over several.
     let other_port = Message {
         addr: SocketAddr::new(underlay(1).ip(), 40_000),
@@ -330,7 +339,7 @@ fn a_packet_cut_at_any_byte_is_refused() {
         (Packet::new(v4(1, 2), v4(2, 2)).udp(), 20),
         (Packet::new(v6(1, 2), v6(2, 2)).udp(), 40),
     ] {
-        for len in 1..packet.len() {
+        for len in 0..packet.len() {
             let reason = if len < header {
                 DropReason::Truncated
             } else {
