@@ -16,13 +16,18 @@
 use std::fmt;
 use std::net::Ipv6Addr;
 
-use hmac::{Hmac, Mac};
-use sha1::Sha1;
-use sha2::Sha256;
 use thiserror::Error;
 
 use super::Malformed;
 use super::ip::V6_LEN;
+
+use self::hmac::HmacText;
+
+mod csid;
+mod hmac;
+
+pub use self::csid::{CsidError, CsidFormat};
+pub use self::hmac::{HmacAlgorithm, HmacError, HmacKey, HmacTlv, SecretLength};
 
 /// Next header values (IANA) of an outer packet.
 pub mod next_header {
@@ -318,148 +323,6 @@ impl<'a> Iterator for Tlvs<'a> {
     }
 }
 
-/// The HMAC TLV, RFC 8754 §2.1.2: `| type 8 = 5 | length 8 = 38 | D 1 | reserved 15 | key id 32 | value 256 |`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HmacTlv<'a> {
-    /// The D bit: the list is reduced, so the destination is not to be compared with it.
-    pub destination_unverified: bool,
-    /// Which key.
-    pub key_id: u32,
-    /// The message authentication code; shorter ones are filled up with zeros.
-    pub value: &'a [u8; HmacTlv::CODE_LEN],
-}
-
-impl<'a> HmacTlv<'a> {
-    /// Length of the whole TLV, bytes.
-    pub const LEN: usize = 2 + Self::VALUE_LEN;
-    /// Length of the code, bytes.
-    pub const CODE_LEN: usize = 32;
-    /// What the length field says.
-    const VALUE_LEN: usize = 2 + 4 + Self::CODE_LEN;
-
-    fn parse(value: &'a [u8]) -> Option<Self> {
-        let (&[d, _, k0, k1, k2, k3], code) = value.split_first_chunk::<6>()?;
-        Some(Self {
-            destination_unverified: d & 0x80 != 0,
-            key_id: u32::from_be_bytes([k0, k1, k2, k3]),
-            value: code.first_chunk()?,
-        })
-    }
-}
-
-/// Why a header is not authentic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HmacError {
-    /// It has no HMAC.
-    Missing,
-    /// There is no key of that number.
-    UnknownKey,
-    /// The code is another.
-    Wrong,
-}
-
-/// What an HMAC is computed over.
-struct HmacText<'a> {
-    source: Ipv6Addr,
-    last_entry: u8,
-    flags: u8,
-    list: &'a [u8],
-}
-
-impl HmacText<'_> {
-    fn into<M: Mac>(&self, mut mac: M, key_id: u32) -> M {
-        mac.update(&self.source.octets());
-        mac.update(&[self.last_entry, self.flags]);
-        mac.update(&key_id.to_be_bytes());
-        mac.update(self.list);
-        mac
-    }
-}
-
-/// How a code is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HmacAlgorithm {
-    /// HMAC-SHA-256, the one RFC 8754 names.
-    Sha256,
-    /// HMAC-SHA-1, which Linux has besides; 20 bytes and 12 zeros.
-    Sha1,
-}
-
-/// A secret shared with other nodes, and its number. The secret cannot be got out again.
-#[derive(Clone)]
-pub struct HmacKey {
-    id: u32,
-    keyed: Keyed,
-}
-
-#[derive(Clone)]
-enum Keyed {
-    Sha256(Hmac<Sha256>),
-    Sha1(Hmac<Sha1>),
-}
-
-/// The secret is empty or longer than 64 bytes, which is all that Linux takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("an HMAC secret has 1 to {max} bytes, not {0}", max = HmacKey::MAX_SECRET)]
-pub struct SecretLength(usize);
-
-impl HmacKey {
-    /// The longest secret, bytes.
-    pub const MAX_SECRET: usize = 64;
-
-    /// A key.
-    ///
-    /// # Errors
-    /// The secret is empty or too long.
-    pub fn new(id: u32, algorithm: HmacAlgorithm, secret: &[u8]) -> Result<Self, SecretLength> {
-        let wrong = SecretLength(secret.len());
-        if secret.is_empty() || secret.len() > Self::MAX_SECRET {
-            return Err(wrong);
-        }
-        let keyed = match algorithm {
-            HmacAlgorithm::Sha256 => Keyed::Sha256(Hmac::new_from_slice(secret).map_err(|_| wrong)?),
-            HmacAlgorithm::Sha1 => Keyed::Sha1(Hmac::new_from_slice(secret).map_err(|_| wrong)?),
-        };
-        Ok(Self { id, keyed })
-    }
-
-    /// Its number.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    fn code(&self, text: &HmacText<'_>) -> [u8; HmacTlv::CODE_LEN] {
-        match &self.keyed {
-            Keyed::Sha256(mac) => text.into(mac.clone(), self.id).finalize().into_bytes().into(),
-            Keyed::Sha1(mac) => {
-                let mut code = [0; HmacTlv::CODE_LEN];
-                let short = text.into(mac.clone(), self.id).finalize().into_bytes();
-                code[..short.len()].copy_from_slice(&short);
-                code
-            }
-        }
-    }
-
-    fn verifies(&self, text: &HmacText<'_>, code: &[u8; HmacTlv::CODE_LEN]) -> bool {
-        match &self.keyed {
-            Keyed::Sha256(mac) => text.into(mac.clone(), self.id).verify_slice(code).is_ok(),
-            Keyed::Sha1(mac) => {
-                let (short, zeros) = code.split_at(20);
-                let right = text.into(mac.clone(), self.id).verify_slice(short).is_ok();
-                right & zeros.iter().all(|&byte| byte == 0)
-            }
-        }
-    }
-}
-
-impl fmt::Debug for HmacKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HmacKey")
-            .field("id", &self.id)
-            .finish_non_exhaustive()
-    }
-}
-
 /// How the list of segments is written, RFC 8986 §5.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
@@ -560,7 +423,7 @@ impl Encapsulation<'_> {
                 };
                 let reduced = listed.len() < self.segments.len();
                 out[..3].copy_from_slice(&[tlv::HMAC, HmacTlv::VALUE_LEN as u8, u8::from(reduced) << 7]);
-                out[4..8].copy_from_slice(&key.id.to_be_bytes());
+                out[4..8].copy_from_slice(&key.id().to_be_bytes());
                 out[8..].copy_from_slice(&key.code(&text));
             }
         }
@@ -737,98 +600,6 @@ pub fn walk(first: u8, payload: &[u8]) -> Result<Chain<'_>, WalkError> {
     })
 }
 
-/// How compressed SIDs lie in an address (RFC 9800 §3): `| block | C-SID | argument … 0 |`, where the argument begins with the next C-SID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct CsidFormat {
-    block_len: u8,
-    node_len: u8,
-}
-
-/// What is wrong with compressed SIDs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum CsidError {
-    /// The lengths are not those of whole bytes, or do not fit an address.
-    #[error("{0} bits of block and {1} of C-SID: whole bytes are needed, at least one of each, 16 in all")]
-    Format(u8, u8),
-    /// Zero ends a container, and wider numbers do not fit.
-    #[error("{0:#x} is no C-SID of {1} bits")]
-    Csid(u128, u8),
-}
-
-impl CsidFormat {
-    /// The format of RFC 9800's examples and the kernel's default: blocks of 32 bits, C-SIDs of 16.
-    pub const F3216: Self = Self {
-        block_len: 32,
-        node_len: 16,
-    };
-
-    /// A format; lengths in bits.
-    ///
-    /// # Errors
-    /// The lengths are not multiples of 8 from 8 to 120, or are more than 128 together.
-    pub fn new(block_len: u8, node_len: u8) -> Result<Self, CsidError> {
-        let whole = |len: u8| len.is_multiple_of(8) && (8..=120).contains(&len);
-        if whole(block_len) && whole(node_len) && block_len + node_len <= 128 {
-            Ok(Self { block_len, node_len })
-        } else {
-            Err(CsidError::Format(block_len, node_len))
-        }
-    }
-
-    /// Length of the block, bits.
-    pub fn block_len(self) -> u8 {
-        self.block_len
-    }
-
-    /// Length of a C-SID, bits.
-    pub fn node_len(self) -> u8 {
-        self.node_len
-    }
-
-    /// The container after its active C-SID was used up: the argument moves to its place. `None` if there is no argument, RFC 9800
-    /// §4.1.1.
-    #[inline]
-    pub fn next(self, container: Ipv6Addr) -> Option<Ipv6Addr> {
-        let bits = container.to_bits();
-        let argument = bits & low_bits(128 - self.block_len - self.node_len);
-        let block = bits & !low_bits(128 - self.block_len);
-        (argument != 0).then(|| Ipv6Addr::from_bits(block | argument << self.node_len))
-    }
-
-    /// Puts C-SIDs, in the order of travel, behind a block, whose lower bits are ignored: as many containers as it takes, each full
-    /// but for the last.
-    ///
-    /// # Errors
-    /// A C-SID is 0 or too wide.
-    pub fn pack(
-        self,
-        block: Ipv6Addr,
-        csids: &[u128],
-    ) -> Result<impl Iterator<Item = Ipv6Addr> + use<'_>, CsidError> {
-        let widest = low_bits(self.node_len);
-        if let Some(&wrong) = csids.iter().find(|&&csid| csid == 0 || csid > widest) {
-            return Err(CsidError::Csid(wrong, self.node_len));
-        }
-        let Self { block_len, node_len } = self;
-        let block = block.to_bits() & !low_bits(128 - block_len);
-        let capacity = usize::from((128 - block_len) / node_len);
-        Ok(csids.chunks(capacity).map(move |chunk| {
-            let mut free = 128 - block_len;
-            let bits = chunk.iter().fold(block, |bits, csid| {
-                free -= node_len;
-                bits | csid << free
-            });
-            Ipv6Addr::from_bits(bits)
-        }))
-    }
-}
-
-/// The lowest `n` bits, less than 128 of them.
-#[inline]
-fn low_bits(n: u8) -> u128 {
-    (1 << n) - 1
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -944,78 +715,6 @@ mod tests {
     }
 
     #[test]
-    fn a_code_depends_on_everything_it_is_over() {
-        let key = HmacKey::new(17, HmacAlgorithm::Sha256, b"test-secret-0123").unwrap();
-        let other = HmacKey::new(17, HmacAlgorithm::Sha256, b"test-secret-0124").unwrap();
-        let source = sid("fd00::1");
-        for mode in [Mode::Full, Mode::Reduced] {
-            let template = Encapsulation {
-                mode,
-                source,
-                segments: &[sid("fd00:2::1"), sid("fd00:3::1")],
-                next_header: next_header::IPV6,
-                hmac: Some(&key),
-            }
-            .template()
-            .unwrap();
-            let bytes = &template.as_bytes()[V6_LEN..];
-            let srh = Srh::parse(bytes).unwrap();
-            let hmac = srh.hmac().unwrap();
-            assert_eq!(hmac.destination_unverified, mode == Mode::Reduced);
-            assert_eq!(srh.verify(source, |id| (id == 17).then_some(&key)), Ok(()));
-            assert_eq!(srh.verify(source, |_| None), Err(HmacError::UnknownKey));
-            assert_eq!(srh.verify(source, |_| Some(&other)), Err(HmacError::Wrong));
-            assert_eq!(srh.verify(sid("fd00::2"), |_| Some(&key)), Err(HmacError::Wrong));
-            // Next header, segments left and tag may change on the way; type and length are what makes it an SRH.
-            let code = bytes.len() - HmacTlv::CODE_LEN;
-            for at in [5].into_iter().chain(8..code - 8).chain(code..bytes.len()) {
-                let mut forged = bytes.to_vec();
-                forged[at] ^= 1;
-                let srh = Srh::parse(&forged).unwrap();
-                let verified = srh.verify(source, |_| Some(&key));
-                assert_eq!(verified, Err(HmacError::Wrong), "byte {at}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_short_code_is_filled_up_with_zeros() {
-        let key = HmacKey::new(18, HmacAlgorithm::Sha1, b"test-secret-0123").unwrap();
-        let source = sid("fd00::1");
-        let template = Encapsulation {
-            mode: Mode::Full,
-            source,
-            segments: &[sid("fd00:2::1")],
-            next_header: next_header::IPV4,
-            hmac: Some(&key),
-        }
-        .template()
-        .unwrap();
-        let mut bytes = template.as_bytes()[V6_LEN..].to_vec();
-        assert!(bytes.ends_with(&[0; 12]) && !bytes.ends_with(&[0; 13]));
-        let keys = |_| Some(&key);
-        assert_eq!(Srh::parse(&bytes).unwrap().verify(source, keys), Ok(()));
-        *bytes.last_mut().unwrap() = 1;
-        assert_eq!(
-            Srh::parse(&bytes).unwrap().verify(source, keys),
-            Err(HmacError::Wrong)
-        );
-    }
-
-    #[test]
-    fn a_secret_stays_secret_and_has_a_length() {
-        let key = HmacKey::new(7, HmacAlgorithm::Sha256, b"AAAAAAAA").unwrap();
-        assert_eq!(format!("{key:?}"), "HmacKey { id: 7, .. }");
-        assert_eq!(key.id(), 7);
-        for len in [0, 65] {
-            assert!(
-                HmacKey::new(7, HmacAlgorithm::Sha1, &vec![1; len]).is_err(),
-                "{len} bytes"
-            );
-        }
-    }
-
-    #[test]
     fn a_walk_finds_the_routing_header_among_options() {
         // Hop-by-hop, destination options, SRH, destination options, IPv4.
         let mut payload = vec![60, 0, 1, 4, 0, 0, 0, 0, 43, 1];
@@ -1069,49 +768,6 @@ mod tests {
         let chain = |n: usize| [vec![options(60); n - 1], vec![options(4)]].concat().concat();
         assert_eq!(fault(60, &[&chain(8)]), Ok(4));
         assert_eq!(fault(60, &[&chain(9)]), error(64, WalkFault::TooMany));
-    }
-
-    #[test]
-    fn a_container_is_used_up_from_the_front() {
-        let format = CsidFormat::F3216;
-        let steps = ["fcbb:bb00:1:2:d4::", "fcbb:bb00:2:d4::", "fcbb:bb00:d4::"].map(sid);
-        assert_eq!(format.next(steps[0]), Some(steps[1]), "as in srv6-usid.pcap");
-        assert_eq!(format.next(steps[1]), Some(steps[2]));
-        assert_eq!(format.next(steps[2]), None);
-        let whole = CsidFormat::new(64, 64).unwrap();
-        assert_eq!(
-            whole.next(sid("fcbb:bb00:1:2:3:4:5:6")),
-            None,
-            "no room for an argument"
-        );
-        let bytes = CsidFormat::new(8, 8).unwrap();
-        assert_eq!(bytes.next(sid("fc01:203::5")), Some(sid("fc02:300::500")));
-    }
-
-    #[test]
-    fn csids_fill_containers() {
-        let format = CsidFormat::F3216;
-        let block = sid("fcbb:bb00:ffff::");
-        let pack = |csids: &[u128]| {
-            format
-                .pack(block, csids)
-                .map(|containers| containers.collect::<Vec<_>>())
-        };
-        assert_eq!(pack(&[1, 2, 0xd4]), Ok(vec![sid("fcbb:bb00:1:2:d4::")]));
-        assert_eq!(
-            pack(&[1, 2, 3, 4, 5, 6, 7]),
-            Ok(vec![sid("fcbb:bb00:1:2:3:4:5:6"), sid("fcbb:bb00:7::")])
-        );
-        assert_eq!(pack(&[]), Ok(vec![]));
-        assert_eq!(pack(&[1, 0, 2]), Err(CsidError::Csid(0, 16)));
-        assert_eq!(pack(&[0x1_0000]), Err(CsidError::Csid(0x1_0000, 16)));
-        for (block_len, node_len) in [(0, 16), (32, 0), (33, 16), (32, 12), (120, 16), (128, 8)] {
-            assert_eq!(
-                CsidFormat::new(block_len, node_len),
-                Err(CsidError::Format(block_len, node_len))
-            );
-        }
-        assert_eq!(CsidFormat::new(32, 16), Ok(format));
     }
 
     #[test]
@@ -1197,20 +853,6 @@ mod tests {
                 prop_assert!(chain.upper_at <= bytes.len());
             }
             let _ = OuterHeader::parse(&bytes);
-        }
-
-        #[test]
-        fn packed_csids_come_out_in_order(csids in proptest::collection::vec(1..=0xffffu128, 1..20)) {
-            let format = CsidFormat::F3216;
-            let mut seen = Vec::new();
-            for container in format.pack(sid("fcbb:bb00::"), &csids).unwrap() {
-                let mut active = Some(container);
-                while let Some(address) = active {
-                    seen.push(address.to_bits() >> 80 & 0xffff);
-                    active = format.next(address);
-                }
-            }
-            prop_assert_eq!(seen, csids);
         }
     }
 
