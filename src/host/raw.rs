@@ -38,7 +38,7 @@ pub const PROTOCOLS: [u8; 3] = [next_header::IPV4, next_header::IPV6, next_heade
 /// Packets taken from one socket at a time while they are large, as merged ones are.
 const LARGE_SLOTS: usize = 8;
 /// A packet is large from here on, bytes.
-const LARGE_BYTES: usize = 4096;
+const LARGE_BYTES: usize = 16_384;
 /// Longest run of a plan: there is nothing to gain from runs but fewer of them.
 const MAX_SEGMENTS: usize = 64;
 
