@@ -3,14 +3,15 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
-use crate::addr::Ipv6Prefix;
-use crate::backend::srv6::NodeSid;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+
+use crate::addr::Ipv6Prefix;
+pub use crate::dataplane::endpoint::NodeSid;
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]

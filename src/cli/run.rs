@@ -11,9 +11,8 @@ use super::logging::LogArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
 use crate::addr::Ipv6Prefix;
-use crate::backend::srv6::NodeSid;
 use crate::options::{
-    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, Offload, OuterDf,
+    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, NodeSid, Offload, OuterDf,
     PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Options, StoreKind, ThreadLayout,
 };
 
