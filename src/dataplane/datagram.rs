@@ -28,6 +28,8 @@ pub struct Envelope {
     pub hop_limit: u8,
     /// Traffic class and flow label, the lower 28 bits of the first word of an IPv6 header, where the socket was asked to tell it.
     pub flow_info: u32,
+    /// Number of the interface it came by, where the socket was asked to tell it.
+    pub interface: u32,
     /// Congestion codepoint.
     pub ecn: Ecn,
 }
@@ -41,6 +43,7 @@ impl Envelope {
             protocol: protocol::UDP,
             hop_limit: 0,
             flow_info: 0,
+            interface: 0,
             ecn,
         }
     }

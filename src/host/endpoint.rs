@@ -23,10 +23,10 @@ use crate::dataplane::forward::ErrorLimiter;
 use crate::dataplane::route::{Hop, RouteReader, SharedRoutes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
-use crate::host::raw::{Audience, PROTOCOLS, RawError, RawOptions, receiver, sender};
+use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, receiver, sender};
 use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
-use crate::wire::ip::{IpHeader, Scope, decrement_ttl, scope};
+use crate::wire::ip::{IpHeader, Scope, V4_LEN, decrement_ttl, scope};
 
 /// How long the thread sleeps at the most, so that it lets go of an old route snapshot.
 const IDLE_MS: i32 = 1000;
@@ -92,6 +92,8 @@ impl Drop for Endpoint {
 
 struct Worker<H> {
     options: EndpointOptions,
+    /// Number of the underlay's interface.
+    interface: u32,
     routes: RouteReader<H>,
     stats: Arc<WorkerStats>,
     recv: Vec<(Socket, u8, RecvScratch)>,
@@ -117,6 +119,8 @@ impl<H: Hop> Worker<H> {
             .collect::<Result<_, RawError>>()?;
         Ok(Self {
             out: Outlet::open(options.raw.source, Arc::clone(&stats))?,
+            // The sockets would not have been opened without it.
+            interface: options.raw.interface().unwrap_or_default(),
             options,
             routes,
             stats,
@@ -167,6 +171,11 @@ impl<H: Hop> Worker<H> {
         };
         let start = DatagramBatch::start(datagram);
         let envelope = datagram.envelope;
+        if ![self.interface, LOOPBACK].contains(&envelope.interface) {
+            // Not from the underlay, whatever its source says: a container's, say.
+            self.stats.discard(DropReason::OutsideDomain, 1);
+            return;
+        }
         let arrived = Arrived {
             source: *from.ip(),
             destination: envelope.to,
@@ -204,7 +213,10 @@ impl<H: Hop> Worker<H> {
                     .count(Count::SegmentsForwarded, u64::from(sent.is_ok()));
                 sent
             }
-            // The queues' filters let all of these through; what got past them was no whole packet.
+            // The queues' filters let all of these through but for what is too short to be one, and what has arguments to its SID.
+            Ok(Verdict::Inner { inner }) if arrived.payload.len() - inner < V4_LEN => {
+                Err(DropReason::Truncated.into())
+            }
             Ok(Verdict::Inner { .. }) => Err(DropReason::SidUpperLayer.into()),
             Err(refusal) => Err(refusal),
         };

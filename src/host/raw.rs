@@ -9,8 +9,10 @@
 //! A raw socket gets every packet of its protocol, so each has a filter, which runs where the packet still has its outer header:
 //!
 //! ```text
-//! destination is a SID that ends in our device ── not 43 ────────────────────────────▶ this queue, by a hash of the inner addresses
-//!                                              └─ 43: segment routing, none left ────▶ the same
+//! came by the underlay's interface, or from this host itself (a path may name two SIDs of one node in a row):
+//!   destination is a SID that ends in our device ── not 43 ──────────────────────────▶ this queue, by a hash of the inner addresses
+//!                                                └─ 43: segment routing, none left ──▶ the same
+//!   behind a routing header that the kernel has read and passed on (types 0 and 2) ──▶ nobody: socket 43 has had it
 //! anything else to our locator ──────────────────────────────────────────────────────▶ the endpoint's thread
 //! another destination: another tunnel of this host ──────────────────────────────────▶ nobody
 //! ```
@@ -55,6 +57,16 @@ pub struct RawOptions {
     pub source: Ipv6Addr,
     /// Number of queues.
     pub queues: usize,
+}
+
+impl RawOptions {
+    /// Number of the underlay's interface.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn interface(&self) -> io::Result<u32> {
+        Ok(nix::net::if_::if_nametoindex(self.interface.as_str())?)
+    }
 }
 
 /// The raw sockets cannot be had.
@@ -153,11 +165,9 @@ pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Resul
     )
     .map_err(failed("open"))?;
     let fd = socket.as_fd();
+    let interface = options.interface().map_err(failed("find the interface of"))?;
     // Before the filter is there, a packet may slip in: it is judged like all others.
-    sys::attach_filter(fd, &filter(options, protocol, audience)).map_err(failed("filter"))?;
-    socket
-        .bind_device(Some(options.interface.as_bytes()))
-        .map_err(failed("bind to the interface"))?;
+    sys::attach_filter(fd, &filter(options, interface, protocol, audience)).map_err(failed("filter"))?;
     for option in [libc::IPV6_RECVPKTINFO, libc::IPV6_RECVTCLASS] {
         sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;
     }
@@ -211,8 +221,13 @@ pub fn sender(source: Ipv6Addr) -> Result<Socket, RawError> {
 
 /// Where a header field lies for a filter: counted from the outer IPv6 header, wherever the packet itself is taken to begin.
 const OUTER: u32 = sys::BPF_NET_OFFSET;
-/// Destination address in the IPv6 header, RFC 8200 §3.
+/// Next header and destination address in the IPv6 header, RFC 8200 §3.
+const NEXT_HEADER: u32 = OUTER + 6;
 const DESTINATION: u32 = OUTER + 24;
+/// The loopback's number in every namespace (`LOOPBACK_IFINDEX` of linux/netdevice.h).
+pub const LOOPBACK: u32 = 1;
+/// Extension headers looked through for a routing header; packets with more are the endpoint's.
+const MAX_EXTENSIONS: usize = 4;
 /// Routing header: next header, length, type, segments left (RFC 8754 §2).
 const SRH_NEXT_HEADER: u32 = 0;
 const SRH_LENGTH: u32 = 1;
@@ -220,16 +235,24 @@ const SRH_TYPE: u32 = 2;
 const SRH_SEGMENTS_LEFT: u32 = 3;
 /// What stands behind the outer header is no shorter than an IPv4 header.
 const SHORTEST: u32 = 20;
+/// Length of an IPv6 header.
+const V6_LEN: u32 = 40;
 
 /// Builds the filter of a socket; see the picture above.
-fn filter(options: &RawOptions, protocol: u8, audience: Audience) -> Vec<BpfInstruction> {
+fn filter(options: &RawOptions, interface: u32, protocol: u8, audience: Audience) -> Vec<BpfInstruction> {
     let mut program = Program::default();
     let ends = program.label();
     let endpoint = program.label();
     let nobody = program.label();
+    let (ours, elsewhere) = (program.label(), program.label());
+    program.push(op::LOAD_WORD, sys::BPF_INTERFACE);
+    program.jump_if(interface, ours);
+    program.jump_unless(LOOPBACK, elsewhere);
+    program.place(ours);
     for &sid in &options.ends {
         program.jump_if_prefix(DESTINATION, sid, 128, ends);
     }
+    program.place(elsewhere);
     for &locator in &options.locators {
         program.jump_if_prefix(DESTINATION, locator.addr(), locator.len(), endpoint);
     }
@@ -255,6 +278,8 @@ fn filter(options: &RawOptions, protocol: u8, audience: Audience) -> Vec<BpfInst
         }
         program.jump(endpoint);
         program.place(good);
+    } else {
+        program.jump_if_routed(protocol, nobody, endpoint);
     }
     match audience {
         Audience::Endpoint => program.reject(),
@@ -303,6 +328,8 @@ mod op {
     pub(super) const LOAD_BYTE: u16 = 0x30; // BPF_LD | BPF_B | BPF_ABS
     pub(super) const LOAD_WORD_AT_X: u16 = 0x40; // BPF_LD | BPF_W | BPF_IND
     pub(super) const LOAD_BYTE_AT_X: u16 = 0x50; // BPF_LD | BPF_B | BPF_IND
+    pub(super) const LOAD: u16 = 0x00; // BPF_LD | BPF_IMM
+    pub(super) const LOAD_MEMORY: u16 = 0x60; // BPF_LD | BPF_MEM
     pub(super) const LOAD_X: u16 = 0x01; // BPF_LDX | BPF_IMM
     pub(super) const LOAD_X_MEMORY: u16 = 0x61; // BPF_LDX | BPF_MEM
     pub(super) const STORE: u16 = 0x02; // BPF_ST
@@ -310,6 +337,8 @@ mod op {
     pub(super) const A_TO_X: u16 = 0x07; // BPF_MISC | BPF_TAX
     pub(super) const XOR_X: u16 = 0xac; // BPF_ALU | BPF_XOR | BPF_X
     pub(super) const ADD: u16 = 0x04; // BPF_ALU | BPF_ADD
+    pub(super) const ADD_X: u16 = 0x0c; // BPF_ALU | BPF_ADD | BPF_X
+    pub(super) const SUBTRACT_X: u16 = 0x1c; // BPF_ALU | BPF_SUB | BPF_X
     pub(super) const MULTIPLY: u16 = 0x24; // BPF_ALU | BPF_MUL
     pub(super) const AND: u16 = 0x54; // BPF_ALU | BPF_AND
     pub(super) const SHIFT_RIGHT: u16 = 0x74; // BPF_ALU | BPF_RSH
@@ -317,6 +346,7 @@ mod op {
     pub(super) const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
     pub(super) const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ
     pub(super) const JUMP_AT_LEAST: u16 = 0x35; // BPF_JMP | BPF_JGE
+    pub(super) const JUMP_AT_LEAST_X: u16 = 0x3d; // BPF_JMP | BPF_JGE | BPF_X
     pub(super) const RETURN: u16 = 0x06; // BPF_RET
 }
 
@@ -390,7 +420,59 @@ impl Program {
         self.place(other);
     }
 
-    /// Leaves a hash of the inner addresses in the accumulator; inner packets of one flow have one.
+    /// Jumps to `routed` if a routing header stands before `protocol`, to `unknown` if that cannot be told.
+    ///
+    /// The kernel skips routing headers of types it does not know and that have no segments left (RFC 8200 §4.4), and goes on to what
+    /// is behind them.
+    fn jump_if_routed(&mut self, protocol: u8, routed: Label, unknown: Label) {
+        const NEXT: u32 = 0;
+        let direct = self.label();
+        self.load_byte(NEXT_HEADER);
+        self.jump_if(u32::from(protocol), direct);
+        self.push(op::LOAD_X, V6_LEN);
+        for _ in 0..MAX_EXTENSIONS {
+            let walk = self.label();
+            self.jump_if(u32::from(next_header::ROUTING), routed);
+            // A fragment header that is still there is that of a whole packet; its second byte is reserved and 0.
+            for next in [
+                next_header::HOP_BY_HOP,
+                next_header::DESTINATION,
+                next_header::FRAGMENT,
+            ] {
+                self.jump_if(u32::from(next), walk);
+            }
+            self.jump(unknown);
+            self.place(walk);
+            self.push(op::LOAD_BYTE_AT_X, OUTER);
+            self.push(op::STORE, NEXT);
+            self.push(op::LOAD_BYTE_AT_X, OUTER + 1);
+            self.push(op::ADD, 1);
+            self.push(op::MULTIPLY, 8);
+            self.push(op::ADD_X, 0);
+            self.push(op::A_TO_X, 0);
+            self.push(op::LOAD_MEMORY, NEXT);
+            self.jump_if(u32::from(protocol), direct);
+        }
+        self.jump(unknown);
+        self.place(direct);
+    }
+
+    /// Jumps unless `bytes` follow the place in X.
+    fn jump_unless_left(&mut self, bytes: u32, to: Label) {
+        let (inside, enough) = (self.label(), self.label());
+        self.push(op::LOAD_LENGTH, 0);
+        self.push_jump(op::JUMP_AT_LEAST_X, 0, 1, 0);
+        self.jump(inside);
+        self.jump(to);
+        self.place(inside);
+        self.push(op::SUBTRACT_X, 0);
+        self.jump_if_at_least(bytes, enough);
+        self.jump(to);
+        self.place(enough);
+    }
+
+    /// Leaves a hash of the inner addresses in the accumulator; inner packets of one flow have one. That of a packet too short to have
+    /// addresses is 0: somebody must count it.
     fn hash_inner(&mut self, protocol: u8) {
         const START: u32 = 0;
         const SUM: u32 = 1;
@@ -404,14 +486,19 @@ impl Program {
             self.push(op::LOAD_X, 0);
         }
         self.push(op::STORE_X, START);
-        let (v4, done) = (self.label(), self.label());
+        let (v4, done, short) = (self.label(), self.label(), self.label());
+        self.jump_unless_left(SHORTEST, short);
         self.push(op::LOAD_BYTE_AT_X, 0);
         self.push(op::AND, 0xf0);
         self.jump_if(0x40, v4);
+        self.jump_unless_left(V6_LEN, short);
         self.xor_words(&[12, 16, 20, 28, 32, 36], START, SUM);
         self.jump(done);
         self.place(v4);
         self.xor_words(&[12, 16], START, SUM);
+        self.jump(done);
+        self.place(short);
+        self.push(op::LOAD, 0);
         self.place(done);
         // The last bits of addresses differ most; spread them.
         self.push(op::MULTIPLY, 0x9e37_79b1);
@@ -606,6 +693,9 @@ mod tests {
             } = program[at];
             at += 1;
             let load = |offset: u32, len: usize| {
+                if offset == sys::BPF_INTERFACE {
+                    return Some(INTERFACE);
+                }
                 let (bytes, offset) = match offset.checked_sub(OUTER) {
                     Some(offset) => (outer, offset),
                     None => (payload, offset),
@@ -619,6 +709,8 @@ mod tests {
                 op::LOAD_WORD_AT_X => load(x + k, 4),
                 op::LOAD_BYTE_AT_X => load(x + k, 1),
                 op::LOAD_LENGTH => Some(payload.len() as u32),
+                op::LOAD => Some(k),
+                op::LOAD_MEMORY => Some(memory[k as usize]),
                 _ => Some(a),
             };
             let Some(loaded) = loaded else { return false };
@@ -631,6 +723,8 @@ mod tests {
                 op::A_TO_X => x = a,
                 op::XOR_X => a ^= x,
                 op::ADD => a = a.wrapping_add(k),
+                op::ADD_X => a = a.wrapping_add(x),
+                op::SUBTRACT_X => a = a.wrapping_sub(x),
                 op::MULTIPLY => a = a.wrapping_mul(k),
                 op::AND => a &= k,
                 op::SHIFT_RIGHT => a >>= k,
@@ -638,11 +732,15 @@ mod tests {
                 op::JUMP => at += k as usize,
                 op::JUMP_EQUAL => at += usize::from(if a == k { when_true } else { when_false }),
                 op::JUMP_AT_LEAST => at += usize::from(if a >= k { when_true } else { when_false }),
+                op::JUMP_AT_LEAST_X => at += usize::from(if a >= x { when_true } else { when_false }),
                 op::RETURN => return k != 0,
                 _ => {}
             }
         }
     }
+
+    /// The underlay's, and the one all packets here come by.
+    const INTERFACE: u32 = 7;
 
     fn options(queues: usize) -> RawOptions {
         RawOptions {
@@ -657,9 +755,10 @@ mod tests {
     /// Who gets a packet: the queues by number, and the endpoint.
     fn audience(queues: usize, protocol: u8, to: &str, payload: &[u8]) -> (Vec<usize>, bool) {
         let mut outer = [0; 40];
+        outer[6] = protocol;
         outer[24..].copy_from_slice(&to.parse::<Ipv6Addr>().unwrap().octets());
         let options = options(queues);
-        let gets = |audience| accepts(&filter(&options, protocol, audience), &outer, payload);
+        let gets = |audience| accepts(&filter(&options, INTERFACE, protocol, audience), &outer, payload);
         let queues = (0..queues).filter(|&queue| gets(Audience::Queue(queue)));
         (queues.collect(), gets(Audience::Endpoint))
     }

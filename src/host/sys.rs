@@ -86,6 +86,8 @@ pub struct BpfInstruction {
 
 /// `SKF_NET_OFF` of linux/filter.h: offsets from here on count from the network header.
 pub const BPF_NET_OFFSET: u32 = (-0x10_0000_i32).cast_unsigned();
+/// `SKF_AD_OFF + SKF_AD_IFINDEX` of linux/filter.h: a word loaded from here is the number of the interface the packet came by.
+pub const BPF_INTERFACE: u32 = (-0x1000_i32 + 8).cast_unsigned();
 
 /// Lets a socket receive only what a program accepts.
 ///
@@ -234,6 +236,7 @@ struct RecvControl {
     to: Option<Ipv6Addr>,
     hop_limit: u8,
     flow_info: u32,
+    interface: u32,
 }
 
 impl RecvControl {
@@ -267,6 +270,7 @@ impl RecvControl {
                 // SAFETY: an `in6_pktinfo` is there; it need not be aligned.
                 let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
                 found.to = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr));
+                found.interface = info.ipi6_ifindex;
             } else if carries_int {
                 // SAFETY: four bytes are there; they need not be aligned.
                 let value = unsafe { data.cast::<u32>().read_unaligned() };
@@ -357,6 +361,7 @@ pub fn recv_datagrams(
                     protocol,
                     hop_limit: control.hop_limit,
                     flow_info: control.flow_info,
+                    interface: control.interface,
                     ecn: control.ecn,
                 };
                 batch.commit(envelope, header.msg_len as usize, control.segment_size);
