@@ -8,10 +8,11 @@ use crate::dataplane::datagram::DatagramBatch;
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{SendFailure, Underlay};
+use crate::host::outer_tun::OuterTun;
 use crate::host::raw::RawUnderlay;
 use crate::host::socket::UdpUnderlay;
 
-/// One queue's sockets.
+/// What one queue sends and receives by.
 #[expect(
     clippy::large_enum_variant,
     reason = "there are a few, which live as long as the daemon"
@@ -21,10 +22,12 @@ pub enum AnyUnderlay {
     Udp(UdpUnderlay),
     /// For SRv6.
     Raw(RawUnderlay),
+    /// For SRv6 where raw sockets cannot be had.
+    Tun(OuterTun),
 }
 
 impl AnyUnderlay {
-    /// The same sockets for the other direction.
+    /// The same for the outbound direction.
     ///
     /// # Errors
     /// Out of descriptors.
@@ -32,16 +35,21 @@ impl AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.try_clone().map(Self::Udp),
             Self::Raw(underlay) => underlay.try_clone().map(Self::Raw),
+            Self::Tun(underlay) => underlay.try_clone().map(Self::Tun),
         }
     }
 
     /// What to wait for before receiving.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let (udp, raw) = match self {
-            Self::Udp(underlay) => (Some(underlay.readable()), None),
-            Self::Raw(underlay) => (None, Some(underlay.readable())),
+        let (udp, raw, tun) = match self {
+            Self::Udp(underlay) => (Some(underlay.readable()), None, None),
+            Self::Raw(underlay) => (None, Some(underlay.readable()), None),
+            Self::Tun(underlay) => (None, None, Some(underlay.readable())),
         };
-        udp.into_iter().flatten().chain(raw.into_iter().flatten())
+        udp.into_iter()
+            .flatten()
+            .chain(raw.into_iter().flatten())
+            .chain(tun)
     }
 }
 
@@ -51,6 +59,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.recv(batch),
             Self::Raw(underlay) => underlay.recv(batch),
+            Self::Tun(underlay) => underlay.recv(batch),
         }
     }
 
@@ -65,6 +74,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.send(plan, batch, stats, failures),
             Self::Raw(underlay) => underlay.send(plan, batch, stats, failures),
+            Self::Tun(underlay) => underlay.send(plan, batch, stats, failures),
         }
     }
 
@@ -72,6 +82,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.limits(to),
             Self::Raw(underlay) => underlay.limits(to),
+            Self::Tun(underlay) => underlay.limits(to),
         }
     }
 
@@ -79,6 +90,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.source_ports(),
             Self::Raw(underlay) => underlay.source_ports(),
+            Self::Tun(underlay) => underlay.source_ports(),
         }
     }
 }
