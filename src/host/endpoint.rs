@@ -30,8 +30,8 @@ use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::{IpHeader, Scope, decrement_ttl, scope};
 
-/// How long the thread sleeps at the most, so that it lets go of an old route snapshot.
-const IDLE_MS: i32 = 1000;
+/// The thread sleeps until something comes: it holds no route snapshot.
+const FOREVER_MS: i32 = -1;
 /// Packets taken from one socket at a time.
 const SLOTS: usize = 32;
 
@@ -121,7 +121,7 @@ impl Receiver {
     fn run(&mut self, stopped: &PipeReader) {
         loop {
             let sockets = self.recv.iter().map(|(socket, ..)| socket.as_fd());
-            match sys::wait_readable(once(stopped.as_fd()).chain(sockets), IDLE_MS) {
+            match sys::wait_readable(once(stopped.as_fd()).chain(sockets), FOREVER_MS) {
                 Ok(ready) if ready.first() => return,
                 Ok(_) => {}
                 Err(error) => {

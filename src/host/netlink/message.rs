@@ -481,3 +481,45 @@ pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Lin
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tunnels_over_ipv6_are_told_from_others() {
+        for (kind, is_tunnel) in [
+            (InfoKind::Ip6Tnl, true),
+            (InfoKind::Vti6, true),
+            // Of IPv4 packets, and none.
+            (InfoKind::SitTun, false),
+            (InfoKind::Vxlan, false),
+        ] {
+            let mut message = LinkMessage::default();
+            message.attributes = vec![
+                LinkAttribute::IfName("tnl0".to_owned()),
+                LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind.clone())]),
+            ];
+            let found = is_tunnel.then(|| "tnl0".to_owned());
+            assert_eq!(v6_tunnel(message), found, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_backstop_is_known_by_its_metric() {
+        let prefix: Ipv6Prefix = "fd12:3456:789a:c000:201::/80".parse().unwrap();
+        let message = backstop(prefix);
+        assert_eq!(held_backstop(&message), Some(prefix));
+        assert_eq!(held_local_prefix(&message), None);
+        let mut by_somebody = message.clone();
+        by_somebody.header.protocol = RouteProtocol::Static;
+        let mut other_metric = message;
+        other_metric
+            .attributes
+            .retain(|attribute| !matches!(attribute, RouteAttribute::Priority(_)));
+        assert_eq!(
+            [by_somebody, other_metric].map(|message| held_backstop(&message)),
+            [None, None]
+        );
+    }
+}
