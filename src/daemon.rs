@@ -437,13 +437,13 @@ async fn stay<B: Backend>(
                 }
                 Some(change) = changes.next() => {
                     direct.kernel.note(&change, &setup.interface.name);
-                    if concerns(&change, &options.packet_path.device, plane.index) {
+                    if concerns(&change, &plane.devices()) {
                         look_due.get_or_insert_with(|| Instant::now() + GATHER);
                     }
                 }
                 () = at(look_due) => {
                     look_due = None;
-                    match network::repair_device(setup, lease.subnet).await {
+                    match network::repair_device(setup, lease.subnet, plane.outer_index).await {
                         Ok(Repair::NotNeeded) => {}
                         Ok(Repair::Done) => {
                             if repairs.allows() {
@@ -480,12 +480,12 @@ fn announce(options: &RunOptions, config: &NetworkConfig, own: Subnet, inner_mtu
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
-/// Whether a change may have touched our device.
-fn concerns(change: &LinkChange, device: &str, index: u32) -> bool {
+/// Whether a change may have touched one of our devices.
+fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
     match change {
-        LinkChange::Link(link) => link.name == device,
-        LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == index,
-        LinkChange::RouteGone(route) => route.index == index,
+        LinkChange::Link(link) => devices.contains(&link.index),
+        LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
+        LinkChange::RouteGone(route) => devices.contains(&route.index),
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,

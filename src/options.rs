@@ -222,6 +222,20 @@ pub struct PacketPathOptions {
     pub clamp_mss: bool,
     /// UDP source ports outbound flows are spread over; the backend's choice if absent.
     pub source_ports: Option<NonZeroU16>,
+    /// How SRv6 packets come and go.
+    pub srv6_io: Srv6Io,
+}
+
+/// How SRv6 packets come and go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Srv6Io {
+    /// By raw sockets, or where they are refused by a TUN device.
+    #[default]
+    Auto,
+    /// By raw sockets.
+    Raw,
+    /// By a TUN device the locators are routed to; the kernel forwards.
+    Tun,
 }
 
 /// How inbound packets are checked against the leases.

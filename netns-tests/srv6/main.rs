@@ -20,6 +20,7 @@
 )]
 
 mod hostile;
+mod io;
 mod lab;
 mod matrix;
 mod mixed;

@@ -125,12 +125,14 @@ impl Report {
         if let Some(sockets) = plane.socket_offloads {
             offloads.extend([("udp_gso", sockets.gso), ("udp_gro", sockets.gro)]);
         }
+        let offloads = offloads.iter().map(|&(name, probed)| (name, probed.describe()));
+        let srv6_io = plane.srv6_io.map(|io| ("srv6_io", io.describe()));
         self.edit(|parts| {
             parts.fixed.device.queues = plane.queue_count;
             parts.fixed.device.threads = plane.threads();
             parts.fixed.device.offloads = offloads
-                .iter()
-                .map(|(name, probed)| ((*name).to_owned(), probed.describe().to_owned()))
+                .chain(srv6_io)
+                .map(|(name, state)| (name.to_owned(), state.to_owned()))
                 .collect();
             parts.peers = plane.peers.clone();
             parts.workers = plane.stats();

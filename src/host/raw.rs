@@ -82,6 +82,18 @@ pub struct RawError {
     source: io::Error,
 }
 
+impl RawError {
+    /// Whether raw sockets are not to be had here at all, now or later.
+    pub fn is_refused(&self) -> bool {
+        // inet6_create (net/ipv6/af_inet6.c) says EPERM without CAP_NET_RAW and EPROTONOSUPPORT without raw sockets; security modules
+        // and seccomp filters prefer EACCES, and a filter of address families EAFNOSUPPORT.
+        matches!(
+            self.source.raw_os_error(),
+            Some(libc::EPERM | libc::EACCES | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT)
+        )
+    }
+}
+
 /// One queue's sockets.
 pub struct RawUnderlay {
     recv: Vec<(Socket, u8)>,
