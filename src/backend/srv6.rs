@@ -347,7 +347,12 @@ impl Srv6Backend {
     /// The locator of a node with this public address and this subnet; none while neither tells.
     fn locator(&self, place: &Place) -> Result<Option<Ipv6Prefix>, BackendError> {
         if let Some(locator) = self.node.locator {
-            return Ok(Some(locator));
+            let block = self.block;
+            return if block.covers(locator) && locator.len() > block.len() {
+                Ok(Some(locator))
+            } else {
+                Err(BackendError::LocatorElsewhere { locator, block })
+            };
         }
         let bits = self.locator_len - self.block.len();
         let number = match (bits == ADDRESS_BITS, place.public_v4, place.subnet) {

@@ -1,6 +1,7 @@
 //! What the daemon tells of itself: gathers the status document from the running parts.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::time::Instant;
@@ -189,11 +190,19 @@ impl Report {
     }
 }
 
+/// Where a peer is: a SID has no port.
+fn endpoint(addr: &SocketAddr) -> String {
+    match addr.port() {
+        0 => addr.ip().to_string(),
+        _ => addr.to_string(),
+    }
+}
+
 fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
     let (outbound_packets, outbound_bytes, inbound_packets, inbound_bytes) = peer.stats.totals();
     status::Peer {
         subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
-        endpoints: peer.endpoints.iter().map(ToString::to_string).collect(),
+        endpoints: peer.endpoints.iter().map(endpoint).collect(),
         narrow_mtu: peer.narrow_mtu(),
         outbound_packets,
         outbound_bytes,

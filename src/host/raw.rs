@@ -221,7 +221,7 @@ pub fn sender(source: Ipv6Addr) -> Result<Socket, RawError> {
         sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER)
             .map_err(failed("size the send buffer of"))?;
     }
-    // Otherwise the kernel would choose a source for each packet, at a tenth of its cost, only to send ours.
+    // Otherwise the kernel would choose a source for each packet, at a seventh of its cost, only to send ours.
     sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_FREEBIND, 1)
         .and_then(|()| socket.bind(&SocketAddr::from((source, 0)).into()))
         .map_err(failed("bind"))?;
