@@ -30,7 +30,7 @@ use crate::support::sniffer::{Sniffer, Way};
 
 use self::cases::{BY_HAND, Case, Taker, key, outer, sid, srh, udp_v4};
 
-mod cases;
+pub(crate) mod cases;
 
 /// Of each packet that must be refused.
 const COPIES: u64 = 3;

@@ -19,6 +19,8 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod behaviors;
+mod capture;
 mod hostile;
 mod io;
 mod lab;

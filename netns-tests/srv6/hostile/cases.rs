@@ -38,7 +38,7 @@ pub(super) struct Case {
 }
 
 /// An address in a node's locator; `0` is the locator itself.
-pub(super) fn sid(node: u8, function: &str) -> Ipv6Addr {
+pub(crate) fn sid(node: u8, function: &str) -> Ipv6Addr {
     format!("fd12:3456:789a:c000:20{node}::{function}")
         .parse()
         .unwrap()
@@ -50,7 +50,7 @@ pub(super) fn key() -> HmacKey {
 }
 
 /// A whole packet.
-pub(super) fn outer(source: Ipv6Addr, destination: Ipv6Addr, first: u8, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn outer(source: Ipv6Addr, destination: Ipv6Addr, first: u8, payload: &[u8]) -> Vec<u8> {
     let header = OuterHeader {
         traffic_class: 0,
         flow_label: 1,
@@ -64,7 +64,7 @@ pub(super) fn outer(source: Ipv6Addr, destination: Ipv6Addr, first: u8, payload:
 }
 
 /// A routing header with its list as it is stored; TLVs are a multiple of 8 bytes.
-pub(super) fn srh(next: u8, left: u8, list: &[Ipv6Addr], tlvs: &[u8]) -> Vec<u8> {
+pub(crate) fn srh(next: u8, left: u8, list: &[Ipv6Addr], tlvs: &[u8]) -> Vec<u8> {
     let units = 2 * list.len() + tlvs.len() / 8;
     let mut header = vec![next, units as u8, 4, left, (list.len() - 1) as u8, 0, 0, 0];
     header.extend(list.iter().flat_map(Ipv6Addr::octets));
@@ -72,14 +72,14 @@ pub(super) fn srh(next: u8, left: u8, list: &[Ipv6Addr], tlvs: &[u8]) -> Vec<u8>
     header
 }
 
-pub(super) fn udp_v4(src: Ipv4Addr, dst: Ipv4Addr) -> Vec<u8> {
+pub(crate) fn udp_v4(src: Ipv4Addr, dst: Ipv4Addr) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(src.octets(), dst.octets(), 64).udp(BY_HAND, 9);
     let mut packet = Vec::new();
     builder.write(&mut packet, &[0x5a; 64]).unwrap();
     packet
 }
 
-pub(super) fn udp_v6(src: Ipv6Addr, dst: Ipv6Addr) -> Vec<u8> {
+pub(crate) fn udp_v6(src: Ipv6Addr, dst: Ipv6Addr) -> Vec<u8> {
     let builder = PacketBuilder::ipv6(src.octets(), dst.octets(), 64).udp(BY_HAND, 9);
     let mut packet = Vec::new();
     builder.write(&mut packet, &[0x5a; 64]).unwrap();

@@ -87,7 +87,7 @@ pub struct Flavors {
     pub psp: bool,
     /// The SRH is removed by the last segment; as nobody looks at it after that, this changes nothing here.
     pub usp: bool,
-    /// The last segment decapsulates.
+    /// The last segment decapsulates. At End.X and uA only IPv6: a socket sends no IPv4 to a neighbour of which it has an IPv6 address.
     pub usd: bool,
 }
 
@@ -303,7 +303,7 @@ impl LocalSid {
             Action::EndDx6(Some(next_hop)) => (!v4).then_some(Exit::NextHop(next_hop.into())),
             Action::End | Action::Un(_) => self.flavors.usd.then_some(Exit::Device),
             Action::EndX(adjacency) | Action::Ua(_, adjacency) => {
-                self.flavors.usd.then_some(Exit::NextHop(adjacency.into()))
+                (self.flavors.usd && !v4).then_some(Exit::NextHop(adjacency.into()))
             }
         }
     }
