@@ -13,10 +13,6 @@ use crate::host::raw::RawUnderlay;
 use crate::host::socket::UdpUnderlay;
 
 /// What one queue sends and receives by.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "there are a few, which live as long as the daemon"
-)]
 pub enum AnyUnderlay {
     /// For backends in UDP.
     Udp(UdpUnderlay),
