@@ -57,17 +57,17 @@ fn a_tun_node_and_a_node_with_raw_sockets() {
         return;
     }
     let mut blueprint = blueprint("s-tr", 2, json!({}));
-    blueprint.flags.clear();
-    blueprint
-        .own_flags
-        .insert(1, vec![TUN.to_owned(), "--queues=4".to_owned()]);
-    let mixed = Mixed::start(
-        blueprint,
-        Kernels {
-            nodes: 0,
-            ..Kernels::ONE
-        },
-    );
+    blueprint.flags = vec!["--threads=split".to_owned()];
+    let flags = [TUN, "--queues=4"].map(str::to_owned);
+    blueprint.own_flags.insert(1, flags.into());
+    let mut overlay = blueprint.build();
+    // A router already: nothing is left to switch on.
+    let router = overlay.namespace(1);
+    router.run(|| Ok(sysctl::make_router()?)).unwrap();
+    overlay.start_daemons();
+    assert_tun(&overlay, 1, "tun (forced)");
+    let kernels = Vec::new();
+    let mixed = Mixed { kernels, overlay };
     let (tun, raw) = (mixed.overlay.status(1), mixed.overlay.status(2));
     assert_eq!(
         (tun.device.queues, raw.device.offloads["srv6_io"].as_str()),
