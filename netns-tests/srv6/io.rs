@@ -4,13 +4,14 @@ use std::fs;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kersey::host::netlink::Seg6Mode;
 use kersey::host::sysctl;
 use kersey::lab::netns::Namespace;
 use kersey::lab::seg6_node::default_end_sid;
 use kersey::lab::topology::INTERFACE;
+use kersey::lab::traffic::ping::Ping;
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -56,17 +57,17 @@ fn a_tun_node_and_a_node_with_raw_sockets() {
         return;
     }
     let mut blueprint = blueprint("s-tr", 2, json!({}));
-    blueprint.flags.clear();
-    blueprint
-        .own_flags
-        .insert(1, vec![TUN.to_owned(), "--queues=4".to_owned()]);
-    let mixed = Mixed::start(
-        blueprint,
-        Kernels {
-            nodes: 0,
-            ..Kernels::ONE
-        },
-    );
+    blueprint.flags = vec!["--threads=split".to_owned()];
+    let flags = [TUN, "--queues=4"].map(str::to_owned);
+    blueprint.own_flags.insert(1, flags.into());
+    let mut overlay = blueprint.build();
+    // A router already: nothing is left to switch on.
+    let router = overlay.namespace(1);
+    router.run(|| Ok(sysctl::make_router()?)).unwrap();
+    overlay.start_daemons();
+    assert_tun(&overlay, 1, "tun (forced)");
+    let kernels = Vec::new();
+    let mixed = Mixed { kernels, overlay };
     let (tun, raw) = (mixed.overlay.status(1), mixed.overlay.status(2));
     assert_eq!(
         (tun.device.queues, raw.device.offloads["srv6_io"].as_str()),
@@ -141,17 +142,7 @@ fn a_daemon_without_the_capability_chooses_the_tun() {
     }
     let mut blueprint = blueprint("s-tcap", 2, json!({}));
     blueprint.flags.clear();
-    let mut overlay = blueprint.build();
-    for nth in [1, 2] {
-        let daemon = overlay.command(nth);
-        let mut command = Command::new("setpriv");
-        command.args(["--bounding-set", "-net_raw", "--inh-caps", "-net_raw", "--"]);
-        command.arg(daemon.get_program()).args(daemon.get_args());
-        let child = overlay.run(&format!("node {nth}"), nth, command);
-        let pods = Vec::new();
-        overlay.nodes.push(Daemon { child, pods });
-    }
-    overlay.wait_all();
+    let overlay = start_without_raw(blueprint, &[1, 2]);
     for nth in [1, 2] {
         assert_tun(&overlay, nth, "tun (raw sockets refused)");
         let log = overlay.log(nth);
@@ -164,6 +155,43 @@ fn a_daemon_without_the_capability_chooses_the_tun() {
     let mixed = Mixed { kernels, overlay };
     exchange(&mixed, 1, 2, 1460);
     mixed.assert_sound();
+}
+
+#[test]
+fn a_next_hop_of_its_own_takes_raw_sockets() {
+    if !require_etcd("a_next_hop_of_its_own_takes_raw_sockets") {
+        return;
+    }
+    let adjacency = "fd12:3456:789a:c000:201::a";
+    let path = json!([{ "To": "192.0.2.3", "Via": [adjacency] }]);
+    let mut blueprint = blueprint("s-tx", 3, json!({ "Paths": path }));
+    let sid = format!("--srv6-sid={adjacency}=End.X,2001:db8:1::3");
+    blueprint.own_flags.insert(1, vec![sid]);
+    let probe = Ping {
+        count: 1,
+        ..Ping::default()
+    };
+
+    let overlay = blueprint.clone().start();
+    assert!(probe.run(overlay.pod(2), overlay.pod(3).addr).unwrap().all());
+    assert!(overlay.status(1).counters["segments_forwarded"] > 0);
+    drop(overlay);
+
+    blueprint.lab.prefix.push('n');
+    let mut overlay = start_without_raw(blueprint, &[1]);
+    let log = overlay.log(1);
+    assert!(
+        log.contains("a SID of this node sends to a next hop of its own"),
+        "{log}"
+    );
+    assert_eq!(
+        probe.run(overlay.pod(2), overlay.pod(3).addr).unwrap().received,
+        0
+    );
+    overlay.wait(1, READY, |status| status.drops.contains_key("underlay_denied"));
+    assert_eq!(overlay.status(1).counters["segments_forwarded"], 0);
+    // Everybody else is reached as ever.
+    assert!(probe.run(overlay.pod(2), overlay.pod(1).addr).unwrap().all());
 }
 
 #[test]
@@ -219,7 +247,6 @@ fn a_node_changes_between_raw_sockets_and_tun() {
                 ["link", "del", OUTER].as_slice(),
             ] {
                 output(mixed.overlay.namespace(1), "ip", spoil);
-                let deadline = Instant::now() + READY;
                 let mended = || {
                     let outer = output(mixed.overlay.namespace(1), "ip", &["link", "show"]);
                     let outer = outer
@@ -228,10 +255,13 @@ fn a_node_changes_between_raw_sockets_and_tun() {
                         .unwrap_or_default();
                     outer.contains(",UP") && outer.contains("mtu 65535") && main(&mixed).len() == 2
                 };
-                while !mended() {
-                    assert!(Instant::now() < deadline, "{spoil:?}");
-                    thread::sleep(Duration::from_millis(20));
-                }
+                let pause = Duration::from_millis(20);
+                let looks = READY.as_millis() / pause.as_millis();
+                let in_time = (0..looks).any(|_| {
+                    thread::sleep(pause);
+                    mended()
+                });
+                assert!(in_time, "{spoil:?}");
                 reach(mixed.pods(1)[0], mixed.pods(2)[0], &[1460]);
             }
             // What it leaves drops packets to the locator, until it comes back or somebody cleans up.
@@ -352,6 +382,26 @@ fn blueprint(tag: &str, nodes: usize, settings: serde_json::Value) -> Blueprint 
     blueprint.network = network(settings, true);
     blueprint.flags = vec![TUN.to_owned()];
     blueprint
+}
+
+/// Starts the blueprint's network with some of its daemons kept from raw sockets.
+fn start_without_raw(blueprint: Blueprint, without: &[usize]) -> Overlay {
+    let daemons = blueprint.daemons;
+    let mut overlay = blueprint.build();
+    for nth in 1..=daemons {
+        let mut command = overlay.command(nth);
+        if without.contains(&nth) {
+            let mut less = Command::new("setpriv");
+            less.args(["--bounding-set", "-net_raw", "--inh-caps", "-net_raw", "--"]);
+            less.arg(command.get_program()).args(command.get_args());
+            command = less;
+        }
+        let child = overlay.run(&format!("node {nth}"), nth, command);
+        let pods = Vec::new();
+        overlay.nodes.push(Daemon { child, pods });
+    }
+    overlay.wait_all();
+    overlay
 }
 
 /// Everything between two nodes, in both families and both directions.

@@ -27,7 +27,7 @@ use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
 use crate::host::queues::{Layout, Queues};
-use crate::host::raw::{RawOptions, RawUnderlay};
+use crate::host::raw::{RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl::{self, Forwarding};
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
@@ -138,7 +138,7 @@ impl<B: Backend> DataPlane<B> {
     ) -> Result<Self> {
         let options = setup.options;
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let srv6_io = choose_io(setup)?;
+        let (srv6_io, raw_refused) = choose_io(setup)?;
         let mut queue_count = options
             .queues
             .map_or_else(|| default_queues(cores), NonZeroUsize::get);
@@ -221,6 +221,12 @@ impl<B: Backend> DataPlane<B> {
             outer_index,
         };
         plane.index = configure_device(setup, lease.subnet).await?;
+        if let Some(error) = raw_refused {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "raw sockets are refused, so locators are routed to a TUN device and the kernel forwards; raw sockets are faster and take CAP_NET_RAW"
+            );
+        }
         tracing::info!(
             device = options.device,
             queues = queue_count,
@@ -394,30 +400,20 @@ impl<B: Backend> DataPlane<B> {
     }
 }
 
-/// Decides how SRv6 packets come and go; `None` for a backend without them.
-fn choose_io<B: Backend>(setup: &Setup<'_, B>) -> Result<Option<SegmentIo>> {
+/// Decides how SRv6 packets come and go, and gives what the kernel said if that is not how it should be; `None` for a backend without them.
+fn choose_io<B: Backend>(setup: &Setup<'_, B>) -> Result<(Option<SegmentIo>, Option<RawError>)> {
     let Carrier::Raw { sids, source, .. } = setup.backend.carrier() else {
-        return Ok(None);
+        return Ok((None, None));
     };
-    let io = match setup.options.srv6_io {
-        Srv6Io::Raw => SegmentIo::Raw,
-        Srv6Io::Tun => SegmentIo::TunForced,
+    match setup.options.srv6_io {
+        Srv6Io::Raw => Ok((Some(SegmentIo::Raw), None)),
+        Srv6Io::Tun => Ok((Some(SegmentIo::TunForced), None)),
         Srv6Io::Auto => match RawUnderlay::open(&raw_options(setup, &sids, source, 1), 0) {
-            Ok(_) => SegmentIo::Raw,
-            Err(error) if error.is_refused() => {
-                tracing::warn!(
-                    error = format!("{:#}", anyhow::Error::from(error)),
-                    "raw sockets are refused: locators are routed to a TUN device, and the kernel forwards; raw sockets, which take CAP_NET_RAW, are faster"
-                );
-                SegmentIo::TunInstead
-            }
-            Err(error) => return Err(error.into()),
+            Ok(_) => Ok((Some(SegmentIo::Raw), None)),
+            Err(error) if error.is_refused() => Ok((Some(SegmentIo::TunInstead), Some(error))),
+            Err(error) => Err(error.into()),
         },
-    };
-    if io.is_tun() && setup.options.srv6_io == Srv6Io::Tun {
-        tracing::info!("locators are routed to a TUN device, and the kernel forwards (--srv6-io tun)");
     }
-    Ok(Some(io))
 }
 
 /// What carries the packets of all queues.
@@ -596,7 +592,9 @@ async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     let index = configure_outer(setup).await?;
     let name = outer_tun::name(&setup.options.device);
     let underlay = setup.interface.name.as_str();
-    match sysctl::forward_ipv6([underlay, &name])? {
+    let forwarding = sysctl::forward_ipv6([underlay, &name])
+        .context("cannot have the kernel forward IPv6, which is needed without raw sockets; where /proc/sys is read-only, set net.ipv6.conf.all.forwarding=1 outside")?;
+    match forwarding {
         Forwarding::Global => {}
         Forwarding::PerLink => tracing::info!(
             links = format!("{underlay} {name}"),

@@ -39,7 +39,7 @@ pub fn forward_ipv6(links: [&str; 2]) -> Result<Forwarding, SysctlError> {
     }
     let keys = links.map(|link| format!("ipv6/conf/{link}/force_forwarding"));
     if keys.iter().all(|key| Path::new(ROOT).join(key).exists()) {
-        keys.iter().try_for_each(|key| set(key, "1"))?;
+        keys.iter().try_for_each(|key| ensure(key, "1"))?;
         return Ok(Forwarding::PerLink);
     }
     make_router()?;
@@ -60,6 +60,11 @@ pub fn make_router() -> Result<(), SysctlError> {
         }
     }
     set("ipv6/conf/all/forwarding", "1")
+}
+
+/// As [`set`], where writing what is there already may be refused: in containers these switches are often read-only.
+fn ensure(key: &str, value: &str) -> Result<(), SysctlError> {
+    if is(key, value) { Ok(()) } else { set(key, value) }
 }
 
 /// Whether a switch has that value.
@@ -99,7 +104,7 @@ pub fn no_link_local_address(link: &str) -> Result<(), SysctlError> {
 /// # Errors
 /// The switch does not exist, for this kernel has no IPv6, or cannot be written.
 pub fn enable_ipv6(link: &str) -> Result<(), SysctlError> {
-    set(&format!("ipv6/conf/{link}/disable_ipv6"), "0")
+    ensure(&format!("ipv6/conf/{link}/disable_ipv6"), "0")
 }
 
 /// Turns IPv6 off on `link`. A kernel without IPv6 counts as success.
