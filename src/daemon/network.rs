@@ -224,7 +224,7 @@ impl<B: Backend> DataPlane<B> {
         if let Some(error) = raw_refused {
             tracing::warn!(
                 error = format!("{:#}", anyhow::Error::from(error)),
-                "raw sockets are refused, so locators are routed to a TUN device and the kernel forwards; raw sockets are faster and take CAP_NET_RAW"
+                "raw sockets are refused, so locators are routed to a TUN device and the kernel forwards; raw sockets, which take CAP_NET_RAW, get merged packets whole"
             );
         }
         tracing::info!(

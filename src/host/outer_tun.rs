@@ -300,7 +300,7 @@ const V6_LEAST_MTU: u32 = 1280;
 /// What routers have said of the MTU of paths, which the kernel never hears: it is said to SIDs.
 ///
 /// As in the kernel it is forgotten after ten minutes (RFC 8201 §5.2), so that paths may widen again, and hearing more than is known says
-/// nothing. Of so many paths at most it is learnt ([`MAX_PATHS`]): quoted addresses may be made up.
+/// nothing. It is learnt of 8192 paths at most: quoted addresses may be made up.
 #[derive(Clone, Debug, Default)]
 pub struct PathMtus(Arc<Mutex<BTreeMap<Ipv6Addr, (Mtu, Instant)>>>);
 
