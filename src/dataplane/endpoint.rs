@@ -897,7 +897,11 @@ mod tests {
         assert_eq!(verdict, Verdict::NextHop { inner: 24, next_hop }, "USD");
         let payload = [&srh(V4, 0, 0)[..], &INNER4].concat();
         let refused = go(&arrived(ours("ea"), ROUTING, &payload)).unwrap_err();
-        assert_eq!(refused.reason, DropReason::SidUpperLayer, "IPv4 to an IPv6 neighbour");
+        assert_eq!(
+            refused.reason,
+            DropReason::SidUpperLayer,
+            "IPv4 to an IPv6 neighbour"
+        );
 
         let (verdict, _) = go(&arrived(addr("fcbb:bb00:1:a1:d4::"), V4, &INNER4)).unwrap();
         assert_eq!(verdict, Verdict::Send { to: addr("fe80::2") }, "uA");
