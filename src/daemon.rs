@@ -22,6 +22,7 @@ mod paths;
 mod plain;
 mod report;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,6 +120,7 @@ fn raise_open_files() {
 fn exit_status(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<crate::backend::BackendError>().is_some()
         || error.downcast_ref::<UnusableMtu>().is_some()
+        || error.downcast_ref::<UnusableKeys>().is_some()
     {
         return CONFIG;
     }
@@ -246,14 +248,25 @@ async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) 
     }
 }
 
+/// A file of keys is not there, or wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use --srv6-hmac-keys {}: {cause}", .file.display())]
+struct UnusableKeys {
+    file: PathBuf,
+    cause: String,
+}
+
 /// What the options and the files they name say of this node's part in segment routing.
 fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
     let keys = match &options.hmac_keys {
         None => Vec::new(),
         Some(file) => {
-            let refused = || format!("cannot use --srv6-hmac-keys {}", file.display());
-            let text = std::fs::read_to_string(file).with_context(refused)?;
-            Srv6Node::parse_keys(&text).with_context(refused)?
+            let unusable = |cause: String| UnusableKeys {
+                file: file.clone(),
+                cause,
+            };
+            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };
     Ok(Srv6Node {
@@ -437,13 +450,13 @@ async fn stay<B: Backend>(
                 }
                 Some(change) = changes.next() => {
                     direct.kernel.note(&change, &setup.interface.name);
-                    if concerns(&change, &options.packet_path.device, plane.index) {
+                    if concerns(&change, &plane.devices()) {
                         look_due.get_or_insert_with(|| Instant::now() + GATHER);
                     }
                 }
                 () = at(look_due) => {
                     look_due = None;
-                    match network::repair_device(setup, lease.subnet).await {
+                    match network::repair_device(setup, lease.subnet, plane.outer_index).await {
                         Ok(Repair::NotNeeded) => {}
                         Ok(Repair::Done) => {
                             if repairs.allows() {
@@ -480,12 +493,12 @@ fn announce(options: &RunOptions, config: &NetworkConfig, own: Subnet, inner_mtu
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
-/// Whether a change may have touched our device.
-fn concerns(change: &LinkChange, device: &str, index: u32) -> bool {
+/// Whether a change may have touched one of our devices.
+fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
     match change {
-        LinkChange::Link(link) => link.name == device,
-        LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == index,
-        LinkChange::RouteGone(route) => route.index == index,
+        LinkChange::Link(link) => devices.contains(&link.index),
+        LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
+        LinkChange::RouteGone(route) => devices.contains(&route.index),
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,

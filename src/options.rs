@@ -3,14 +3,15 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
-use crate::addr::Ipv6Prefix;
-use crate::backend::srv6::NodeSid;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+
+use crate::addr::Ipv6Prefix;
+pub use crate::dataplane::endpoint::NodeSid;
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,6 +222,20 @@ pub struct PacketPathOptions {
     pub clamp_mss: bool,
     /// UDP source ports outbound flows are spread over; the backend's choice if absent.
     pub source_ports: Option<NonZeroU16>,
+    /// How SRv6 packets come and go.
+    pub srv6_io: Srv6Io,
+}
+
+/// How SRv6 packets come and go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Srv6Io {
+    /// By raw sockets, or where they are refused by a TUN device.
+    #[default]
+    Auto,
+    /// By raw sockets.
+    Raw,
+    /// By a TUN device the locators are routed to; the kernel forwards.
+    Tun,
 }
 
 /// How inbound packets are checked against the leases.

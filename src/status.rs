@@ -87,7 +87,8 @@ pub struct DeviceStatus {
     pub queues: usize,
     /// Worker threads in all.
     pub threads: usize,
-    /// Offloads by name (`tun_tso`, `tun_uso`, `udp_gso`, `udp_gro`) → `on`, `off (forced)`, `off (kernel)`.
+    /// Offloads by name (`tun_tso`, `tun_uso`, `udp_gso`, `udp_gro`) → `on`, `off (forced)`, `off (kernel)`; with `srv6`
+    /// also `srv6_io` → `raw`, `tun (forced)`, `tun (raw sockets refused)`.
     pub offloads: BTreeMap<String, String>,
 }
 

@@ -199,7 +199,7 @@ fn a_list_that_bounces_ends_with_its_hop_limit() {
     for (hop_limit, entries) in [(1, 40), (2, 40), (7, 40), (30, 60)] {
         // Visited from the end of the list on: 3, 2, 3, 2, …
         let list: Vec<_> = (0..entries).map(|nth| sid(2 + nth % 2, "e")).collect();
-        let payload = [&srh(next_header::IPV4, entries as u8, &list, &[])[..], &inner].concat();
+        let payload = [&srh(next_header::IPV4, entries, &list, &[])[..], &inner].concat();
         let mut packet = outer(sid(1, "1"), sid(2, "e"), next_header::ROUTING, &payload);
         packet[7] = hop_limit;
         let before = [2, 3].map(|nth| siege.overlay.status(nth).counters["segments_forwarded"]);

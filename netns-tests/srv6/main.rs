@@ -22,6 +22,7 @@
 mod behaviors;
 mod capture;
 mod hostile;
+mod io;
 mod lab;
 mod matrix;
 mod mixed;

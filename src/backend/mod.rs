@@ -264,7 +264,7 @@ pub enum BackendError {
     },
     /// Its settings are wrong.
     #[error("the network config is invalid: Backend: {0}")]
-    Settings(#[from] JsonError),
+    Settings(JsonError),
     /// The port is out of range.
     #[error("the network config is invalid: Backend.Port is {0}: a UDP port is from 1 to 65535")]
     Port(u32),
@@ -273,10 +273,20 @@ pub enum BackendError {
     Vni(u32),
     /// A SID of this node cannot be.
     #[error("this node's SIDs are invalid: {0}")]
-    Sids(#[from] SidError),
+    Sids(SidError),
     /// An address cannot be made.
     #[error(transparent)]
     Addr(AddrError),
+    /// Peers route nothing outside the block.
+    #[error(
+        "--srv6-locator {locator} is not in the network's Backend.Block {block}: peers would not route it"
+    )]
+    LocatorElsewhere {
+        /// The node's locator.
+        locator: Ipv6Prefix,
+        /// The network's block.
+        block: Ipv6Prefix,
+    },
     /// There are more nodes than locators.
     #[error(
         "the network config is invalid: Backend.LocatorLen leaves {bits} bits for the node, and this one is number {number}: make it longer"
@@ -310,6 +320,19 @@ pub enum BackendError {
         /// The address peers would be told.
         public: IpAddr,
     },
+}
+
+// Both stand in the error's own text, so they are no source: a chain of causes would say them twice.
+impl From<JsonError> for BackendError {
+    fn from(error: JsonError) -> Self {
+        Self::Settings(error)
+    }
+}
+
+impl From<SidError> for BackendError {
+    fn from(error: SidError) -> Self {
+        Self::Sids(error)
+    }
 }
 
 /// What a backend is to know of the node it runs on.

@@ -22,7 +22,6 @@
 //! `MACAddr` alone is the proof of concept's: one IPv4 SID at its known place, on the same link, reached by Ethernet address.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::str::FromStr;
 use std::sync::Arc;
 
 use base64::Engine;
@@ -36,16 +35,14 @@ use crate::backend::{
 };
 use crate::dataplane::datagram::Envelope;
 use crate::dataplane::endpoint::{
-    Behavior, Domain, Flavors, HmacCheck, HmacPolicy, LocalSid, LocalSids, SidError, decapsulate,
+    Behavior, Domain, Flavors, HmacCheck, HmacPolicy, LocalSid, LocalSids, NodeSid, decapsulate,
 };
 use crate::dataplane::route::Hop;
 use crate::dataplane::stats::DropReason;
 use crate::dataplane::{EcnPolicy, Encap, Inner, Manners, Oversize, PeerOffloads, TtlPolicy};
 use crate::lease::LeaseAttrs;
 use crate::lease::json::JsonError;
-use crate::wire::srv6::{
-    CsidError, CsidFormat, Encapsulation, HmacAlgorithm, HmacKey, Mode, Template, next_header,
-};
+use crate::wire::srv6::{CsidFormat, Encapsulation, HmacAlgorithm, HmacKey, Mode, Template, next_header};
 
 /// The type in leases and configs.
 const KIND: &str = "srv6";
@@ -143,73 +140,6 @@ impl Encap for Srv6 {
         };
         let (sids, hmac) = (&self.sids, &self.hmac);
         decapsulate(envelope.protocol, envelope.to, datagram, sids, hmac, source)
-    }
-}
-
-/// A SID of one node, as its operator writes it: `SID[/LEN]=BEHAVIOR[,NEXT-HOP][,psp][,usp][,usd]`.
-///
-/// For uN and uA, LEN is where the argument begins, and `block=BITS` says how much of that is the block, 32 if it is not given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeSid {
-    /// Its address; shorter than an address for uN and uA.
-    pub prefix: Ipv6Prefix,
-    /// What it does.
-    pub sid: LocalSid,
-}
-
-/// Why a text is no SID.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NodeSidError {
-    /// It has another form.
-    #[error("a SID is written SID[/LEN]=BEHAVIOR[,NEXT-HOP][,psp][,usp][,usd][,block=BITS]")]
-    Form,
-    /// The SID is no address.
-    #[error(transparent)]
-    Addr(#[from] AddrError),
-    /// The lengths are none of a compressed SID.
-    #[error(transparent)]
-    Csid(#[from] CsidError),
-    /// The behaviour does not allow it.
-    #[error(transparent)]
-    Sid(#[from] SidError),
-}
-
-impl FromStr for NodeSid {
-    type Err = NodeSidError;
-
-    fn from_str(text: &str) -> Result<Self, NodeSidError> {
-        let (sid, rest) = text.split_once('=').ok_or(NodeSidError::Form)?;
-        let prefix: Ipv6Prefix = if sid.contains('/') {
-            sid.parse()?
-        } else {
-            format!("{sid}/128").parse()?
-        };
-        let mut words = rest.split(',').map(str::trim);
-        let behavior: Behavior = words.next().ok_or(NodeSidError::Form)?.parse()?;
-        let (mut next_hop, mut block_len, mut flavors) = (None, 32, Vec::new());
-        for word in words {
-            if let Some(bits) = word.strip_prefix("block=") {
-                block_len = bits.parse().map_err(|_| NodeSidError::Form)?;
-            } else if let Ok(addr) = word.parse::<IpAddr>() {
-                next_hop = Some(addr);
-            } else {
-                flavors.push(word);
-            }
-        }
-        let format = match behavior {
-            Behavior::Un | Behavior::Ua => {
-                CsidFormat::new(block_len, prefix.len().saturating_sub(block_len))?
-            }
-            Behavior::End
-            | Behavior::EndX
-            | Behavior::EndDt4
-            | Behavior::EndDt6
-            | Behavior::EndDt46
-            | Behavior::EndDx4
-            | Behavior::EndDx6 => CsidFormat::F3216,
-        };
-        let sid = LocalSid::new(behavior, flavors.join(",").parse()?, next_hop, format)?;
-        Ok(Self { prefix, sid })
     }
 }
 
@@ -417,7 +347,12 @@ impl Srv6Backend {
     /// The locator of a node with this public address and this subnet; none while neither tells.
     fn locator(&self, place: &Place) -> Result<Option<Ipv6Prefix>, BackendError> {
         if let Some(locator) = self.node.locator {
-            return Ok(Some(locator));
+            let block = self.block;
+            return if block.covers(locator) && locator.len() > block.len() {
+                Ok(Some(locator))
+            } else {
+                Err(BackendError::LocatorElsewhere { locator, block })
+            };
         }
         let bits = self.locator_len - self.block.len();
         let number = match (bits == ADDRESS_BITS, place.public_v4, place.subnet) {
@@ -716,5 +651,214 @@ impl Backend for Srv6Backend {
             gateway: attrs.public_ipv6.filter(|_| peer.concept_mac.is_none()),
             station: peer.concept_mac,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNDERLAY: Underlay = Underlay { v4: None, v6: None };
+
+    fn place(public_v4: Option<[u8; 4]>, subnet: Option<u128>) -> Place {
+        Place {
+            mac: Some(MacAddr::from([2, 0, 0, 0, 0x0a, 1])),
+            public_v4: public_v4.map(Ipv4Addr::from),
+            subnet,
+        }
+    }
+
+    fn backend(json: &str) -> Srv6Backend {
+        let backend = Srv6Backend::parse(json, Srv6Node::default()).unwrap();
+        backend.placed(&place(Some([192, 0, 2, 1]), Some(7))).unwrap()
+    }
+
+    fn attrs(data: &str) -> LeaseAttrs {
+        let lease = format!(
+            r#"{{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"srv6","BackendData":{data}}}"#
+        );
+        LeaseAttrs::from_json(lease.as_bytes()).unwrap()
+    }
+
+    fn v4() -> Prefix {
+        Prefix::V4("10.244.2.0/24".parse().unwrap())
+    }
+
+    fn v6() -> Prefix {
+        Prefix::V6("fd00:244:2::/64".parse().unwrap())
+    }
+
+    const KERSEY: &str = r#"{"Version":1,"Locator":"fd12:3456:789a:c000:202::/80","Source":"fd12:3456:789a:c000:202::1",
+        "SIDs":[{"SID":"fd12:3456:789a:c000:202::1","Behavior":"End.DT46"}],"ECN":true,"Later":[1]}"#;
+    const SEG6: &str = r#"{"Version":1,"Locator":"fd12:3456:789a:c000:202::/80","Source":"fd12:3456:789a:c000:202::1",
+        "SIDs":[{"SID":"fd12:3456:789a:c000:202::9","Behavior":"End.B6"},{"SID":"fd12:3456:789a:c000:202::4","Behavior":"End.DX4"}]}"#;
+    const CONCEPT: &str = r#"{"MACAddr":"AgAAAAoC"}"#;
+
+    #[test]
+    fn the_locator_follows_from_address_or_subnet() {
+        for (config, place, expected) in [
+            (
+                "{}",
+                place(Some([192, 0, 2, 1]), None),
+                Some("fd12:3456:789a:c000:201::/80"),
+            ),
+            ("{}", place(None, None), None),
+            ("{}", place(None, Some(3)), Some("fd12:3456:789a:0:3::/80")),
+            (
+                r#"{"Block":"fd00:5e6::/32","LocatorLen":48}"#,
+                place(Some([192, 0, 2, 1]), Some(0x12)),
+                Some("fd00:5e6:12::/48"),
+            ),
+        ] {
+            let backend = Srv6Backend::parse(config, Srv6Node::default()).unwrap();
+            let placed = backend.placed(&place).unwrap();
+            let locator = placed.placed.map(|placed| placed.locator.to_string());
+            assert_eq!(locator.as_deref(), expected, "{config} {place:?}");
+        }
+        let narrow = Srv6Backend::parse(r#"{"Block":"fd00::/48","LocatorLen":52}"#, Srv6Node::default());
+        let error = narrow.unwrap().placed(&place(None, Some(16))).err().unwrap();
+        assert!(error.to_string().contains("number 16"), "{error}");
+    }
+
+    #[test]
+    fn a_lease_says_what_peers_need_and_the_proof_of_concept_too() {
+        let data = backend("{}").lease_data(Networks { v4: true, v6: false });
+        assert_eq!(
+            data.v4.as_deref(),
+            Some(
+                r#"{"Version":1,"MACAddr":"AgAAAAoB","Locator":"fd12:3456:789a:c000:201::/80","Source":"fd12:3456:789a:c000:201::1","SIDs":[{"SID":"fd12:3456:789a:c000:201::1","Behavior":"End.DT46"},{"SID":"fd12:3456:789a:c000:201::e","Behavior":"End"}],"ECN":true}"#
+            )
+        );
+        assert_eq!((data.kind, data.v6), ("srv6", None));
+    }
+
+    #[test]
+    fn each_peer_is_reached_at_its_own_sid() {
+        let backend = backend("{}");
+        for (data, prefix, to, len, ecn, mute) in [
+            (
+                KERSEY,
+                v4(),
+                "fd12:3456:789a:c000:202::1",
+                40,
+                EcnPolicy::Carry,
+                false,
+            ),
+            (
+                KERSEY,
+                v6(),
+                "fd12:3456:789a:c000:202::1",
+                40,
+                EcnPolicy::Carry,
+                false,
+            ),
+            (
+                SEG6,
+                v4(),
+                "fd12:3456:789a:c000:202::4",
+                40,
+                EcnPolicy::Ignore,
+                false,
+            ),
+            (
+                CONCEPT,
+                v4(),
+                "fd12:3456:789a:c000:202::1",
+                64,
+                EcnPolicy::Ignore,
+                true,
+            ),
+        ] {
+            let hop = backend.hop(prefix, &attrs(data), UNDERLAY).unwrap();
+            assert_eq!(hop.endpoint(), SocketAddr::new(to.parse().unwrap(), 0), "{data}");
+            let source: IpAddr = "fd12:3456:789a:c000:202::1".parse().unwrap();
+            assert_eq!((hop.source(), backend.overhead(&hop)), (source, len), "{data}");
+            let manners = backend.encap().outbound(&hop);
+            assert_eq!((manners.ecn, manners.mute), (ecn, mute), "{data}");
+            assert!(hop.is_node([192, 0, 2, 2].into()) && !hop.is_node([192, 0, 2, 3].into()));
+        }
+        for (data, prefix) in [(SEG6, v6()), (CONCEPT, v6())] {
+            let error = backend.hop(prefix, &attrs(data), UNDERLAY).err();
+            assert_eq!(error, Some(Unreachable::NoSid), "{data}");
+        }
+    }
+
+    #[test]
+    fn peers_are_on_the_link_by_address_or_by_station() {
+        let backend = backend("{}");
+        let kersey = backend.locator_of(&attrs(KERSEY)).unwrap();
+        assert_eq!(kersey.prefix.to_string(), "fd12:3456:789a:c000:202::/80");
+        assert_eq!(
+            (kersey.gateway, kersey.station),
+            ("2001:db8::2".parse().ok(), None)
+        );
+        let concept = backend.locator_of(&attrs(CONCEPT)).unwrap();
+        assert_eq!(concept.prefix.to_string(), "fd12:3456:789a:c000:202::1/128");
+        let mac = MacAddr::from([2, 0, 0, 0, 0x0a, 2]);
+        assert_eq!((concept.gateway, concept.station), (None, Some(mac)));
+    }
+
+    #[test]
+    fn a_path_leads_through_its_waypoints_but_not_through_oneself() {
+        let paths = r#"{"Paths":[
+            {"To":"10.244.2.0/23","Via":["fd12:3456:789a:c000:201::e","fd12:3456:789a:c000:203::e"]},
+            {"To":"2001:db8::2","Via":["fd12:3456:789a:c000:204::e","fd12:3456:789a:c000:205::e"]}]}"#;
+        let backend = backend(paths);
+        for (prefix, first, len) in [
+            (v4(), "fd12:3456:789a:c000:203::e", 64),
+            (v6(), "fd12:3456:789a:c000:204::e", 80),
+        ] {
+            let hop = backend.hop(prefix, &attrs(KERSEY), UNDERLAY).unwrap();
+            assert_eq!(hop.endpoint().ip(), first.parse::<IpAddr>().unwrap(), "{prefix}");
+            assert_eq!(backend.overhead(&hop), len, "{prefix}");
+        }
+        let link = Mtu::new(1500).unwrap();
+        assert_eq!(backend.inner_mtu(link, UNDERLAY).unwrap().bytes(), 1420);
+    }
+
+    #[test]
+    fn settings_and_leases_that_are_wrong_are_named() {
+        for (json, named) in [
+            (r#"{"Block":"fd00::"}"#, "Block"),
+            (r#"{"Block":"fd00::/48","LocatorLen":48}"#, "LocatorLen"),
+            (r#"{"LocatorLen":113}"#, "LocatorLen"),
+            (r#"{"Mode":"inline"}"#, "Mode"),
+            (r#"{"Domain":["here"]}"#, "Domain"),
+            (r#"{"Paths":[{"To":"10.244.2.0/24"}]}"#, "Paths"),
+            (r#"{"Paths":[{"To":"node 2","Via":["fd00::e"]}]}"#, "Paths"),
+            (r#"{"HMAC":"maybe"}"#, "HMAC"),
+            (r#"{"HMACKeyID":17}"#, "HMACKeyID"),
+            (r#"{"MTU":40}"#, "MTU"),
+        ] {
+            let error = Srv6Backend::parse(json, Srv6Node::default()).err().unwrap();
+            assert!(error.to_string().contains(named), "{json}: {error}");
+        }
+        let backend = backend("{}");
+        for (data, named) in [
+            (r#"{"MACAddr":"AgAA"}"#, "MACAddr"),
+            (r#"{"Version":1}"#, "Locator"),
+            (r#"{"Version":1,"Locator":"fd00::/64"}"#, "Source"),
+            (r#"{"Version":1,"Locator":"fd00::"}"#, "BackendData"),
+        ] {
+            let error = backend.hop(v4(), &attrs(data), UNDERLAY).err().unwrap();
+            assert!(error.to_string().contains(named), "{data}: {error}");
+        }
+    }
+
+    #[test]
+    fn keys_are_read_and_never_told() {
+        let keys =
+            Srv6Node::parse_keys("# ours\n17 sha256 test-secret-0123\n18\tsha1 another one\n").unwrap();
+        assert_eq!(keys.iter().map(HmacKey::id).collect::<Vec<_>>(), [17, 18]);
+        for (text, line) in [
+            ("x sha256 s3cret", 1),
+            ("\n1 md5 s3cret", 2),
+            ("0 sha1 s3cret", 1),
+            ("1 sha1", 1),
+        ] {
+            let error = Srv6Node::parse_keys(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("line {line}:")), "{error}");
+            assert!(!error.contains("s3cret"), "{error}");
+        }
     }
 }

@@ -22,9 +22,9 @@ use crate::options::{CleanupMode, CleanupOptions};
 
 /// Remove what a flannel or a killed Kersey left on this machine: vxlan devices, routes, a dead status socket
 ///
-/// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's), and the
-/// status socket if nobody answers on it. Stop flannel first: it would make its device anew. Leases, subnet.env and the
-/// data directory stay.
+/// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's, those of
+/// SRv6 locators among them), and the status socket if nobody answers on it. Stop flannel first: it would make its device
+/// anew. Leases, subnet.env and the data directory stay.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Options", after_help = AFTER_HELP)]
 pub(super) struct CleanupArgs {

@@ -11,10 +11,10 @@ use super::logging::LogArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
 use crate::addr::Ipv6Prefix;
-use crate::backend::srv6::NodeSid;
 use crate::options::{
-    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, Offload, OuterDf,
-    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Options, StoreKind, ThreadLayout,
+    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, NodeSid, Offload, OuterDf,
+    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Io, Srv6Options, StoreKind,
+    ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -199,6 +199,15 @@ struct Srv6Args {
     /// File with keys for HMAC TLVs, a line each: `NUMBER sha256|sha1 SECRET`
     #[arg(long, value_name = "FILE")]
     srv6_hmac_keys: Option<PathBuf>,
+    /// How packets come and go: by raw sockets, or by a TUN device and the kernel's forwarding where those are refused
+    #[arg(
+        long,
+        value_name = "AUTO|RAW|TUN",
+        value_enum,
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    srv6_io: Srv6Io,
 }
 
 /// Defines flags as hidden optional texts, and lists those that were given.
@@ -408,6 +417,7 @@ impl RunArgs {
                 outer_df: path.outer_df,
                 clamp_mss: path.clamp_mss,
                 source_ports: path.source_ports,
+                srv6_io: self.srv6.srv6_io,
             },
             srv6: Srv6Options {
                 locator: self.srv6.srv6_locator,

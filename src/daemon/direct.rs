@@ -36,7 +36,8 @@ impl DirectRoutes {
         };
         let networks = networks(setup.config).chain(blocks.into_iter().map(Prefix::V6));
         Self {
-            kernel: KernelRoutes::new(setup.netlink.clone(), networks, upkeep),
+            kernel: KernelRoutes::new(setup.netlink.clone(), networks, upkeep)
+                .leave(own_locators(&setup.backend.carrier()).map(Prefix::V6)),
             pinned: BTreeMap::new(),
         }
     }

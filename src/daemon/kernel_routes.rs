@@ -105,6 +105,8 @@ pub(super) struct KernelRoutes {
     upkeep: Upkeep,
     /// The overlay's networks, one a family.
     networks: Vec<Prefix>,
+    /// Our own prefixes in them, whose routes are others' to see to unless they lead to the underlay.
+    left_alone: Vec<Prefix>,
     /// The number of the underlay interface when last looked.
     underlay: u32,
     /// What was wanted last time.
@@ -126,6 +128,7 @@ impl KernelRoutes {
             netlink,
             upkeep,
             networks: networks.into_iter().collect(),
+            left_alone: Vec::new(),
             underlay: 0,
             wanted: BTreeMap::new(),
             troubles: BTreeMap::new(),
@@ -133,6 +136,12 @@ impl KernelRoutes {
             due: Some(Instant::now()),
             looked: Instant::now(),
         }
+    }
+
+    /// Leaves routes to `prefixes` alone that do not lead to the underlay.
+    pub(super) fn leave(mut self, prefixes: impl IntoIterator<Item = Prefix>) -> Self {
+        self.left_alone.extend(prefixes);
+        self
     }
 
     /// When to look again, if ever.
@@ -196,7 +205,7 @@ impl KernelRoutes {
     ) -> Result<(), Denied> {
         self.underlay = underlay;
         self.due = Some(Instant::now() + RESYNC);
-        let (held, addresses) = match self.read().await {
+        let (mut held, addresses) = match self.read().await {
             Ok(read) => read,
             Err(error) => {
                 self.cannot_look(error);
@@ -204,6 +213,9 @@ impl KernelRoutes {
             }
         };
         self.told.clear();
+        held.retain(|HeldRoute { route, .. }| {
+            route.index == underlay || !self.left_alone.contains(&route.destination)
+        });
         let Wanted {
             mut routes,
             mut troubles,

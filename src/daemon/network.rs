@@ -1,6 +1,7 @@
 //! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
 
 use std::collections::BTreeMap;
+use std::iter::once;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -21,17 +22,18 @@ use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRou
 use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
 use crate::dataplane::{Encap, Oversize};
-use crate::host::endpoint::{Endpoint, EndpointOptions};
+use crate::host::endpoint::{Endpoint, Outlet, SidOptions, SidWorker};
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
+use crate::host::outer_tun::{self, OuterTun, PathMtus};
 use crate::host::queues::{Layout, Queues};
-use crate::host::raw::{RawOptions, RawUnderlay};
+use crate::host::raw::{RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
-use crate::host::sysctl;
+use crate::host::sysctl::{self, Forwarding};
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
 use crate::host::underlay::AnyUnderlay;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
-use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, ThreadLayout};
+use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, Srv6Io, ThreadLayout};
 
 /// What stays the same for as long as the daemon runs.
 pub(super) struct Setup<'a, B> {
@@ -63,12 +65,49 @@ pub(super) struct DataPlane<B: Backend> {
     pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
     queues: Queues,
     endpoint: Option<Endpoint>,
+    /// What deals with packets that are not the queues' counts here, if there is any.
+    others: Option<Arc<WorkerStats>>,
+    /// What SIDs have heard of paths.
+    heard: PathMtus,
     pub(super) queue_count: usize,
     pub(super) tun_offloads: TunOffloads,
     /// Those of UDP sockets, if there are any.
     pub(super) socket_offloads: Option<SocketOffloads>,
+    /// How SRv6 packets come and go, if they do.
+    pub(super) srv6_io: Option<SegmentIo>,
     /// The device's number.
     pub(super) index: u32,
+    /// The outer device's number, if there is one.
+    pub(super) outer_index: Option<u32>,
+}
+
+/// How SRv6 packets come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SegmentIo {
+    /// By raw sockets.
+    Raw,
+    /// By a TUN device, for somebody wants it so.
+    TunForced,
+    /// By a TUN device, for raw sockets are refused.
+    TunInstead,
+}
+
+impl SegmentIo {
+    /// As `kersey status` has it.
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::TunForced => "tun (forced)",
+            Self::TunInstead => "tun (raw sockets refused)",
+        }
+    }
+
+    fn is_tun(self) -> bool {
+        match self {
+            Self::Raw => false,
+            Self::TunForced | Self::TunInstead => true,
+        }
+    }
 }
 
 /// A peer whose routes are in the table.
@@ -99,9 +138,17 @@ impl<B: Backend> DataPlane<B> {
     ) -> Result<Self> {
         let options = setup.options;
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let queue_count = options
+        let (srv6_io, raw_refused) = choose_io(setup)?;
+        let mut queue_count = options
             .queues
             .map_or_else(|| default_queues(cores), NonZeroUsize::get);
+        if srv6_io.is_some_and(SegmentIo::is_tun) && queue_count > 1 {
+            tracing::info!(
+                asked = queue_count,
+                "one queue serves: the outer device has no more"
+            );
+            queue_count = 1;
+        }
         let layout = match options.threads {
             ThreadLayout::Auto => Layout::for_cores(cores),
             ThreadLayout::Joined => Layout::Joined,
@@ -113,10 +160,24 @@ impl<B: Backend> DataPlane<B> {
             tso: switch(options.tun_tso),
             uso: switch(options.tun_uso),
         })?;
-        let (underlays, socket_offloads) = open_underlays(setup, queue_count)?;
-        claim_locators(setup).await?;
         let tun_offloads = tun.offloads();
         let routes = SharedRoutes::new(RouteTable::new(overlay(setup.config, lease.subnet)));
+        let heard = PathMtus::default();
+        let Opened {
+            underlays,
+            socket_offloads,
+            mut others,
+        } = match srv6_io {
+            Some(io) if io.is_tun() => open_outer(setup, &routes, heard.clone())?,
+            Some(_) | None => open_underlays(setup, queue_count)?,
+        };
+        let outer_index = match srv6_io {
+            Some(io) if io.is_tun() => Some(route_locators(setup).await?),
+            Some(_) | None => {
+                claim_locators(setup).await?;
+                None
+            }
+        };
         let inbound = InboundOptions {
             check: match options.ingress_check {
                 options::IngressCheck::Strict => IngressCheck::Strict,
@@ -135,7 +196,11 @@ impl<B: Backend> DataPlane<B> {
             (layout, options.busy_poll, inbound),
             failed,
         )?;
-        let endpoint = start_endpoint(setup, &routes)?;
+        let endpoint = match srv6_io {
+            Some(SegmentIo::Raw) => start_endpoint(setup, &routes)?,
+            Some(_) | None => None,
+        };
+        others = others.or_else(|| endpoint.as_ref().map(Endpoint::stats).map(Arc::clone));
         let mut plane = Self {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
@@ -146,12 +211,22 @@ impl<B: Backend> DataPlane<B> {
             peers: BTreeMap::new(),
             queues,
             endpoint,
+            others,
+            heard,
             queue_count,
             tun_offloads,
             socket_offloads,
+            srv6_io,
             index: 0,
+            outer_index,
         };
         plane.index = configure_device(setup, lease.subnet).await?;
+        if let Some(error) = raw_refused {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "raw sockets are refused, so locators are routed to a TUN device and the kernel forwards; raw sockets are faster and take CAP_NET_RAW"
+            );
+        }
         tracing::info!(
             device = options.device,
             queues = queue_count,
@@ -160,6 +235,7 @@ impl<B: Backend> DataPlane<B> {
             tun_uso = tun_offloads.uso.describe(),
             udp_gso = socket_offloads.map(|offloads| offloads.gso.describe()),
             udp_gro = socket_offloads.map(|offloads| offloads.gro.describe()),
+            srv6_io = srv6_io.map(SegmentIo::describe),
             ingress_check = inbound.check.name(),
             backend = setup.backend.name(),
             port = setup.backend.carrier().port(),
@@ -257,13 +333,17 @@ impl<B: Backend> DataPlane<B> {
 
     /// The counters of all threads.
     pub(super) fn stats(&self) -> Vec<Arc<WorkerStats>> {
-        let endpoint = self.endpoint.as_ref().map(Endpoint::stats);
         self.queues
             .stats()
             .iter()
-            .chain(endpoint)
+            .chain(&self.others)
             .map(Arc::clone)
             .collect()
+    }
+
+    /// The numbers of its devices.
+    pub(super) fn devices(&self) -> Vec<u32> {
+        once(self.index).chain(self.outer_index).collect()
     }
 
     /// Number of threads.
@@ -288,7 +368,11 @@ impl<B: Backend> DataPlane<B> {
         }
         let endpoints = self.peers.values().flat_map(|peer| &peer.endpoints);
         let endpoints = endpoints.map(SocketAddr::ip).collect();
-        let changed = self.paths.survey(endpoints, socket::path_mtu, now);
+        let measure = |to| {
+            let heard = self.heard.get(to, now.into_std());
+            socket::path_mtu(to).map(|mtu| heard.map_or(mtu, |heard| heard.min(mtu)))
+        };
+        let changed = self.paths.survey(endpoints, measure, now);
         if changed.is_empty() {
             return false;
         }
@@ -316,11 +400,65 @@ impl<B: Backend> DataPlane<B> {
     }
 }
 
-/// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(
+/// Decides how SRv6 packets come and go, and gives what the kernel said if that is not how it should be; `None` for a backend without them.
+fn choose_io<B: Backend>(setup: &Setup<'_, B>) -> Result<(Option<SegmentIo>, Option<RawError>)> {
+    let Carrier::Raw { sids, source, .. } = setup.backend.carrier() else {
+        return Ok((None, None));
+    };
+    match setup.options.srv6_io {
+        Srv6Io::Raw => Ok((Some(SegmentIo::Raw), None)),
+        Srv6Io::Tun => Ok((Some(SegmentIo::TunForced), None)),
+        Srv6Io::Auto => match RawUnderlay::open(&raw_options(setup, &sids, source, 1), 0) {
+            Ok(_) => Ok((Some(SegmentIo::Raw), None)),
+            Err(error) if error.is_refused() => Ok((Some(SegmentIo::TunInstead), Some(error))),
+            Err(error) => Err(error.into()),
+        },
+    }
+}
+
+/// What carries the packets of all queues.
+struct Opened {
+    underlays: Vec<AnyUnderlay>,
+    /// Those of UDP sockets, if there are any.
+    socket_offloads: Option<SocketOffloads>,
+    /// Counters of what deals with packets that are not the queues', if that is done already.
+    others: Option<Arc<WorkerStats>>,
+}
+
+/// Makes the outer TUN device, with what deals with packets that are not the queue's.
+fn open_outer<B: Backend>(
     setup: &Setup<'_, B>,
-    queues: usize,
-) -> Result<(Vec<AnyUnderlay>, Option<SocketOffloads>)> {
+    routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
+    heard: PathMtus,
+) -> Result<Opened> {
+    let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
+        anyhow::bail!("there are no SIDs to route");
+    };
+    let name = outer_tun::name(&setup.options.device);
+    let device = OuterTun::create(&name).with_context(|| format!("cannot create TUN device {name:?}"))?;
+    let stats = Arc::<WorkerStats>::default();
+    let out = Outlet::tun(device.try_clone()?, source, Arc::clone(&stats));
+    let has_next_hops = sids.iter().any(|(_, sid)| sid.has_next_hop());
+    if has_next_hops && !out.reaches_next_hops() {
+        tracing::warn!(
+            "a SID of this node sends to a next hop of its own, which takes raw sockets (CAP_NET_RAW); its packets are dropped and counted as underlay_denied"
+        );
+    }
+    let options = SidOptions {
+        sids: Arc::clone(&sids),
+        domain,
+        link_mtu: setup.interface.mtu,
+    };
+    let worker = SidWorker::new(options, routes, out);
+    Ok(Opened {
+        underlays: vec![AnyUnderlay::Tun(OuterTun::new(device, sids, worker, heard))],
+        socket_offloads: None,
+        others: Some(stats),
+    })
+}
+
+/// Opens the sockets of all queues.
+fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize) -> Result<Opened> {
     let options = setup.options;
     match setup.backend.carrier() {
         Carrier::Udp { port, source_ports } => {
@@ -345,17 +483,22 @@ fn open_underlays<B: Backend>(
                 .map(|_| UdpUnderlay::open(&wanted))
                 .collect::<Result<Vec<_>, _>>()?;
             let offloads = underlays.first().context("no queue")?.offloads();
-            Ok((
-                underlays.into_iter().map(AnyUnderlay::Udp).collect(),
-                Some(offloads),
-            ))
+            Ok(Opened {
+                underlays: underlays.into_iter().map(AnyUnderlay::Udp).collect(),
+                socket_offloads: Some(offloads),
+                others: None,
+            })
         }
         Carrier::Raw { sids, source, .. } => {
             let wanted = raw_options(setup, &sids, source, queues);
             let underlays = (0..queues)
                 .map(|queue| RawUnderlay::open(&wanted, queue).map(AnyUnderlay::Raw))
                 .collect::<Result<_, _>>()?;
-            Ok((underlays, None))
+            Ok(Opened {
+                underlays,
+                socket_offloads: None,
+                others: None,
+            })
         }
     }
 }
@@ -378,13 +521,13 @@ fn start_endpoint<B: Backend>(
     let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
         return Ok(None);
     };
-    let options = EndpointOptions {
-        raw: raw_options(setup, &sids, source, 1),
+    let raw = raw_options(setup, &sids, source, 1);
+    let options = SidOptions {
         sids,
         domain,
         link_mtu: setup.interface.mtu,
     };
-    Ok(Some(Endpoint::start(options, routes)?))
+    Ok(Some(Endpoint::start(&raw, options, routes)?))
 }
 
 /// The prefixes of the underlay that are this node's own.
@@ -408,6 +551,18 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
     for &locator in &wanted {
         setup.netlink.add_local_prefix(locator).await?;
     }
+    for held in setup.netlink.own_backstops().await? {
+        setup.netlink.delete_backstop(held).await?;
+    }
+    if !wanted.is_empty()
+        && let Ok(tunnels) = setup.netlink.v6_tunnels().await
+        && !tunnels.is_empty()
+    {
+        tracing::warn!(
+            devices = tunnels.join(" "),
+            "the kernel has tunnels of its own that look at packets to our SIDs, and may answer peers that their port is unreachable; if it does, take them down or use --srv6-io tun"
+        );
+    }
     if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name)? {
         tracing::warn!(
             interface = setup.interface.name,
@@ -415,6 +570,61 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Routes the node's locators to the outer device, whose number it gives, and has the kernel forward. When the daemon ends, a blackhole stays
+/// in the place of those routes, for the same reason.
+async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
+    let netlink = &setup.netlink;
+    let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
+    for held in netlink.own_backstops().await? {
+        if !wanted.contains(&held) {
+            netlink.delete_backstop(held).await?;
+        }
+    }
+    for &locator in &wanted {
+        netlink.add_backstop(locator).await?;
+    }
+    // Local routes come first, and the device would get nothing.
+    for held in netlink.own_local_prefixes().await? {
+        netlink.delete_local_prefix(held).await?;
+    }
+    let index = configure_outer(setup).await?;
+    let name = outer_tun::name(&setup.options.device);
+    let underlay = setup.interface.name.as_str();
+    let forwarding = sysctl::forward_ipv6([underlay, &name])
+        .context("cannot have the kernel forward IPv6, which is needed without raw sockets; where /proc/sys is read-only, set net.ipv6.conf.all.forwarding=1 outside")?;
+    match forwarding {
+        Forwarding::Global => {}
+        Forwarding::PerLink => tracing::info!(
+            links = format!("{underlay} {name}"),
+            "IPv6 packets that come in by these are forwarded (force_forwarding=1)"
+        ),
+        Forwarding::MadeGlobal => tracing::warn!(
+            "this host now forwards IPv6 between all its interfaces (net.ipv6.conf.all.forwarding=1); those that took router advertisements still do (accept_ra=2)"
+        ),
+    }
+    Ok(index)
+}
+
+/// Sets the outer device up, and the locators' routes to it.
+async fn configure_outer<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
+    let name = outer_tun::name(&setup.options.device);
+    let netlink = &setup.netlink;
+    let index = netlink.link(&name).await?.index;
+    sysctl::enable_ipv6(&name)?;
+    if let Err(error) = sysctl::no_link_local_address(&name) {
+        tracing::warn!(%error, "the kernel may send link-local packets into the outer device; they are dropped and counted");
+    }
+    netlink.set_mtu(index, outer_tun::MTU_BYTES).await?;
+    netlink.set_tx_queue_len(index, outer_tun::QUEUE_LEN).await?;
+    netlink.set_up(index).await?;
+    for locator in own_locators(&setup.backend.carrier()) {
+        netlink
+            .replace_route(&Route::direct(locator.into(), index))
+            .await?;
+    }
+    Ok(index)
 }
 
 /// Half the cores from four on, at most eight; more queues on few cores cost throughput.
@@ -496,8 +706,17 @@ pub(super) enum Repair {
 
 /// Puts the device right again if somebody set it down, or changed its address or MTU; the kernel takes its routes away
 /// when it goes down.
-pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<Repair> {
+pub(super) async fn repair_device<B: Backend>(
+    setup: &Setup<'_, B>,
+    own: Subnet,
+    outer_index: Option<u32>,
+) -> Result<Repair> {
     let netlink = &setup.netlink;
+    if let Some(index) = outer_index
+        && repair_outer(setup, index).await? == Repair::Done
+    {
+        return Ok(Repair::Done);
+    }
     let link = match netlink.link(&setup.options.device).await {
         Ok(link) => link,
         Err(NetlinkError::NoLink(_)) => return Ok(Repair::NotNeeded),
@@ -519,6 +738,27 @@ pub(super) async fn repair_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet)
         return Ok(Repair::NotNeeded);
     }
     configure_device(setup, own).await?;
+    Ok(Repair::Done)
+}
+
+/// The same for the outer device.
+async fn repair_outer<B: Backend>(setup: &Setup<'_, B>, index: u32) -> Result<Repair> {
+    let netlink = &setup.netlink;
+    let link = match netlink.link(&outer_tun::name(&setup.options.device)).await {
+        Ok(link) if link.index == index => link,
+        // Gone; the thread that reads it notices.
+        Ok(_) | Err(NetlinkError::NoLink(_)) => return Ok(Repair::NotNeeded),
+        Err(error) => return Err(error.into()),
+    };
+    let routes = netlink.own_routes().await?;
+    let has_routes = own_locators(&setup.backend.carrier())
+        .all(|locator| routes.contains(&Route::direct(locator.into(), index)));
+    let as_it_should_be =
+        link.flags.contains(LinkFlags::Up) && link.mtu_bytes == outer_tun::MTU_BYTES && has_routes;
+    if as_it_should_be {
+        return Ok(Repair::NotNeeded);
+    }
+    configure_outer(setup).await?;
     Ok(Repair::Done)
 }
 

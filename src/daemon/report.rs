@@ -1,6 +1,7 @@
 //! What the daemon tells of itself: gathers the status document from the running parts.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::time::Instant;
@@ -125,12 +126,14 @@ impl Report {
         if let Some(sockets) = plane.socket_offloads {
             offloads.extend([("udp_gso", sockets.gso), ("udp_gro", sockets.gro)]);
         }
+        let offloads = offloads.iter().map(|&(name, probed)| (name, probed.describe()));
+        let srv6_io = plane.srv6_io.map(|io| ("srv6_io", io.describe()));
         self.edit(|parts| {
             parts.fixed.device.queues = plane.queue_count;
             parts.fixed.device.threads = plane.threads();
             parts.fixed.device.offloads = offloads
-                .iter()
-                .map(|(name, probed)| ((*name).to_owned(), probed.describe().to_owned()))
+                .chain(srv6_io)
+                .map(|(name, state)| (name.to_owned(), state.to_owned()))
                 .collect();
             parts.peers = plane.peers.clone();
             parts.workers = plane.stats();
@@ -187,11 +190,19 @@ impl Report {
     }
 }
 
+/// Where a peer is: a SID has no port.
+fn endpoint(addr: &SocketAddr) -> String {
+    match addr.port() {
+        0 => addr.ip().to_string(),
+        _ => addr.to_string(),
+    }
+}
+
 fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
     let (outbound_packets, outbound_bytes, inbound_packets, inbound_bytes) = peer.stats.totals();
     status::Peer {
         subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
-        endpoints: peer.endpoints.iter().map(ToString::to_string).collect(),
+        endpoints: peer.endpoints.iter().map(endpoint).collect(),
         narrow_mtu: peer.narrow_mtu(),
         outbound_packets,
         outbound_bytes,

@@ -37,9 +37,11 @@ use crate::wire::srv6::{
     SrhAt, SrhError, WalkError, WalkFault, next_header, walk,
 };
 
+pub use self::node_sid::{NodeSid, NodeSidError};
 use self::sid::Exit;
 pub use self::sid::{Action, Behavior, Flavors, LocalSid, LocalSids, SidError};
 
+mod node_sid;
 mod sid;
 
 const _: () = assert!(MAX_HEADER <= HEADROOM, "every header fits in front of a segment");

@@ -1,12 +1,14 @@
-//! The thread that does what SIDs say with packets that do not end in our device: waypoints, next hops, pings and everything wrong.
+//! Doing what SIDs say with packets that do not end in our device: waypoints, next hops, pings and everything wrong.
 //!
-//! What to do is [`dataplane::endpoint`](crate::dataplane::endpoint)'s to say; here are sockets, buffers and the clock. It is a thread of its
-//! own, so that a node that is nobody's waypoint pays nothing for it, and a flood of wrong packets takes no turn from a queue.
+//! What to do is [`dataplane::endpoint`](crate::dataplane::endpoint)'s to say; here are sockets, buffers and the clock. [`SidWorker`] does it,
+//! whoever receives the packets. With raw sockets that is [`Endpoint`], a thread of its own, so that a node that is nobody's waypoint pays
+//! nothing for it, and a flood of wrong packets takes no turn from a queue. An [`OuterTun`](crate::host::outer_tun::OuterTun) has one descriptor
+//! for all, and its reader hands on what is not the queue's.
 
-use std::io::{self, PipeReader, PipeWriter};
+use std::io::{self, IoSlice, PipeReader, PipeWriter};
 use std::iter::once;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -20,7 +22,7 @@ use crate::dataplane::endpoint::{
     Answer, Arrived, Domain, LocalSids, Refusal, Verdict, advance, build_error,
 };
 use crate::dataplane::forward::ErrorLimiter;
-use crate::dataplane::route::{Hop, RouteReader, SharedRoutes};
+use crate::dataplane::route::{Hop, SharedRoutes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
 use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, receiver, sender};
@@ -28,16 +30,14 @@ use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::{IpHeader, Scope, V4_LEN, decrement_ttl, scope};
 
-/// How long the thread sleeps at the most, so that it lets go of an old route snapshot.
-const IDLE_MS: i32 = 1000;
+/// The thread sleeps until something comes: it holds no route snapshot.
+const FOREVER_MS: i32 = -1;
 /// Packets taken from one socket at a time.
 const SLOTS: usize = 32;
 
 /// What a node's SIDs are.
 #[derive(Clone, Debug)]
-pub struct EndpointOptions {
-    /// The sockets.
-    pub raw: RawOptions,
+pub struct SidOptions {
     /// The SIDs.
     pub sids: Arc<LocalSids>,
     /// Where packets may come from and go to.
@@ -58,11 +58,16 @@ impl Endpoint {
     ///
     /// # Errors
     /// The sockets cannot be had, or there are no threads left.
-    pub fn start<H: Hop>(options: EndpointOptions, routes: &SharedRoutes<H>) -> io::Result<Self> {
+    pub fn start<H: Hop>(
+        raw: &RawOptions,
+        options: SidOptions,
+        routes: &SharedRoutes<H>,
+    ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
         let stats = Arc::<WorkerStats>::default();
-        let mut worker =
-            Worker::open(options, routes.reader(), Arc::clone(&stats)).map_err(io::Error::other)?;
+        let out = Outlet::raw(raw.source, Arc::clone(&stats)).map_err(io::Error::other)?;
+        let sids = SidWorker::new(options, routes, out);
+        let mut worker = Receiver::open(raw, sids).map_err(io::Error::other)?;
         let thread = std::thread::Builder::new()
             .name("endpoint".to_owned())
             .spawn(move || worker.run(&stopped))?;
@@ -90,52 +95,37 @@ impl Drop for Endpoint {
     }
 }
 
-struct Worker<H> {
-    options: EndpointOptions,
+/// Receives for the thread.
+struct Receiver {
     /// Number of the underlay's interface.
     interface: u32,
-    routes: RouteReader<H>,
-    stats: Arc<WorkerStats>,
     recv: Vec<(Socket, u8, RecvScratch)>,
-    out: Outlet,
     batch: DatagramBatch,
-    limiter: ErrorLimiter,
-    packet: Vec<u8>,
-    answer: Vec<u8>,
+    sids: SidWorker,
 }
 
-impl<H: Hop> Worker<H> {
-    fn open(
-        options: EndpointOptions,
-        routes: RouteReader<H>,
-        stats: Arc<WorkerStats>,
-    ) -> Result<Self, RawError> {
+impl Receiver {
+    fn open(options: &RawOptions, sids: SidWorker) -> Result<Self, RawError> {
         let recv = PROTOCOLS
             .into_iter()
             .map(|protocol| {
-                let socket = receiver(&options.raw, protocol, Audience::Endpoint)?;
+                let socket = receiver(options, protocol, Audience::Endpoint)?;
                 Ok((socket, protocol, RecvScratch::default()))
             })
             .collect::<Result<_, RawError>>()?;
         Ok(Self {
-            out: Outlet::open(options.raw.source, Arc::clone(&stats))?,
             // The sockets would not have been opened without it.
-            interface: options.raw.interface().unwrap_or_default(),
-            options,
-            routes,
-            stats,
+            interface: options.interface().unwrap_or_default(),
             recv,
             batch: DatagramBatch::new(),
-            limiter: ErrorLimiter::new(now()),
-            packet: Vec::new(),
-            answer: Vec::new(),
+            sids,
         })
     }
 
     fn run(&mut self, stopped: &PipeReader) {
         loop {
             let sockets = self.recv.iter().map(|(socket, ..)| socket.as_fd());
-            match sys::wait_readable(once(stopped.as_fd()).chain(sockets), IDLE_MS) {
+            match sys::wait_readable(once(stopped.as_fd()).chain(sockets), FOREVER_MS) {
                 Ok(ready) if ready.first() => return,
                 Ok(_) => {}
                 Err(error) => {
@@ -154,8 +144,9 @@ impl<H: Hop> Worker<H> {
             // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
             let _ = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
         }
-        self.stats.count(Count::ReceiveOverflows, self.batch.overflows());
-        self.stats.discard(DropReason::DatagramCut, self.batch.cut());
+        let stats = self.sids.stats();
+        stats.count(Count::ReceiveOverflows, self.batch.overflows());
+        stats.discard(DropReason::DatagramCut, self.batch.cut());
         for index in 0..self.batch.datagrams().len() {
             let datagram = self.batch.datagrams()[index];
             if !datagram.is_cut {
@@ -173,10 +164,10 @@ impl<H: Hop> Worker<H> {
         let envelope = datagram.envelope;
         if ![self.interface, LOOPBACK].contains(&envelope.interface) {
             // Not from the underlay, whatever its source says: a container's, say.
-            self.stats.discard(DropReason::OutsideDomain, 1);
+            self.sids.stats().discard(DropReason::OutsideDomain, 1);
             return;
         }
-        let arrived = Arrived {
+        self.sids.take(&Arrived {
             source: *from.ip(),
             destination: envelope.to,
             hop_limit: envelope.hop_limit,
@@ -188,29 +179,72 @@ impl<H: Hop> Worker<H> {
                 .bytes()
                 .get(start..start + datagram.len)
                 .unwrap_or_default(),
-        };
-        let routes = self.routes.load();
-        let is_peer = |addr: Ipv6Addr| routes.source(addr.into()).is_some();
-        let (sids, domain) = (&self.options.sids, &self.options.domain);
-        let sent = match advance(&arrived, sids, domain, is_peer, &mut self.packet) {
+        });
+    }
+}
+
+/// Does what SIDs say, for whoever receives the packets.
+pub struct SidWorker {
+    options: SidOptions,
+    is_peer: Box<dyn Fn(Ipv6Addr) -> bool + Send>,
+    out: Outlet,
+    limiter: ErrorLimiter,
+    packet: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl SidWorker {
+    /// One that knows the peers by `routes` and sends through `out`.
+    pub fn new<H: Hop>(options: SidOptions, routes: &SharedRoutes<H>, out: Outlet) -> Self {
+        let routes = routes.clone();
+        Self {
+            options,
+            // Without a reader no old snapshot is held while nothing comes.
+            is_peer: Box::new(move |addr| routes.current().source(addr.into()).is_some()),
+            out,
+            limiter: ErrorLimiter::new(now()),
+            packet: Vec::new(),
+            answer: Vec::new(),
+        }
+    }
+
+    /// Its counters.
+    pub fn stats(&self) -> &Arc<WorkerStats> {
+        &self.out.stats
+    }
+
+    /// Whether an address is in the domain or a peer's.
+    pub fn knows(&self, addr: Ipv6Addr) -> bool {
+        self.options.domain.contains(addr) || (self.is_peer)(addr)
+    }
+
+    /// Deals with a packet to one of our locators.
+    pub fn take(&mut self, arrived: &Arrived<'_>) {
+        let SidOptions {
+            sids,
+            domain,
+            link_mtu,
+        } = &self.options;
+        let link_mtu = *link_mtu;
+        let stats = Arc::clone(&self.out.stats);
+        let sent = match advance(arrived, sids, domain, &self.is_peer, &mut self.packet) {
             Ok(Verdict::Send { to }) => {
                 let is_reply = to == arrived.source;
-                let sent = self.out.outer(&mut self.packet, to, self.options.link_mtu);
+                let sent = self.out.outer(&mut self.packet, to, link_mtu);
                 let count = if is_reply {
                     Count::SegmentEchoes
                 } else {
                     Count::SegmentsForwarded
                 };
-                self.stats.count(count, u64::from(sent.is_ok()));
+                stats.count(count, u64::from(sent.is_ok()));
                 sent
             }
             Ok(Verdict::NextHop { inner, next_hop }) => {
                 self.packet.clear();
                 self.packet
                     .extend_from_slice(arrived.payload.get(inner..).unwrap_or_default());
-                let sent = self.out.inner(&mut self.packet, next_hop, self.options.link_mtu);
-                self.stats
-                    .count(Count::SegmentsForwarded, u64::from(sent.is_ok()));
+                let sent = self.out.inner(&mut self.packet, next_hop, link_mtu);
+                stats.count(Count::SegmentsForwarded, u64::from(sent.is_ok()));
                 sent
             }
             // The queues' filters let all of these through but for what is too short to be one, and what has arguments to its SID.
@@ -221,22 +255,22 @@ impl<H: Hop> Worker<H> {
             Err(refusal) => Err(refusal),
         };
         let Err(refusal) = sent else { return };
-        self.stats.discard(refusal.reason, 1);
+        stats.discard(refusal.reason, 1);
         let Some(answer) = refusal.answer else { return };
         if !self.limiter.allows(arrived.source.into(), now()) {
-            self.stats.count(Count::IcmpLimited, 1);
+            stats.count(Count::IcmpLimited, 1);
             return;
         }
-        build_error(&arrived, answer, arrived.destination, &mut self.answer);
+        build_error(arrived, answer, arrived.destination, &mut self.answer);
         if self.out.send_v6(&[&self.answer], arrived.source).is_ok() {
-            self.stats.count(Count::IcmpSent, 1);
+            stats.count(Count::IcmpSent, 1);
         }
     }
 }
 
-/// The sockets packets leave by.
-struct Outlet {
-    v6: Socket,
+/// Where packets leave.
+pub struct Outlet {
+    v6: Exit,
     /// For inner packets of End.DX4; none on a host without IPv4.
     v4: Option<Socket>,
     scratch: SendScratch,
@@ -244,17 +278,45 @@ struct Outlet {
     stats: Arc<WorkerStats>,
 }
 
+/// How IPv6 packets leave.
+enum Exit {
+    /// By a raw socket.
+    Raw(Socket),
+    /// By a TUN device, out of which the kernel forwards them by their destinations; to anybody else by a raw socket, if that can be had.
+    Tun(OwnedFd, Option<Socket>),
+}
+
 impl Outlet {
-    fn open(source: Ipv6Addr, stats: Arc<WorkerStats>) -> Result<Self, RawError> {
+    /// One of raw sockets.
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn raw(source: Ipv6Addr, stats: Arc<WorkerStats>) -> Result<Self, RawError> {
+        Ok(Self::of(Exit::Raw(sender(source)?), stats))
+    }
+
+    /// One of a TUN device.
+    pub fn tun(device: OwnedFd, source: Ipv6Addr, stats: Arc<WorkerStats>) -> Self {
+        Self::of(Exit::Tun(device, sender(source).ok()), stats)
+    }
+
+    /// Whether packets can be sent to others than those they are destined to.
+    pub fn reaches_next_hops(&self) -> bool {
+        match &self.v6 {
+            Exit::Raw(_) => true,
+            Exit::Tun(_, socket) => socket.is_some(),
+        }
+    }
+
+    fn of(v6: Exit, stats: Arc<WorkerStats>) -> Self {
         let raw = Protocol::from(libc::IPPROTO_RAW);
-        let v4 = Socket::new(SocketDomain::IPV4, Type::RAW.nonblocking().cloexec(), Some(raw)).ok();
-        Ok(Self {
-            v6: sender(source)?,
-            v4,
+        Self {
+            v6,
+            v4: Socket::new(SocketDomain::IPV4, Type::RAW.nonblocking().cloexec(), Some(raw)).ok(),
             scratch: SendScratch::default(),
             spread: Vec::new(),
             stats,
-        })
+        }
     }
 
     /// Sends an outer packet to a segment or an adjacent node.
@@ -298,13 +360,40 @@ impl Outlet {
     }
 
     fn send_v6(&mut self, packets: &[&[u8]], to: Ipv6Addr) -> Result<(), SendError> {
-        send(&self.v6, packets, (to, 0).into(), &mut self.scratch, &self.stats)
+        let socket = match &self.v6 {
+            Exit::Raw(socket) => socket,
+            Exit::Tun(device, _) if packets.iter().all(|packet| is_destined(packet, to)) => {
+                return write(device, packets);
+            }
+            Exit::Tun(_, socket) => socket.as_ref().ok_or(SendError::Denied)?,
+        };
+        send(socket, packets, (to, 0).into(), &mut self.scratch, &self.stats)
     }
 
     fn send_v4(&mut self, packets: &[&[u8]], to: Ipv4Addr) -> Result<(), SendError> {
-        let socket = self.v4.as_ref().ok_or(SendError::Unreachable)?;
+        let socket = self.v4.as_ref().ok_or(SendError::Denied)?;
         send(socket, packets, (to, 0).into(), &mut self.scratch, &self.stats)
     }
+}
+
+/// Whether an IPv6 packet goes to whom its header says.
+fn is_destined(packet: &[u8], to: Ipv6Addr) -> bool {
+    packet.get(24..40) == Some(to.octets().as_slice())
+}
+
+/// Writes IPv6 packets into a TUN device. The kernel forwards them, so each has one hop more to go than it is to have on the wire.
+fn write(device: &OwnedFd, packets: &[&[u8]]) -> Result<(), SendError> {
+    /// Hop limit in the IPv6 header, RFC 8200 §3.
+    const HOP_LIMIT_AT: usize = 7;
+    for packet in packets {
+        let Some((before, &[hop_limit, ref after @ ..])) = packet.split_at_checked(HOP_LIMIT_AT) else {
+            return Err(SendError::Refused);
+        };
+        let hop_limit = [hop_limit.saturating_add(1)];
+        let pieces = [before, &hop_limit, after].map(IoSlice::new);
+        sys::write_pieces(device.as_fd(), &pieces).map_err(|error| classify(&error))?;
+    }
+    Ok(())
 }
 
 /// Sends packets in order, with a bounded wait for a full socket; gives up at the first that cannot be sent.

@@ -9,6 +9,7 @@ pub mod endpoint;
 pub mod ethtool;
 pub mod interface;
 pub mod netlink;
+pub mod outer_tun;
 pub mod queues;
 pub mod raw;
 pub mod socket;

@@ -30,7 +30,10 @@ pub use self::message::{
     Gateway, HeldRoute, KERSEY_PROTOCOL, Link, LinkAddr, LinkChange, Route, RouteLookup, RouteOwner,
     VxlanDevice,
 };
-use self::message::{change, held_local_prefix, held_route, ip, link, link_addr, local_prefix, vxlan_device};
+use self::message::{
+    backstop, change, held_backstop, held_local_prefix, held_route, ip, link, link_addr, local_prefix,
+    v6_tunnel, vxlan_device,
+};
 pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
 use crate::addr::Ipv6Prefix;
 
@@ -153,6 +156,19 @@ impl Netlink {
             .or_refused("list", "network interfaces")?
             .into_iter()
             .filter_map(vxlan_device)
+            .collect())
+    }
+
+    /// The names of the kernel's own tunnels that take IPv4 or IPv6 out of IPv6 packets to this host.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn v6_tunnels(&self) -> Result<Vec<String>, NetlinkError> {
+        let links = self.handle.link().get().execute().try_collect::<Vec<_>>().await;
+        Ok(links
+            .or_refused("list", "network interfaces")?
+            .into_iter()
+            .filter_map(v6_tunnel)
             .collect())
     }
 
@@ -406,6 +422,41 @@ impl Netlink {
             .await;
         let messages = messages.or_refused("list", "routes")?;
         Ok(messages.iter().filter_map(held_local_prefix).collect())
+    }
+
+    /// Has packets to `prefix` dropped without a word while no other route leads there, under [`KERSEY_PROTOCOL`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn add_backstop(&self, prefix: Ipv6Prefix) -> Result<(), NetlinkError> {
+        let request = self.handle.route().add(backstop(prefix)).replace();
+        request.execute().await.or_refused("set blackhole", prefix)
+    }
+
+    /// Undoes [`add_backstop`](Self::add_backstop); one that is not there is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn delete_backstop(&self, prefix: Ipv6Prefix) -> Result<(), NetlinkError> {
+        let result = self.handle.route().del(backstop(prefix)).execute().await;
+        gone(result, &[libc::ESRCH, libc::ENODEV]).or_refused("delete blackhole", prefix)
+    }
+
+    /// What [`add_backstop`](Self::add_backstop) has made.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn own_backstops(&self) -> Result<Vec<Ipv6Prefix>, NetlinkError> {
+        let dump = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        let messages = self
+            .handle
+            .route()
+            .get(dump)
+            .execute()
+            .try_collect::<Vec<_>>()
+            .await;
+        let messages = messages.or_refused("list", "routes")?;
+        Ok(messages.iter().filter_map(held_backstop).collect())
     }
 
     /// The default routes of both families, in the kernel's order.

@@ -82,6 +82,18 @@ pub struct RawError {
     source: io::Error,
 }
 
+impl RawError {
+    /// Whether raw sockets are not to be had here at all, now or later.
+    pub fn is_refused(&self) -> bool {
+        // inet6_create (net/ipv6/af_inet6.c) says EPERM without CAP_NET_RAW and EPROTONOSUPPORT without raw sockets; security modules
+        // and seccomp filters prefer EACCES, and a filter of address families EAFNOSUPPORT.
+        matches!(
+            self.source.raw_os_error(),
+            Some(libc::EPERM | libc::EACCES | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT)
+        )
+    }
+}
+
 /// One queue's sockets.
 pub struct RawUnderlay {
     recv: Vec<(Socket, u8)>,
@@ -209,7 +221,7 @@ pub fn sender(source: Ipv6Addr) -> Result<Socket, RawError> {
         sys::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER)
             .map_err(failed("size the send buffer of"))?;
     }
-    // Otherwise the kernel would choose a source for each packet, at a tenth of its cost, only to send ours.
+    // Otherwise the kernel would choose a source for each packet, at a seventh of its cost, only to send ours.
     sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_FREEBIND, 1)
         .and_then(|()| socket.bind(&SocketAddr::from((source, 0)).into()))
         .map_err(failed("bind"))?;
@@ -672,6 +684,174 @@ impl Place {
                 run: self.run + 1,
                 segment: 0,
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::srv6::{Encapsulation, Mode};
+
+    /// Runs a program as the kernel would: `None` for one that ends badly, which rejects.
+    fn accepts(program: &[BpfInstruction], outer: &[u8], payload: &[u8]) -> bool {
+        let (mut a, mut x, mut memory, mut at) = (0u32, 0u32, [0u32; 16], 0);
+        loop {
+            let BpfInstruction {
+                code,
+                when_true,
+                when_false,
+                k,
+            } = program[at];
+            at += 1;
+            let load = |offset: u32, len: usize| {
+                if offset == sys::BPF_INTERFACE {
+                    return Some(INTERFACE);
+                }
+                let (bytes, offset) = match offset.checked_sub(OUTER) {
+                    Some(offset) => (outer, offset),
+                    None => (payload, offset),
+                };
+                let field = bytes.get(offset as usize..offset as usize + len)?;
+                Some(field.iter().fold(0, |sum, &byte| sum << 8 | u32::from(byte)))
+            };
+            let loaded = match code {
+                op::LOAD_WORD => load(k, 4),
+                op::LOAD_BYTE => load(k, 1),
+                op::LOAD_WORD_AT_X => load(x + k, 4),
+                op::LOAD_BYTE_AT_X => load(x + k, 1),
+                op::LOAD_LENGTH => Some(payload.len() as u32),
+                op::LOAD => Some(k),
+                op::LOAD_MEMORY => Some(memory[k as usize]),
+                _ => Some(a),
+            };
+            let Some(loaded) = loaded else { return false };
+            a = loaded;
+            match code {
+                op::LOAD_X => x = k,
+                op::LOAD_X_MEMORY => x = memory[k as usize],
+                op::STORE => memory[k as usize] = a,
+                op::STORE_X => memory[k as usize] = x,
+                op::A_TO_X => x = a,
+                op::XOR_X => a ^= x,
+                op::ADD => a = a.wrapping_add(k),
+                op::ADD_X => a = a.wrapping_add(x),
+                op::SUBTRACT_X => a = a.wrapping_sub(x),
+                op::MULTIPLY => a = a.wrapping_mul(k),
+                op::AND => a &= k,
+                op::SHIFT_RIGHT => a >>= k,
+                op::MODULO => a %= k,
+                op::JUMP => at += k as usize,
+                op::JUMP_EQUAL => at += usize::from(if a == k { when_true } else { when_false }),
+                op::JUMP_AT_LEAST => at += usize::from(if a >= k { when_true } else { when_false }),
+                op::JUMP_AT_LEAST_X => at += usize::from(if a >= x { when_true } else { when_false }),
+                op::RETURN => return k != 0,
+                _ => {}
+            }
+        }
+    }
+
+    /// The underlay's, and the one all packets here come by.
+    const INTERFACE: u32 = 7;
+
+    fn options(queues: usize) -> RawOptions {
+        RawOptions {
+            interface: "eth0".into(),
+            locators: vec!["fd00:0:1::/48".parse().unwrap()],
+            ends: vec!["fd00:0:1::1".parse().unwrap()],
+            source: Ipv6Addr::UNSPECIFIED,
+            queues,
+        }
+    }
+
+    /// Who gets a packet: the queues by number, and the endpoint.
+    fn audience(queues: usize, protocol: u8, to: &str, payload: &[u8]) -> (Vec<usize>, bool) {
+        let mut outer = [0; 40];
+        outer[6] = protocol;
+        outer[24..].copy_from_slice(&to.parse::<Ipv6Addr>().unwrap().octets());
+        let options = options(queues);
+        let gets = |audience| accepts(&filter(&options, INTERFACE, protocol, audience), &outer, payload);
+        let queues = (0..queues).filter(|&queue| gets(Audience::Queue(queue)));
+        (queues.collect(), gets(Audience::Endpoint))
+    }
+
+    fn inner(last: u8) -> Vec<u8> {
+        let mut packet = vec![0; 40];
+        packet[0] = 0x45;
+        packet[12..20].copy_from_slice(&[10, 244, 1, last, 10, 244, 2, last.wrapping_mul(7)]);
+        packet
+    }
+
+    /// A routing header of two segments, `left` of them to go, before an inner packet.
+    fn routed(left: u8, next: u8, inner: &[u8]) -> Vec<u8> {
+        let segments = [Ipv6Addr::from(1), Ipv6Addr::from(2)];
+        let full = Encapsulation {
+            mode: Mode::Full,
+            source: Ipv6Addr::from(3),
+            segments: &segments,
+            next_header: next,
+            hmac: None,
+        };
+        let mut srh = full.template().unwrap().as_bytes()[40..].to_vec();
+        srh[usize::try_from(SRH_SEGMENTS_LEFT).unwrap()] = left;
+        [&srh, inner].concat()
+    }
+
+    #[test]
+    fn each_packet_is_for_one_audience() {
+        const V4: u8 = next_header::IPV4;
+        const SRH: u8 = next_header::ROUTING;
+        let mut other_type = routed(0, V4, &inner(1));
+        other_type[2] = 2;
+        let (queue, endpoint, nobody) = ((vec![0], false), (vec![], true), (vec![], false));
+        for (what, protocol, to, payload, expected) in [
+            ("ends here", V4, "fd00:0:1::1", inner(1), &queue),
+            (
+                "ends here behind an SRH",
+                SRH,
+                "fd00:0:1::1",
+                routed(0, V4, &inner(1)),
+                &queue,
+            ),
+            (
+                "options behind it",
+                SRH,
+                "fd00:0:1::1",
+                routed(0, 60, &inner(1)),
+                &queue,
+            ),
+            ("goes on", SRH, "fd00:0:1::1", routed(1, V4, &inner(1)), &endpoint),
+            (
+                "an echo request",
+                SRH,
+                "fd00:0:1::1",
+                routed(0, 58, &inner(1)),
+                &endpoint,
+            ),
+            ("another routing type", SRH, "fd00:0:1::1", other_type, &endpoint),
+            ("too short", V4, "fd00:0:1::1", vec![0x45; 19], &endpoint),
+            ("a short SRH", SRH, "fd00:0:1::1", vec![4, 0], &endpoint),
+            ("another SID", V4, "fd00:0:1::e", inner(1), &endpoint),
+            ("no SID of ours", V4, "fd00:0:2::1", inner(1), &nobody),
+        ] {
+            assert_eq!(&audience(1, protocol, to, &payload), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn queues_share_flows_and_each_flow_has_one() {
+        for wrap in [
+            |packet: Vec<u8>| (next_header::IPV4, packet),
+            |packet: Vec<u8>| (next_header::ROUTING, routed(0, next_header::IPV4, &packet)),
+        ] {
+            let mut shares = [0; 3];
+            for last in 0..200 {
+                let (protocol, payload) = wrap(inner(last));
+                let (queues, endpoint) = audience(3, protocol, "fd00:0:1::1", &payload);
+                assert_eq!((queues.len(), endpoint), (1, false), "{last}");
+                shares[queues[0]] += 1;
+            }
+            assert!(shares.iter().all(|&share| share > 30), "{shares:?}");
         }
     }
 }

@@ -8,23 +8,22 @@ use crate::dataplane::datagram::DatagramBatch;
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{SendFailure, Underlay};
+use crate::host::outer_tun::OuterTun;
 use crate::host::raw::RawUnderlay;
 use crate::host::socket::UdpUnderlay;
 
-/// One queue's sockets.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "there are a few, which live as long as the daemon"
-)]
+/// What one queue sends and receives by.
 pub enum AnyUnderlay {
     /// For backends in UDP.
     Udp(UdpUnderlay),
     /// For SRv6.
     Raw(RawUnderlay),
+    /// For SRv6 where raw sockets cannot be had.
+    Tun(OuterTun),
 }
 
 impl AnyUnderlay {
-    /// The same sockets for the other direction.
+    /// The same for the outbound direction.
     ///
     /// # Errors
     /// Out of descriptors.
@@ -32,16 +31,21 @@ impl AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.try_clone().map(Self::Udp),
             Self::Raw(underlay) => underlay.try_clone().map(Self::Raw),
+            Self::Tun(underlay) => underlay.try_clone().map(Self::Tun),
         }
     }
 
     /// What to wait for before receiving.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let (udp, raw) = match self {
-            Self::Udp(underlay) => (Some(underlay.readable()), None),
-            Self::Raw(underlay) => (None, Some(underlay.readable())),
+        let (udp, raw, tun) = match self {
+            Self::Udp(underlay) => (Some(underlay.readable()), None, None),
+            Self::Raw(underlay) => (None, Some(underlay.readable()), None),
+            Self::Tun(underlay) => (None, None, Some(underlay.readable())),
         };
-        udp.into_iter().flatten().chain(raw.into_iter().flatten())
+        udp.into_iter()
+            .flatten()
+            .chain(raw.into_iter().flatten())
+            .chain(tun)
     }
 }
 
@@ -51,6 +55,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.recv(batch),
             Self::Raw(underlay) => underlay.recv(batch),
+            Self::Tun(underlay) => underlay.recv(batch),
         }
     }
 
@@ -65,6 +70,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.send(plan, batch, stats, failures),
             Self::Raw(underlay) => underlay.send(plan, batch, stats, failures),
+            Self::Tun(underlay) => underlay.send(plan, batch, stats, failures),
         }
     }
 
@@ -72,6 +78,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.limits(to),
             Self::Raw(underlay) => underlay.limits(to),
+            Self::Tun(underlay) => underlay.limits(to),
         }
     }
 
@@ -79,6 +86,7 @@ impl Underlay for AnyUnderlay {
         match self {
             Self::Udp(underlay) => underlay.source_ports(),
             Self::Raw(underlay) => underlay.source_ports(),
+            Self::Tun(underlay) => underlay.source_ports(),
         }
     }
 }

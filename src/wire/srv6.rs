@@ -104,6 +104,14 @@ impl OuterHeader {
     /// Not IPv6, or the length field says more than there is.
     pub fn parse(packet: &[u8]) -> Result<(Self, &[u8]), Malformed> {
         let (header, rest) = packet.split_first_chunk::<V6_LEN>().ok_or(Malformed::Truncated)?;
+        Self::parse_apart(header, rest)
+    }
+
+    /// The same for a header that lies apart from `rest`, what follows it.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub fn parse_apart<'a>(header: &[u8; V6_LEN], rest: &'a [u8]) -> Result<(Self, &'a [u8]), Malformed> {
         let &[w0, w1, w2, w3, l0, l1, next_header, hop_limit, ref addresses @ ..] = header;
         let word = u32::from_be_bytes([w0, w1, w2, w3]);
         if word >> 28 != 6 {

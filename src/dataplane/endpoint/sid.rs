@@ -251,6 +251,16 @@ impl LocalSid {
         }
     }
 
+    /// Whether what passes it goes to a next hop of its own, wherever it is destined to.
+    pub fn has_next_hop(&self) -> bool {
+        match self.action {
+            Action::EndX(_) | Action::Ua(..) => true,
+            Action::EndDx4(next_hop) => next_hop.is_some(),
+            Action::EndDx6(next_hop) => next_hop.is_some(),
+            Action::End | Action::EndDt4 | Action::EndDt6 | Action::EndDt46 | Action::Un(_) => false,
+        }
+    }
+
     pub(super) fn adjacency(&self) -> Option<Ipv6Addr> {
         match self.action {
             Action::EndX(adjacency) | Action::Ua(_, adjacency) => Some(adjacency),

@@ -190,20 +190,46 @@ pub(super) fn local_prefix(prefix: Ipv6Prefix) -> RouteMessage {
     message
 }
 
+/// Behind every route anybody else would make.
+const BACKSTOP_METRIC: u32 = u32::MAX - 1;
+
+/// A route that drops packets to a prefix for want of a better one.
+pub(super) fn backstop(prefix: Ipv6Prefix) -> RouteMessage {
+    let mut message = RouteMessageBuilder::<Ipv6Addr>::new()
+        .destination_prefix(prefix.addr(), prefix.len())
+        .priority(BACKSTOP_METRIC)
+        .build();
+    message.header.protocol = RouteProtocol::Other(KERSEY_PROTOCOL);
+    message.header.kind = RouteType::BlackHole;
+    message
+}
+
+/// The prefix of a route that [`backstop`] has made.
+pub(super) fn held_backstop(message: &RouteMessage) -> Option<Ipv6Prefix> {
+    let header = &message.header;
+    let ours = header.protocol == RouteProtocol::Other(KERSEY_PROTOCOL)
+        && header.kind == RouteType::BlackHole
+        && message
+            .attributes
+            .contains(&RouteAttribute::Priority(BACKSTOP_METRIC));
+    ours.then(|| v6_destination(message)).flatten()
+}
+
 /// The prefix of a route that [`local_prefix`] has made.
 pub(super) fn held_local_prefix(message: &RouteMessage) -> Option<Ipv6Prefix> {
     let header = &message.header;
     let ours = header.protocol == RouteProtocol::Other(KERSEY_PROTOCOL)
         && header.kind == RouteType::Local
         && header.table == TABLE_LOCAL;
-    if !ours {
-        return None;
-    }
+    ours.then(|| v6_destination(message)).flatten()
+}
+
+fn v6_destination(message: &RouteMessage) -> Option<Ipv6Prefix> {
     message.attributes.iter().find_map(|attribute| {
         let RouteAttribute::Destination(RouteAddress::Inet6(addr)) = attribute else {
             return None;
         };
-        Ipv6Prefix::new(*addr, header.destination_prefix_length).ok()
+        Ipv6Prefix::new(*addr, message.header.destination_prefix_length).ok()
     })
 }
 
@@ -290,6 +316,18 @@ pub(super) fn link(message: LinkMessage) -> Link {
 }
 
 /// The VXLAN device `message` is about, if it is about one.
+/// The name of a link that has the kernel look at next headers 4 and 41 of IPv6 packets to this host.
+pub(super) fn v6_tunnel(message: LinkMessage) -> Option<String> {
+    let is_tunnel = message.attributes.iter().any(|attribute| {
+        let LinkAttribute::LinkInfo(infos) = attribute else {
+            return false;
+        };
+        let kinds = [InfoKind::Ip6Tnl, InfoKind::Vti6].map(LinkInfo::Kind);
+        infos.iter().any(|info| kinds.contains(info))
+    });
+    is_tunnel.then(|| link(message).name)
+}
+
 pub(super) fn vxlan_device(message: LinkMessage) -> Option<VxlanDevice> {
     let mut device = VxlanDevice {
         link: Link::default(),
@@ -441,5 +479,47 @@ pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Lin
         route(&message).map(LinkChange::RouteGone)
     } else {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tunnels_over_ipv6_are_told_from_others() {
+        for (kind, is_tunnel) in [
+            (InfoKind::Ip6Tnl, true),
+            (InfoKind::Vti6, true),
+            // Of IPv4 packets, and none.
+            (InfoKind::SitTun, false),
+            (InfoKind::Vxlan, false),
+        ] {
+            let mut message = LinkMessage::default();
+            message.attributes = vec![
+                LinkAttribute::IfName("tnl0".to_owned()),
+                LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind.clone())]),
+            ];
+            let found = is_tunnel.then(|| "tnl0".to_owned());
+            assert_eq!(v6_tunnel(message), found, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_backstop_is_known_by_its_metric() {
+        let prefix: Ipv6Prefix = "fd12:3456:789a:c000:201::/80".parse().unwrap();
+        let message = backstop(prefix);
+        assert_eq!(held_backstop(&message), Some(prefix));
+        assert_eq!(held_local_prefix(&message), None);
+        let mut by_somebody = message.clone();
+        by_somebody.header.protocol = RouteProtocol::Static;
+        let mut other_metric = message;
+        other_metric
+            .attributes
+            .retain(|attribute| !matches!(attribute, RouteAttribute::Priority(_)));
+        assert_eq!(
+            [by_somebody, other_metric].map(|message| held_backstop(&message)),
+            [None, None]
+        );
     }
 }
