@@ -42,6 +42,14 @@ fn locators_are_routed_and_a_narrow_link_is_no_hole() {
             bulk(two, one, TRANSFER);
         }
         for nth in [1, 2] {
+            // The second to send over TCP was told by the first what fits; this is too large for sure.
+            let ping = Ping {
+                count: 1,
+                data_bytes: usize::from(NARROW) - 28,
+                timeout: Duration::from_millis(50),
+                ..Ping::default()
+            };
+            ping.run(overlay.pod(nth), overlay.pod(3 - nth).addr).unwrap();
             overlay.wait(nth, within(Duration::from_secs(2)), |status| {
                 status.peers[0].narrow_mtu == Some(inner)
             });
@@ -237,7 +245,19 @@ fn routed(mode: &str) -> Overlay {
     ip(hub, &format!("-6 route add {two} via 2001:db8:3::2"));
     ip(router, &format!("-6 route add {two} via 2001:db8:2::2"));
     for (one, two) in overlay.pods(1).into_iter().zip(overlay.pods(2)) {
-        reach(one, two, &[84]);
+        // Neighbours are looked for first.
+        wait_for(
+            "the routers know their neighbours",
+            within(Duration::from_secs(5)),
+            || {
+                let ping = Ping {
+                    count: 1,
+                    timeout: Duration::from_millis(100),
+                    ..Ping::default()
+                };
+                ping.run(one, two.addr).unwrap().all()
+            },
+        );
     }
     overlay
 }
