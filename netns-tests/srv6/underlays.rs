@@ -65,6 +65,32 @@ fn locators_are_routed_and_a_narrow_link_is_no_hole() {
     }
 }
 
+/// The narrow link is behind a waypoint, so routers name the second segment and not the one that packets are sent to.
+#[test]
+fn a_narrow_link_behind_a_waypoint_is_no_hole() {
+    if !require_etcd("a_narrow_link_behind_a_waypoint_is_no_hole") {
+        return;
+    }
+    let via = "fd00:5:0:e000::e";
+    let paths = json!([{ "To": "2001:db8:2::2", "Via": [via] }]);
+    let mut overlay = routed_with("reduced", 3, paths);
+    for family in [0, 1] {
+        let (one, two) = (overlay.pods(1)[family], overlay.pods(2)[family]);
+        bulk(one, two, TRANSFER);
+        bulk(two, one, TRANSFER);
+    }
+    overlay.wait(1, within(Duration::from_secs(2)), |status| {
+        let mut peers = status.peers.iter();
+        peers.any(|peer| peer.narrow_mtu == Some(NARROW - 64))
+    });
+    for family in [0, 1] {
+        let (one, two) = (overlay.pods(1)[family], overlay.pods(2)[family]);
+        reach(one, two, &[84, usize::from(NARROW) - 64]);
+        datagrams(one, two, usize::from(NARROW) - 64 - 48);
+    }
+    assert!(overlay.status(3).counters["segments_forwarded"] > 1000);
+}
+
 #[test]
 fn a_container_is_told_of_a_narrow_link_at_once() {
     if !require_etcd("a_container_is_told_of_a_narrow_link_at_once") {
@@ -187,12 +213,21 @@ fn the_kernels_own_is_switched_off_and_said() {
 
 /// Nodes 1 and 2 far from one another. Their locators follow from the numbers of their subnets.
 fn routed(mode: &str) -> Overlay {
-    let mut blueprint = Blueprint::new(&format!("s6rt{}", &mode[..1]), 3);
-    blueprint.daemons = 2;
-    let settings = json!({ "Mode": mode, "Block": "fd00:5::/48", "LocatorLen": 64 });
+    routed_with(mode, 2, json!([]))
+}
+
+/// The same with so many daemons, the others on the link of node 1, and with paths; node 3's locator is fd00:5:0:e000::/64.
+fn routed_with(mode: &str, daemons: usize, paths: Value) -> Overlay {
+    let last = daemons + 1;
+    let mut blueprint = Blueprint::new(&format!("s6rt{}{daemons}", &mode[..1]), last);
+    blueprint.daemons = daemons;
+    let settings = json!({ "Mode": mode, "Block": "fd00:5::/48", "LocatorLen": 64, "Paths": paths });
     blueprint.network = network(settings, true);
+    let flag = "--srv6-locator=fd00:5:0:e000::/64".to_owned();
+    blueprint.own_flags.insert(3, vec![flag]);
     let mut overlay = blueprint.build();
-    let (hub, router) = (overlay.hub(), overlay.namespace(3));
+    let (hub, router) = (overlay.hub(), overlay.namespace(last));
+    let port = format!("p{last}");
     for namespace in [hub, router] {
         namespace.sysctl("ipv4/ip_forward", "1").unwrap();
         namespace.sysctl("ipv6/conf/all/forwarding", "1").unwrap();
@@ -218,10 +253,10 @@ fn routed(mode: &str) -> Overlay {
             &format!("-6 route replace default via 2001:db8:{net}::{low}"),
         );
     };
-    ip(hub, "link set p3 nomaster");
-    ip(hub, &format!("link set p3 mtu {NARROW}"));
+    ip(hub, &format!("link set {port} nomaster"));
+    ip(hub, &format!("link set {port} mtu {NARROW}"));
     ip(router, &format!("link set {INTERFACE} mtu {NARROW}"));
-    addresses(hub, "p3", 3, 1);
+    addresses(hub, &port, 3, 1);
     addresses(router, INTERFACE, 3, 2);
     default(router, 3, 1);
     ip(hub, &format!("link set p2 netns {}", router.name()));
@@ -240,7 +275,10 @@ fn routed(mode: &str) -> Overlay {
         assert_eq!(locator, format!("fd00:5:0:{number:x}::/64"));
         locator
     });
-    let (hub, router) = (overlay.hub(), overlay.namespace(3));
+    let (hub, router) = (overlay.hub(), overlay.namespace(last));
+    if daemons > 2 {
+        ip(hub, "-6 route add fd00:5:0:e000::/64 via 2001:db8:1::3");
+    }
     ip(hub, &format!("-6 route add {one} via 2001:db8:1::1"));
     ip(hub, &format!("-6 route add {two} via 2001:db8:3::2"));
     ip(router, &format!("-6 route add {two} via 2001:db8:2::2"));

@@ -141,8 +141,15 @@ impl Receiver {
     fn turn(&mut self) -> bool {
         self.batch.clear();
         for (socket, protocol, scratch) in &mut self.recv {
-            // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
-            let _ = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
+            let received = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
+            match received {
+                // A packet too big, about any stop of a path: the next send to the first may well succeed.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                    self.sids.stats().count(Count::PathTooBig, 1);
+                }
+                // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
+                Ok(_) | Err(_) => {}
+            }
             clear_errors(socket);
         }
         let stats = self.sids.stats();
