@@ -32,4 +32,5 @@ mod overlay;
 mod proof;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlays;
 mod waypoint;

@@ -147,6 +147,11 @@ pub trait Backend: Clone + Send + 'static {
         None
     }
 
+    /// Where packets by this hop go after its endpoint: routers behind that name these when a packet is too big.
+    fn stops(&self, _hop: &<Self::Encap as Encap>::Hop) -> Vec<IpAddr> {
+        Vec::new()
+    }
+
     /// Bytes added to an inner packet on its way, the outer IP header included.
     fn overhead(&self, hop: &<Self::Encap as Encap>::Hop) -> u16;
 

@@ -75,6 +75,8 @@ pub struct Srv6Hop {
     ecn: EcnPolicy,
     mute: bool,
     template: Box<Template>,
+    /// The segments after the first.
+    stops: Box<[Ipv6Addr]>,
 }
 
 impl Hop for Srv6Hop {
@@ -566,6 +568,10 @@ impl Backend for Srv6Backend {
         Ok(self)
     }
 
+    fn stops(&self, hop: &Srv6Hop) -> Vec<IpAddr> {
+        hop.stops.iter().copied().map(IpAddr::V6).collect()
+    }
+
     fn overhead(&self, hop: &Srv6Hop) -> u16 {
         let own = u16::try_from(hop.template.len()).unwrap_or(u16::MAX);
         // What comes back from a mute peer is as long as that peer makes it.
@@ -637,6 +643,7 @@ impl Backend for Srv6Backend {
             ecn: peer.ecn,
             mute: peer.concept_mac.is_some(),
             template: Box::new(template),
+            stops: segments.get(1..).unwrap_or_default().into(),
         })
     }
 

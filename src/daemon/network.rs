@@ -1,6 +1,6 @@
 //! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::iter::once;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
@@ -115,6 +115,8 @@ impl SegmentIo {
 pub(super) struct InstalledPeer {
     attrs: LeaseAttrs,
     pub(super) endpoints: Vec<SocketAddr>,
+    /// The endpoints' addresses, and where packets go after them: the narrowest way counts.
+    stops: BTreeSet<IpAddr>,
     /// The largest packet it can be sent, the smallest of its prefixes'.
     inner_mtu: Mtu,
     pub(super) stats: PeerStats,
@@ -291,6 +293,7 @@ impl<B: Backend> DataPlane<B> {
         let mut peer = InstalledPeer {
             attrs,
             endpoints: Vec::new(),
+            stops: BTreeSet::new(),
             inner_mtu: self.inner_mtu,
             whole_mtu: self.inner_mtu,
             stats,
@@ -316,7 +319,11 @@ impl<B: Backend> DataPlane<B> {
                 .minus(overhead)
                 .map_or(self.inner_mtu, |left| left.min(self.inner_mtu));
             peer.whole_mtu = peer.whole_mtu.min(whole);
-            let inner_mtu = self.paths.inner_mtu(prefix, endpoint.ip(), overhead, whole);
+            let mut inner_mtu = whole;
+            for stop in once(endpoint.ip()).chain(self.backend.stops(&hop)) {
+                inner_mtu = inner_mtu.min(self.paths.inner_mtu(prefix, stop, overhead, whole));
+                peer.stops.insert(stop);
+            }
             peer.inner_mtu = peer.inner_mtu.min(inner_mtu);
             let stats = peer.stats.clone();
             routes.insert(
@@ -366,24 +373,24 @@ impl<B: Backend> DataPlane<B> {
         if !self.paths.wants_survey(too_big, now) {
             return false;
         }
-        let endpoints = self.peers.values().flat_map(|peer| &peer.endpoints);
-        let endpoints = endpoints.map(SocketAddr::ip).collect();
+        let stops = self
+            .peers
+            .values()
+            .flat_map(|peer| &peer.stops)
+            .copied()
+            .collect();
         let measure = |to| {
             let heard = self.heard.get(to, now.into_std());
             socket::path_mtu(to).map(|mtu| heard.map_or(mtu, |heard| heard.min(mtu)))
         };
-        let changed = self.paths.survey(endpoints, measure, now);
+        let changed = self.paths.survey(stops, measure, now);
         if changed.is_empty() {
             return false;
         }
         let concerned: Vec<Subnet> = self
             .peers
             .iter()
-            .filter(|(_, peer)| {
-                peer.endpoints
-                    .iter()
-                    .any(|endpoint| changed.contains(&endpoint.ip()))
-            })
+            .filter(|(_, peer)| !peer.stops.is_disjoint(&changed))
             .map(|(subnet, _)| *subnet)
             .collect();
         let mut routes = (*self.routes.current()).clone();

@@ -25,7 +25,7 @@ use crate::dataplane::forward::ErrorLimiter;
 use crate::dataplane::route::{Hop, SharedRoutes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
-use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, receiver, sender};
+use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, clear_errors, receiver, sender};
 use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::{IpHeader, Scope, V4_LEN, decrement_ttl, scope};
@@ -141,8 +141,16 @@ impl Receiver {
     fn turn(&mut self) -> bool {
         self.batch.clear();
         for (socket, protocol, scratch) in &mut self.recv {
-            // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
-            let _ = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
+            let received = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
+            match received {
+                // A packet too big, about any stop of a path: the next send to the first may well succeed.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                    self.sids.stats().count(Count::PathTooBig, 1);
+                }
+                // The interface may be gone for the moment; it comes back, or the daemon makes all this anew.
+                Ok(_) | Err(_) => {}
+            }
+            clear_errors(socket);
         }
         let stats = self.sids.stats();
         stats.count(Count::ReceiveOverflows, self.batch.overflows());

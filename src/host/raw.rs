@@ -22,8 +22,9 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use nix::sys::socket::{MsgFlags, recv};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::addr::Ipv6Prefix;
@@ -184,7 +185,10 @@ pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Resul
         sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;
     }
     if audience == Audience::Endpoint {
-        for option in [libc::IPV6_RECVHOPLIMIT, sys::IPV6_FLOWINFO] {
+        // Without a raw socket that asks for errors, the kernel learns nothing from a packet too big about what we sent
+        // (rawv6_err of net/ipv6/raw.c). One that asks is enough, and this thread has the time to clear them away.
+        let wanted = [libc::IPV6_RECVHOPLIMIT, sys::IPV6_FLOWINFO, libc::IPV6_RECVERR];
+        for option in wanted {
             sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;
         }
     }
@@ -195,6 +199,15 @@ pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Resul
     // Counting overflows is for show; a kernel without it loses nothing.
     let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
     Ok(socket)
+}
+
+/// Clears away what the network said of packets sent before: the kernel has drawn its conclusions, and what is left unread takes the room
+/// of packets.
+pub fn clear_errors(socket: &Socket) {
+    let mut message = [0];
+    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+    // It ends with EAGAIN, or with a socket that is of no use anyway.
+    while recv(socket.as_fd().as_raw_fd(), &mut message, flags).is_ok() {}
 }
 
 /// Opens a socket that sends whole IPv6 packets, whose source is most often `source`.
