@@ -308,7 +308,7 @@ async fn join<B: Backend>(
         subnet: None,
     };
     // The subnet will most likely be the one of an earlier life.
-    let remembered = control.remembered(&lease_attrs(&backend, &config, &interface));
+    let remembered = control.remembered(&lease_attrs(&backend, &config, &interface), &config);
     place.subnet = remembered.map(|subnet| config.number(subnet));
     let backend = backend.placed(&place)?;
     let underlay = Underlay {
@@ -403,7 +403,7 @@ async fn stay<B: Backend>(
         let mut table = published.peers.borrow_and_update().clone();
         // A peer is in the table once its locator can be reached, if it has one.
         report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
-        plane.follow(&table);
+        plane.follow(&table, &direct.refused);
         report.set_plane(&plane);
         announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
@@ -414,7 +414,7 @@ async fn stay<B: Backend>(
                     table = published.peers.borrow_and_update().clone();
                     direct.kernel.peers_changed();
                     if !by_locators {
-                        plane.follow(&table);
+                        plane.follow(&table, &direct.refused);
                         report.set_plane(&plane);
                     }
                 }
@@ -432,7 +432,7 @@ async fn stay<B: Backend>(
                 () = at(direct.kernel.due()) => {
                     report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
                     if by_locators {
-                        plane.follow(&table);
+                        plane.follow(&table, &direct.refused);
                         report.set_plane(&plane);
                     }
                 }
@@ -450,6 +450,13 @@ async fn stay<B: Backend>(
                 }
                 Some(change) = changes.next() => {
                     direct.kernel.note(&change, &setup.interface.name);
+                    if let LinkChange::Link(link) = &change
+                        && link.name == setup.interface.name
+                        && plane.bound_to.is_some_and(|index| index != link.index)
+                    {
+                        tracing::warn!(interface = link.name, "the underlay interface is another now; making the sockets anew");
+                        break;
+                    }
                     if concerns(&change, &plane.devices()) {
                         look_due.get_or_insert_with(|| Instant::now() + GATHER);
                     }

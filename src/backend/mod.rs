@@ -170,6 +170,11 @@ pub trait Backend: Clone + Send + 'static {
         false
     }
 
+    /// What the underlay is taken to carry, where the link carries `interface`.
+    fn link_mtu(&self, interface: Mtu) -> Mtu {
+        interface
+    }
+
     /// What becomes of outer datagrams larger than their path.
     fn oversize(&self) -> OversizePolicy;
 

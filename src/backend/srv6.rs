@@ -382,7 +382,12 @@ impl Srv6Backend {
 
     fn data(&self) -> Option<String> {
         let placed = self.placed.as_ref()?;
-        let sids = placed.sids.iter().map(|(prefix, sid)| SidData {
+        // Peers take SIDs in the locator only; others are for those who are told of them.
+        let told = placed
+            .sids
+            .iter()
+            .filter(|(prefix, _)| placed.locator.covers(*prefix));
+        let sids = told.map(|(prefix, sid)| SidData {
             sid: prefix.addr(),
             behavior: sid.behavior().to_string(),
         });
@@ -440,6 +445,20 @@ impl Srv6Backend {
         let source = data
             .source
             .ok_or_else(|| wrong("Source", "missing", "must be given"))?;
+        // What is claimed here must not be somebody else's: locators are held against each other, all else against its locator.
+        if !self.block.covers(locator) || locator.len() <= self.block.len() {
+            return Err(wrong(
+                "Locator",
+                &locator.to_string(),
+                "must lie in the network's Block",
+            ));
+        }
+        if !locator.contains(source) {
+            return Err(wrong("Source", &source.to_string(), "must lie in the Locator"));
+        }
+        if let Some(sid) = data.sids.iter().find(|sid| !locator.contains(sid.sid)) {
+            return Err(wrong("SID", &sid.sid.to_string(), "must lie in the Locator"));
+        }
         Ok(PeerData {
             locator,
             source,
@@ -578,6 +597,10 @@ impl Backend for Srv6Backend {
         if hop.mute { own.max(FULL_OVERHEAD) } else { own }
     }
 
+    fn link_mtu(&self, interface: Mtu) -> Mtu {
+        self.link_mtu.map_or(interface, |mtu| mtu.min(interface))
+    }
+
     fn oversize(&self) -> OversizePolicy {
         OversizePolicy {
             v4: Oversize::Refuse,
@@ -596,19 +619,19 @@ impl Backend for Srv6Backend {
 
     fn inner_mtu(&self, link_mtu: Mtu, _underlay: Underlay) -> Result<Mtu, AddrError> {
         // The longest path counts: whatever fits it fits all, and nobody has to be told.
-        let waypoints = self.paths.iter().map(|path| path.via.len()).max();
-        let segments = vec![Ipv6Addr::UNSPECIFIED; waypoints.unwrap_or(0) + 1];
-        let longest = Encapsulation {
-            mode: self.mode,
-            source: Ipv6Addr::UNSPECIFIED,
-            segments: &segments,
-            next_header: next_header::IPV4,
-            hmac: self.signs.as_ref(),
-        };
-        // A path too long for any header is refused where it is used.
-        let overhead = longest.template().map_or(FULL_OVERHEAD, |template| {
-            u16::try_from(template.len()).unwrap_or(u16::MAX)
+        let waypoints = self.paths.iter().map(|path| path.via.len()).chain([0]);
+        let overheads = waypoints.filter_map(|waypoints| {
+            let path = Encapsulation {
+                mode: self.mode,
+                source: Ipv6Addr::UNSPECIFIED,
+                segments: &vec![Ipv6Addr::UNSPECIFIED; waypoints + 1],
+                next_header: next_header::IPV4,
+                hmac: self.signs.as_ref(),
+            };
+            // A path too long for any header is refused where it is used.
+            u16::try_from(path.template().ok()?.len()).ok()
         });
+        let overhead = overheads.max().unwrap_or(FULL_OVERHEAD);
         self.link_mtu.unwrap_or(link_mtu).minus(overhead)
     }
 
@@ -844,8 +867,24 @@ mod tests {
         for (data, named) in [
             (r#"{"MACAddr":"AgAA"}"#, "MACAddr"),
             (r#"{"Version":1}"#, "Locator"),
-            (r#"{"Version":1,"Locator":"fd00::/64"}"#, "Source"),
+            (r#"{"Version":1,"Locator":"fd12:3456:789a:1::/64"}"#, "Source"),
             (r#"{"Version":1,"Locator":"fd00::"}"#, "BackendData"),
+            (
+                r#"{"Version":1,"Locator":"fd00::/64","Source":"fd00::1"}"#,
+                "Locator",
+            ),
+            (
+                r#"{"Version":1,"Locator":"fd12:3456:789a::/48","Source":"fd12:3456:789a::1"}"#,
+                "Locator",
+            ),
+            (
+                r#"{"Version":1,"Locator":"fd12:3456:789a:1::/64","Source":"fd12:3456:789a:2::1"}"#,
+                "Source",
+            ),
+            (
+                r#"{"Version":1,"Locator":"fd12:3456:789a:1::/64","Source":"fd12:3456:789a:1::1","SIDs":[{"SID":"ff02::1","Behavior":"End.DT46"}]}"#,
+                "SID",
+            ),
         ] {
             let error = backend.hop(v4(), &attrs(data), UNDERLAY).err().unwrap();
             assert!(error.to_string().contains(named), "{data}: {error}");

@@ -10,6 +10,7 @@
 
 use rand::{Rng, RngExt};
 
+use crate::addr::{Ipv4Prefix, Ipv6Prefix};
 use crate::control::config::{NetworkConfig, Prefixed, SubnetRange, size};
 use crate::lease::{LeaseAttrs, Subnet};
 
@@ -75,13 +76,44 @@ pub fn choose(
     let v4 = config
         .v4
         .map(|range| draw(&range, taken.iter().filter_map(|subnet| subnet.ipv4()), rng));
-    let v6 = config
-        .v6
-        .map(|range| draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng));
+    let v4 = v4.transpose()?;
+    let v6 = match (config.v4, v4, config.v6) {
+        (_, _, None) => None,
+        (Some(range_v4), Some(v4), Some(range)) => {
+            let beside = beside(&range_v4, v4, &range);
+            let beside = beside.filter(|&v6| {
+                !taken
+                    .iter()
+                    .any(|other| other.v6.is_some_and(|held| held.overlaps(v6)))
+            });
+            match beside {
+                Some(v6) => Some(v6),
+                None => Some(draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng)?),
+            }
+        }
+        (_, _, Some(range)) => Some(draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng)?),
+    };
     Ok(Subnet {
-        v4: v4.transpose()?.unwrap_or(Subnet::NO_V4),
-        v6: v6.transpose()?,
+        v4: v4.unwrap_or(Subnet::NO_V4),
+        v6,
     })
+}
+
+/// The IPv6 subnet with the number of an IPv4 one, if the range goes as far.
+///
+/// A registry refuses a second lease under one name, and the name of a dual-stack lease has both subnets in it: of two nodes that start at
+/// once, each with another IPv4 subnet, nobody would notice that they drew the same IPv6 subnet. So the one follows the other.
+fn beside(
+    range_v4: &SubnetRange<Ipv4Prefix>,
+    v4: Ipv4Prefix,
+    range: &SubnetRange<Ipv6Prefix>,
+) -> Option<Ipv6Prefix> {
+    let number = v4.first().checked_sub(range_v4.min.first())? / size::<Ipv4Prefix>(range_v4.subnet_len());
+    let first = number
+        .checked_mul(size::<Ipv6Prefix>(range.subnet_len()))
+        .and_then(|offset| range.min.first().checked_add(offset))
+        .filter(|&first| first <= range.max.first())?;
+    Ipv6Prefix::at(first, range.subnet_len())
 }
 
 fn draw<P: Prefixed>(
@@ -129,7 +161,6 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
-    use crate::addr::{Ipv4Prefix, Ipv6Prefix};
 
     fn config(text: &str) -> NetworkConfig {
         NetworkConfig::parse(text).unwrap()
@@ -141,6 +172,26 @@ mod tests {
 
     fn keys(keys: &[&str]) -> Vec<Subnet> {
         keys.iter().map(|key| key.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn ipv6_has_the_number_of_ipv4_where_that_is_free() {
+        let config = config(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48"}"#);
+        let mut rng = StdRng::seed_from_u64(7);
+        let chosen = choose(&config, &[], None, &mut rng).unwrap();
+        let number = chosen.ipv4().unwrap().addr().octets()[2];
+        let v6 = |number: u8| {
+            format!("fd00:244:0:{number:x}::/64")
+                .parse::<Ipv6Prefix>()
+                .unwrap()
+        };
+        assert_eq!(chosen.v6, Some(v6(number)));
+        // Somebody has it: another.
+        let all_v6 = keys(&[&format!("10.244.254.0-24&fd00:244:0:{number:x}::-64")]);
+        let mut rng = StdRng::seed_from_u64(7);
+        let other = choose(&config, &all_v6, None, &mut rng).unwrap();
+        assert_eq!(other.ipv4(), chosen.ipv4());
+        assert!(other.v6.is_some() && other.v6 != chosen.v6);
     }
 
     #[test]

@@ -239,8 +239,11 @@ impl Control {
     }
 
     /// The subnet of an earlier life of the node that `attrs` describes, if the network would still hand it out.
-    pub fn remembered(&self, attrs: &LeaseAttrs) -> Option<Subnet> {
-        subnet_file::previous(&self.options.subnet_file).or_else(|| self.cached_subnet(attrs))
+    pub fn remembered(&self, attrs: &LeaseAttrs, config: &NetworkConfig) -> Option<Subnet> {
+        let previous = subnet_file::previous(&self.options.subnet_file);
+        previous
+            .filter(|&subnet| config.fits(subnet))
+            .or_else(|| self.cached_subnet(attrs))
     }
 
     fn cached_subnet(&self, attrs: &LeaseAttrs) -> Option<Subnet> {
@@ -254,7 +257,9 @@ impl Control {
         let lease = match self.store.renew(&lease).await {
             Ok(amended) => amended,
             Err(error) => {
-                tracing::warn!(%error, "cannot complete our lease yet");
+                tracing::warn!(%error, "cannot complete our lease yet; trying on");
+                // As one that the store knows nothing of yet: it is renewed as soon as that goes.
+                self.source = Source::Cache;
                 lease
             }
         };

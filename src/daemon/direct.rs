@@ -4,10 +4,10 @@
 //! which is more specific than the network's route to the device. All others, and this one as soon as the kernel will not have its
 //! route, go through the tunnel; so nothing here is ever a failure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::addr::{MacAddr, Prefix};
+use crate::addr::{Ipv6Prefix, MacAddr, Prefix};
 use crate::backend::{Backend, Locator};
 use crate::control::peers::PeerTable;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
@@ -22,6 +22,8 @@ use crate::lease::{LeaseAttrs, Subnet};
 pub(super) struct DirectRoutes {
     /// The routes; their due time is when to call [`follow`](Self::follow) again.
     pub(super) kernel: KernelRoutes,
+    /// Peers whose locator is another peer's, or ours.
+    pub(super) refused: BTreeSet<Subnet>,
     /// Neighbours pinned because their nodes do not answer for their addresses.
     pinned: BTreeMap<IpAddr, MacAddr>,
 }
@@ -38,6 +40,7 @@ impl DirectRoutes {
         Self {
             kernel: KernelRoutes::new(setup.netlink.clone(), networks, upkeep)
                 .leave(own_locators(&setup.backend.carrier()).map(Prefix::V6)),
+            refused: BTreeSet::new(),
             pinned: BTreeMap::new(),
         }
     }
@@ -67,14 +70,13 @@ impl DirectRoutes {
                 }
             }
         }
-        for (_, attrs) in table.iter() {
-            if let Some(locator) = setup.backend.locator_of(attrs)
-                && let Some(route) = locator_route(setup, locator, index).await
-            {
+        let located = self.located(setup, table);
+        for &locator in located.values() {
+            if let Some(route) = locator_route(setup, locator, index).await {
                 wanted.route(route);
             }
         }
-        self.pin(setup, table, index).await;
+        self.pin(setup, &located, index).await;
         let leftovers = Leftovers::of(table);
         let own: Vec<Prefix> = prefixes(own)
             .chain(own_locators(&setup.backend.carrier()).map(Prefix::V6))
@@ -88,13 +90,41 @@ impl DirectRoutes {
         direct.collect()
     }
 
+    /// The locators of peers, each of which has its own: who claims one that is ours, or a part of an earlier peer's, is refused.
+    fn located<B: Backend>(&mut self, setup: &Setup<'_, B>, table: &PeerTable) -> BTreeMap<Subnet, Locator> {
+        let mut taken: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
+        let mut located = BTreeMap::new();
+        let mut refused = BTreeSet::new();
+        for (subnet, attrs) in table.iter() {
+            let Some(locator) = setup.backend.locator_of(attrs) else {
+                continue;
+            };
+            if taken.iter().any(|taken| taken.overlaps(locator.prefix)) {
+                if !self.refused.contains(&subnet) {
+                    let (locator, public_ip) = (locator.prefix, attrs.public_ip);
+                    tracing::warn!(%subnet, %public_ip, %locator, "the peer claims the locator of another node; it is not reached");
+                }
+                refused.insert(subnet);
+            } else {
+                taken.push(locator.prefix);
+                located.insert(subnet, locator);
+            }
+        }
+        self.refused = refused;
+        located
+    }
+
     /// Pins the Ethernet addresses of peers that are known by them only, and lets go of those that are gone.
-    async fn pin<B: Backend>(&mut self, setup: &Setup<'_, B>, table: &PeerTable, index: u32) {
-        let located = table.iter().filter_map(|(_, attrs)| {
-            let locator = setup.backend.locator_of(attrs)?;
-            Some((IpAddr::V6(locator.prefix.addr()), locator.station?))
-        });
-        let wanted: BTreeMap<IpAddr, MacAddr> = located.collect();
+    async fn pin<B: Backend>(
+        &mut self,
+        setup: &Setup<'_, B>,
+        located: &BTreeMap<Subnet, Locator>,
+        index: u32,
+    ) {
+        let stations = located
+            .values()
+            .filter_map(|locator| Some((IpAddr::V6(locator.prefix.addr()), locator.station?)));
+        let wanted: BTreeMap<IpAddr, MacAddr> = stations.collect();
         for (&addr, &mac) in &wanted {
             // Somebody may have removed it meanwhile, so it is set each time.
             match setup.netlink.set_neighbour(index, addr, mac.octets()).await {

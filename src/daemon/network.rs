@@ -77,6 +77,8 @@ pub(super) struct DataPlane<B: Backend> {
     pub(super) srv6_io: Option<SegmentIo>,
     /// The device's number.
     pub(super) index: u32,
+    /// The number of the underlay interface, if what the kernel was told names it by that.
+    pub(super) bound_to: Option<u32>,
     /// The outer device's number, if there is one.
     pub(super) outer_index: Option<u32>,
 }
@@ -207,7 +209,7 @@ impl<B: Backend> DataPlane<B> {
             backend: setup.backend.clone(),
             underlay: setup.underlay(),
             inner_mtu: setup.inner_mtu,
-            link_mtu: setup.interface.mtu,
+            link_mtu: setup.backend.link_mtu(setup.interface.mtu),
             paths: Paths::new(setup.interface.mtu, Instant::now()),
             routes,
             peers: BTreeMap::new(),
@@ -220,8 +222,12 @@ impl<B: Backend> DataPlane<B> {
             socket_offloads,
             srv6_io,
             index: 0,
+            bound_to: None,
             outer_index,
         };
+        if matches!(setup.backend.carrier(), Carrier::Raw { .. }) {
+            plane.bound_to = Some(setup.netlink.link(&setup.interface.name).await?.index);
+        }
         plane.index = configure_device(setup, lease.subnet).await?;
         if let Some(error) = raw_refused {
             tracing::warn!(
@@ -247,12 +253,14 @@ impl<B: Backend> DataPlane<B> {
     }
 
     /// Makes the route table that of `table`; what did not change keeps its counters.
-    pub(super) fn follow(&mut self, table: &PeerTable) {
+    ///
+    /// Peers in `refused` are as if they were not there.
+    pub(super) fn follow(&mut self, table: &PeerTable, refused: &BTreeSet<Subnet>) {
         let mut routes = (*self.routes.current()).clone();
         let gone: Vec<Subnet> = self
             .peers
             .keys()
-            .filter(|subnet| table.get(**subnet).is_none())
+            .filter(|subnet| table.get(**subnet).is_none() || refused.contains(*subnet))
             .copied()
             .collect();
         for subnet in &gone {
@@ -262,7 +270,7 @@ impl<B: Backend> DataPlane<B> {
             self.peers.remove(subnet);
         }
         let mut changed = 0;
-        for (subnet, attrs) in table.iter() {
+        for (subnet, attrs) in table.iter().filter(|(subnet, _)| !refused.contains(subnet)) {
             let known = self.peers.get(&subnet);
             if known.is_some_and(|known| known.attrs == *attrs) {
                 continue;
@@ -444,7 +452,7 @@ fn open_outer<B: Backend>(
     let name = outer_tun::name(&setup.options.device);
     let device = OuterTun::create(&name).with_context(|| format!("cannot create TUN device {name:?}"))?;
     let stats = Arc::<WorkerStats>::default();
-    let out = Outlet::tun(device.try_clone()?, source, Arc::clone(&stats));
+    let out = Outlet::tun(device.try_clone()?, Arc::clone(&sids), source, Arc::clone(&stats));
     let has_next_hops = sids.iter().any(|(_, sid)| sid.has_next_hop());
     if has_next_hops && !out.reaches_next_hops() {
         tracing::warn!(
@@ -550,8 +558,11 @@ pub(super) fn own_locators(carrier: &Carrier) -> impl Iterator<Item = Ipv6Prefix
 /// would pass peers' packets on, back to where they came from.
 async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
     let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
+    // Another Kersey on this host may have its own, in another block.
+    let blocks = setup.backend.blocks();
+    let in_blocks = |held: Ipv6Prefix| blocks.iter().any(|block| block.covers(held));
     for held in setup.netlink.own_local_prefixes().await? {
-        if !wanted.contains(&held) {
+        if in_blocks(held) && !wanted.contains(&held) {
             setup.netlink.delete_local_prefix(held).await?;
         }
     }
@@ -559,7 +570,9 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
         setup.netlink.add_local_prefix(locator).await?;
     }
     for held in setup.netlink.own_backstops().await? {
-        setup.netlink.delete_backstop(held).await?;
+        if in_blocks(held) {
+            setup.netlink.delete_backstop(held).await?;
+        }
     }
     if !wanted.is_empty()
         && let Ok(tunnels) = setup.netlink.v6_tunnels().await

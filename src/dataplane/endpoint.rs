@@ -108,11 +108,10 @@ impl HmacPolicy {
                     Err(HmacError::Wrong) => return Err(DropReason::HmacWrong),
                 }
                 // RFC 8754 §2.1.2.1: the destination is the active segment. The first of a reduced list is not in it; Linux
-                // sends such lists without the D bit.
+                // sends such lists without the D bit. The bit itself is not signed, so it excuses nothing else.
                 let listed = srh.segment(srh.segments_left());
                 let changes = || !sids.is_whole(arrived.destination);
-                let unverified = || srh.hmac().is_some_and(|hmac| hmac.destination_unverified);
-                if listed.is_none_or(|sid| sid == arrived.destination) || changes() || unverified() {
+                if listed.is_none_or(|sid| sid == arrived.destination) || changes() {
                     Ok(())
                 } else {
                     Err(DropReason::HmacWrong)

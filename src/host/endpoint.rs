@@ -17,7 +17,7 @@ use socket2::{Domain as SocketDomain, Protocol, Socket, Type};
 
 use crate::addr::Mtu;
 use crate::dataplane::SendError;
-use crate::dataplane::datagram::{Datagram, DatagramBatch};
+use crate::dataplane::datagram::{DATAGRAM_SLOTS, Datagram, DatagramBatch};
 use crate::dataplane::endpoint::{
     Answer, Arrived, Domain, LocalSids, Refusal, Verdict, advance, build_error,
 };
@@ -32,8 +32,10 @@ use crate::wire::ip::{IpHeader, Scope, V4_LEN, decrement_ttl, scope};
 
 /// The thread sleeps until something comes: it holds no route snapshot.
 const FOREVER_MS: i32 = -1;
-/// Packets taken from one socket at a time.
-const SLOTS: usize = 32;
+/// Packets taken from one socket at a time: one that is flooded leaves room for the others.
+const SLOTS: usize = DATAGRAM_SLOTS / PROTOCOLS.len();
+/// Batches between two looks at whether to stop.
+const TURNS: usize = 64;
 
 /// What a node's SIDs are.
 #[derive(Clone, Debug)]
@@ -133,7 +135,12 @@ impl Receiver {
                     return;
                 }
             }
-            while self.turn() {}
+            // A flood must not keep it from being told to stop.
+            for _ in 0..TURNS {
+                if !self.turn() {
+                    break;
+                }
+            }
         }
     }
 
@@ -291,7 +298,7 @@ enum Exit {
     /// By a raw socket.
     Raw(Socket),
     /// By a TUN device, out of which the kernel forwards them by their destinations; to anybody else by a raw socket, if that can be had.
-    Tun(OwnedFd, Option<Socket>),
+    Tun(OwnedFd, Option<Socket>, Arc<LocalSids>),
 }
 
 impl Outlet {
@@ -304,15 +311,15 @@ impl Outlet {
     }
 
     /// One of a TUN device.
-    pub fn tun(device: OwnedFd, source: Ipv6Addr, stats: Arc<WorkerStats>) -> Self {
-        Self::of(Exit::Tun(device, sender(source).ok()), stats)
+    pub fn tun(device: OwnedFd, sids: Arc<LocalSids>, source: Ipv6Addr, stats: Arc<WorkerStats>) -> Self {
+        Self::of(Exit::Tun(device, sender(source).ok(), sids), stats)
     }
 
     /// Whether packets can be sent to others than those they are destined to.
     pub fn reaches_next_hops(&self) -> bool {
         match &self.v6 {
             Exit::Raw(_) => true,
-            Exit::Tun(_, socket) => socket.is_some(),
+            Exit::Tun(_, socket, _) => socket.is_some(),
         }
     }
 
@@ -370,10 +377,12 @@ impl Outlet {
     fn send_v6(&mut self, packets: &[&[u8]], to: Ipv6Addr) -> Result<(), SendError> {
         let socket = match &self.v6 {
             Exit::Raw(socket) => socket,
-            Exit::Tun(device, _) if packets.iter().all(|packet| is_destined(packet, to)) => {
-                return write(device, packets);
+            Exit::Tun(device, _, sids) if packets.iter().all(|packet| is_destined(packet, to)) => {
+                // To another SID of ours it comes straight back, and the reader adds the hop.
+                let more = u8::from(sids.locator(to).is_none());
+                return write(device, packets, more);
             }
-            Exit::Tun(_, socket) => socket.as_ref().ok_or(SendError::Denied)?,
+            Exit::Tun(_, socket, _) => socket.as_ref().ok_or(SendError::Denied)?,
         };
         send(socket, packets, (to, 0).into(), &mut self.scratch, &self.stats)
     }
@@ -389,15 +398,15 @@ fn is_destined(packet: &[u8], to: Ipv6Addr) -> bool {
     packet.get(24..40) == Some(to.octets().as_slice())
 }
 
-/// Writes IPv6 packets into a TUN device. The kernel forwards them, so each has one hop more to go than it is to have on the wire.
-fn write(device: &OwnedFd, packets: &[&[u8]]) -> Result<(), SendError> {
+/// Writes IPv6 packets into a TUN device. The kernel forwards them, so each has one hop `more` to go than it is to have on the wire.
+fn write(device: &OwnedFd, packets: &[&[u8]], more: u8) -> Result<(), SendError> {
     /// Hop limit in the IPv6 header, RFC 8200 §3.
     const HOP_LIMIT_AT: usize = 7;
     for packet in packets {
         let Some((before, &[hop_limit, ref after @ ..])) = packet.split_at_checked(HOP_LIMIT_AT) else {
             return Err(SendError::Refused);
         };
-        let hop_limit = [hop_limit.saturating_add(1)];
+        let hop_limit = [hop_limit.saturating_add(more)];
         let pieces = [before, &hop_limit, after].map(IoSlice::new);
         sys::write_pieces(device.as_fd(), &pieces).map_err(|error| classify(&error))?;
     }
