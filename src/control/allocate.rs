@@ -3,7 +3,9 @@
 //! 1. The node's own lease, known by its public address ([`LeaseAttrs::same_node`]), if the config would still hand
 //!    it out ([`own_lease`]).
 //! 2. The subnet the node had before, if it fits and touches no lease.
-//! 3. One of the first 100 free subnets, at random, so that nodes starting together seldom choose the same.
+//! 3. One of the first 100 free subnets, at random, so that nodes starting together seldom choose the same. With two families it is the
+//!    same place among the free of either: who draws another place differs in both, and who draws the same is told so by the store,
+//!    whose keys are pairs. Drawn apart, a pair may share one half with another, which no key shows.
 //!
 //! Limits: two nodes with the same public address are one node by rule 1, as in flannel; the value of a lease carries
 //! no other identity that outlives a restart.
@@ -74,21 +76,28 @@ pub fn choose(
     }
     let v4 = config
         .v4
-        .map(|range| draw(&range, taken.iter().filter_map(|subnet| subnet.ipv4()), rng));
+        .map(|range| candidates(&range, taken.iter().filter_map(|subnet| subnet.ipv4())))
+        .transpose()?;
     let v6 = config
         .v6
-        .map(|range| draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng));
+        .map(|range| candidates(&range, taken.iter().filter_map(|subnet| subnet.v6)))
+        .transpose()?;
+    let places = [v4.as_ref().map(Vec::len), v6.as_ref().map(Vec::len)];
+    // Neither list is empty; a config has at least one family.
+    let place = rng.random_range(0..places.into_iter().flatten().min().unwrap_or(1));
     Ok(Subnet {
-        v4: v4.transpose()?.unwrap_or(Subnet::NO_V4),
-        v6: v6.transpose()?,
+        v4: v4
+            .and_then(|free| free.get(place).copied())
+            .unwrap_or(Subnet::NO_V4),
+        v6: v6.and_then(|free| free.get(place).copied()),
     })
 }
 
-fn draw<P: Prefixed>(
+/// The first free subnets, at least one.
+fn candidates<P: Prefixed>(
     range: &SubnetRange<P>,
     taken: impl Iterator<Item = P>,
-    rng: &mut impl Rng,
-) -> Result<P, OutOfSubnets> {
+) -> Result<Vec<P>, OutOfSubnets> {
     let mut taken: Vec<(u128, u128)> = taken.map(|prefix| (prefix.first(), prefix.last())).collect();
     taken.sort_unstable();
     let mut taken = taken.into_iter().peekable();
@@ -109,17 +118,17 @@ fn draw<P: Prefixed>(
             }
         }
     }
+    let free: Vec<P> = free
+        .into_iter()
+        .filter_map(|first| P::at(first, range.subnet_len()))
+        .collect();
     if free.is_empty() {
         return Err(OutOfSubnets {
             min: range.min.to_string(),
             max: range.max.to_string(),
         });
     }
-    let first = free[rng.random_range(0..free.len())];
-    P::at(first, range.subnet_len()).ok_or_else(|| OutOfSubnets {
-        min: range.min.to_string(),
-        max: range.max.to_string(),
-    })
+    Ok(free)
 }
 
 #[cfg(test)]
@@ -174,6 +183,22 @@ mod tests {
         }
         let misfit = keys(&["10.0.77.0-25"])[0];
         assert_ne!(choose(&config, &[], Some(misfit), &mut rng), Ok(misfit));
+    }
+
+    #[test]
+    fn two_that_choose_at_once_share_both_halves_or_none() {
+        let config =
+            config(r#"{"Network":"10.0.0.0/18","SubnetLen":24,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#);
+        let taken = keys(&["10.0.3.0-24&fd00:0:0:9::-64"]);
+        let mut chosen = std::collections::BTreeSet::new();
+        for seed in 0..500 {
+            chosen.insert(choose(&config, &taken, None, &mut StdRng::seed_from_u64(seed)).unwrap());
+        }
+        assert!(chosen.len() > 30);
+        for one in &chosen {
+            let overlapping = chosen.iter().filter(|other| other.overlaps(*one)).count();
+            assert_eq!(overlapping, 1, "{one}");
+        }
     }
 
     #[test]
