@@ -51,6 +51,23 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
     siege.lift("srv6 liar");
 }
 
+/// The same where packets come by a TUN device. What has no hops left never gets there: the kernel answers it itself.
+#[test]
+fn without_raw_sockets_each_lie_is_counted_too() {
+    if !require_etcd("without_raw_sockets_each_lie_is_counted_too") {
+        return;
+    }
+    let mut siege = Siege::with("s6tunlies", &json!({}), 1, &["--srv6-io=tun"]);
+    let mut lies = siege.lies();
+    lies.retain(|lie| lie.packet[7] > 1);
+    assert!(lies.len() >= 60);
+    let raw = siege.raw(1);
+    for lie in &lies {
+        siege.refused(&lie.name, &raw, lie.reason, &lie.packet);
+    }
+    siege.lift("srv6 liar, TUN");
+}
+
 #[test]
 fn a_stranger_gets_nothing_in() {
     if !require_etcd("a_stranger_gets_nothing_in") {
@@ -256,6 +273,12 @@ pub(super) struct Siege {
 
 impl Siege {
     fn start(tag: &str, settings: &serde_json::Value, queues: usize) -> Self {
+        Self::with(tag, settings, queues, &[])
+    }
+
+    /// With further flags for node 2.
+    fn with(tag: &str, settings: &serde_json::Value, queues: usize, flags: &[&str]) -> Self {
+        let further = flags.iter().map(|&flag| flag.to_owned());
         let mut keys = NamedTempFile::new().unwrap();
         writeln!(keys, "{} sha256 {}", key().id(), cases::SECRET).unwrap();
         let mut blueprint = Blueprint::new(tag, 4);
@@ -270,7 +293,8 @@ impl Siege {
             let (function, behavior) = own.split_once('=').unwrap();
             format!("--srv6-sid={}={behavior}", sid(2, function))
         });
-        blueprint.own_flags.insert(2, flags.into());
+        let flags = flags.into_iter().chain(further).collect();
+        blueprint.own_flags.insert(2, flags);
         let overlay = blueprint.start();
         let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
         wait_for("the probe runs", READY, || probe.received().0 > 100);

@@ -3,7 +3,8 @@
 //! 1. The node's own lease, known by its public address ([`LeaseAttrs::same_node`]), if the config would still hand
 //!    it out ([`own_lease`]).
 //! 2. The subnet the node had before, if it fits and touches no lease.
-//! 3. One of the first 100 free subnets, at random, so that nodes starting together seldom choose the same.
+//! 3. One of the first 100 free subnets, at random, so that nodes starting together seldom choose the same. With two families, IPv6 follows
+//!    IPv4 (see `beside`).
 //!
 //! Limits: two nodes with the same public address are one node by rule 1, as in flannel; the value of a lease carries
 //! no other identity that outlives a restart.
