@@ -20,7 +20,7 @@ use netlink_packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
-use netlink_packet_route::route::{RouteAttribute, RouteHeader};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup,
     RouteMessageBuilder,
@@ -412,16 +412,7 @@ impl Netlink {
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn own_local_prefixes(&self) -> Result<Vec<Ipv6Prefix>, NetlinkError> {
-        let dump = RouteMessageBuilder::<Ipv6Addr>::new().build();
-        let messages = self
-            .handle
-            .route()
-            .get(dump)
-            .execute()
-            .try_collect::<Vec<_>>()
-            .await;
-        let messages = messages.or_refused("list", "routes")?;
-        Ok(messages.iter().filter_map(held_local_prefix).collect())
+        self.v6_prefixes(held_local_prefix).await
     }
 
     /// Has packets to `prefix` dropped without a word while no other route leads there, under [`KERSEY_PROTOCOL`].
@@ -447,16 +438,22 @@ impl Netlink {
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn own_backstops(&self) -> Result<Vec<Ipv6Prefix>, NetlinkError> {
+        self.v6_prefixes(held_backstop).await
+    }
+
+    /// What `read` makes of the IPv6 routes of all tables.
+    async fn v6_prefixes(
+        &self,
+        read: impl FnMut(&RouteMessage) -> Option<Ipv6Prefix>,
+    ) -> Result<Vec<Ipv6Prefix>, NetlinkError> {
         let dump = RouteMessageBuilder::<Ipv6Addr>::new().build();
-        let messages = self
-            .handle
-            .route()
-            .get(dump)
-            .execute()
-            .try_collect::<Vec<_>>()
-            .await;
-        let messages = messages.or_refused("list", "routes")?;
-        Ok(messages.iter().filter_map(held_backstop).collect())
+        let request = self.handle.route().get(dump);
+        let messages = request.execute().try_collect::<Vec<_>>().await;
+        Ok(messages
+            .or_refused("list", "routes")?
+            .iter()
+            .filter_map(read)
+            .collect())
     }
 
     /// The default routes of both families, in the kernel's order.

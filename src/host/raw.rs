@@ -32,7 +32,7 @@ use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::{SendError, SendFailure, Underlay};
-use crate::host::socket::{RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
+use crate::host::socket::{Place, RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
 use crate::host::sys::{self, BpfInstruction, MessageTo, RecvScratch, SendScratch};
 use crate::wire::srv6::next_header;
 
@@ -617,7 +617,7 @@ impl Underlay for RawUnderlay {
             let messages = std::iter::from_fn(|| {
                 let run = plan.runs().get(next.run)?;
                 let segment = next.segment;
-                next = next.after(run.segments);
+                next = next.after(run, 1);
                 let message = MessageTo::plain(portless(run.to));
                 Some((message, plan.slices(run, batch, segment, 1)))
             });
@@ -625,7 +625,7 @@ impl Underlay for RawUnderlay {
                 Ok(sent) => {
                     for _ in 0..sent.max(1) {
                         let Some(run) = plan.runs().get(at.run) else { break };
-                        at = at.after(run.segments);
+                        at = at.after(run, 1);
                     }
                     continue;
                 }
@@ -651,7 +651,7 @@ impl Underlay for RawUnderlay {
                         segments: 1,
                         error,
                     });
-                    at = at.after(run.segments);
+                    at = at.after(run, 1);
                 }
             }
         }
@@ -675,29 +675,6 @@ fn portless(to: SocketAddr) -> SocketAddr {
     match to {
         SocketAddr::V4(_) => to,
         SocketAddr::V6(to) => SocketAddrV6::new(*to.ip(), 0, 0, to.scope_id()).into(),
-    }
-}
-
-/// A segment of the plan.
-#[derive(Clone, Copy)]
-struct Place {
-    run: usize,
-    segment: usize,
-}
-
-impl Place {
-    fn after(self, segments: usize) -> Self {
-        if self.segment + 1 < segments {
-            Self {
-                run: self.run,
-                segment: self.segment + 1,
-            }
-        } else {
-            Self {
-                run: self.run + 1,
-                segment: 0,
-            }
-        }
     }
 }
 

@@ -403,13 +403,13 @@ impl UdpUnderlay {
 
 /// A message of the plan: a run, and the segment it starts with.
 #[derive(Clone, Copy)]
-struct Place {
-    run: usize,
-    segment: usize,
+pub(super) struct Place {
+    pub(super) run: usize,
+    pub(super) segment: usize,
 }
 
 impl Place {
-    fn after(self, run: &Run, segments: usize) -> Self {
+    pub(super) fn after(self, run: &Run, segments: usize) -> Self {
         match self.segment + segments {
             next if next >= run.segments => Self {
                 run: self.run + 1,
