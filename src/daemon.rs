@@ -330,13 +330,13 @@ async fn join<B: Backend>(
     for note in backend.notes() {
         tracing::info!(backend = backend.name(), "{note}");
     }
-    let attrs = lease_attrs(&backend, &config, &interface);
-    let mut lease = control.acquire(&attrs).await;
+    let asked = lease_attrs(&backend, &config, &interface);
+    let mut lease = control.acquire(&asked).await;
     place.subnet = Some(config.number(lease.subnet));
     let backend = backend.placed(&place)?;
     // What the lease says may depend on which one it is.
     let attrs = lease_attrs(&backend, &config, &interface);
-    if attrs != lease.attrs {
+    if attrs != asked {
         lease = control
             .amend(Lease {
                 attrs: attrs.clone(),
@@ -401,9 +401,14 @@ async fn stay<B: Backend>(
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease, failed).await?;
         let mut table = published.peers.borrow_and_update().clone();
-        // A peer is in the table once its locator can be reached, if it has one.
+        if !by_locators {
+            plane.follow(&table, &direct.refused);
+        }
         report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
-        plane.follow(&table, &direct.refused);
+        // A peer is in the table once its locator can be reached, if it has one.
+        if by_locators {
+            plane.follow(&table, &direct.refused);
+        }
         report.set_plane(&plane);
         announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
@@ -440,7 +445,7 @@ async fn stay<B: Backend>(
                     let new = published.lease.borrow_and_update().clone();
                     if new.subnet != lease.subnet {
                         tracing::warn!(old = %lease.subnet, new = %new.subnet, "moving to another subnet");
-                        if !setup.backend.blocks().is_empty() {
+                        if by_locators {
                             return Err(ChooseAgain::Moved(new.subnet).into());
                         }
                         lease = new;

@@ -558,8 +558,11 @@ pub(super) fn own_locators(carrier: &Carrier) -> impl Iterator<Item = Ipv6Prefix
 /// would pass peers' packets on, back to where they came from.
 async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
     let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
-    // Another Kersey on this host may have its own, in another block.
     let blocks = setup.backend.blocks();
+    if blocks.is_empty() {
+        return Ok(());
+    }
+    // Another Kersey on this host may have its own, in another block.
     let in_blocks = |held: Ipv6Prefix| blocks.iter().any(|block| block.covers(held));
     for held in setup.netlink.own_local_prefixes().await? {
         if in_blocks(held) && !wanted.contains(&held) {
@@ -597,8 +600,11 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
 async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     let netlink = &setup.netlink;
     let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
+    // As above: others' stay.
+    let blocks = setup.backend.blocks();
+    let in_blocks = |held: Ipv6Prefix| blocks.iter().any(|block| block.covers(held));
     for held in netlink.own_backstops().await? {
-        if !wanted.contains(&held) {
+        if in_blocks(held) && !wanted.contains(&held) {
             netlink.delete_backstop(held).await?;
         }
     }
@@ -607,7 +613,9 @@ async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     }
     // Local routes come first, and the device would get nothing.
     for held in netlink.own_local_prefixes().await? {
-        netlink.delete_local_prefix(held).await?;
+        if in_blocks(held) {
+            netlink.delete_local_prefix(held).await?;
+        }
     }
     let index = configure_outer(setup).await?;
     let name = outer_tun::name(&setup.options.device);
