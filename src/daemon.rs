@@ -39,7 +39,9 @@ use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, s
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store};
-use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::control::{
+    Backoff, Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file,
+};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::kernel_routes::Denied;
 use crate::daemon::network::{DataPlane, Repair, Setup};
@@ -248,6 +250,24 @@ async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) 
     }
 }
 
+/// Why no node could run by a network config, in one line, if that is so; what depends on the node itself is not looked at.
+pub fn unusable(network_config: &str) -> Option<String> {
+    let config = match NetworkConfig::parse(network_config) {
+        Ok(config) => config,
+        Err(error) => return Some(error.to_string()),
+    };
+    let identity = Identity {
+        mac: MacAddr::from([2, 0, 0, 0, 0, 1]),
+        srv6: Srv6Node::default(),
+    };
+    select(config.backend.kind.as_deref(), &config.backend.json, identity)
+        .err()
+        .map(|error| error.to_string())
+}
+
+/// A line a key, of up to some hundred bytes.
+const MAX_KEYS_BYTES: u64 = 1 << 20;
+
 /// A file of keys is not there, or wrong.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use --srv6-hmac-keys {}: {cause}", .file.display())]
@@ -265,7 +285,7 @@ fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
                 file: file.clone(),
                 cause,
             };
-            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            let text = state_file::read(file, MAX_KEYS_BYTES).map_err(|error| unusable(error.to_string()))?;
             Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };

@@ -20,6 +20,7 @@
 mod auto;
 mod cleanup;
 mod faults;
+mod hostile_data;
 mod icmp;
 mod ingress;
 mod leases;

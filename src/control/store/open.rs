@@ -10,10 +10,14 @@ use std::time::Duration;
 use super::etcd::Expirations;
 use super::{EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError};
 use crate::control::config::{ConfigError, NetworkConfig};
+use crate::control::state_file;
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
 
 /// The embedded store's file in its directory.
 const FILE: &str = "leases.redb";
+
+/// A network config is a few hundred bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +90,7 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
         None => None,
         Some(NetworkConfigSource::Inline(text)) => Some(text.clone()),
         Some(NetworkConfigSource::File(path)) => {
-            let text = fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
+            let text = state_file::read(path, MAX_CONFIG_BYTES).map_err(|source| OpenError::ReadConfig {
                 path: path.clone(),
                 source,
             })?;
