@@ -279,7 +279,14 @@ fn verbosity_is_klogs() {
 }
 
 fn verdict(flag: &str, given: &[String], variables: &[(&str, &str)]) -> Verdict {
-    let beside: Vec<String> = partner(flag).iter().map(|&word| word.to_owned()).collect();
+    let mut beside: Vec<String> = partner(flag).iter().map(|&word| word.to_owned()).collect();
+    // A partner that is refused for itself says nothing about the flag.
+    let alone: Vec<String> = [&["flanneld".to_owned()], &beside[..]].concat();
+    if let Err(Stop::Misused(error)) = parse(&alone, &BTreeMap::new())
+        && error.to_string().contains("is not supported")
+    {
+        beside.clear();
+    }
     let ask = |given: &[String], variables: &[(&str, &str)]| {
         let words: Vec<String> = [&["flanneld".to_owned()], &beside[..], given].concat();
         let variables = variables

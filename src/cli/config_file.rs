@@ -33,7 +33,7 @@ const MAX_BYTES: u64 = 1 << 20;
 const COMMA_LISTS: [&str; 3] = ["etcd-endpoints", "remote", "networks"];
 
 /// Flags that make no sense in a file.
-const NOT_IN_A_FILE: [&str; 4] = ["help", "version", "config", "dry-run"];
+pub(super) const NOT_IN_A_FILE: [&str; 4] = ["help", "version", "config", "dry-run"];
 
 /// Readable by others than the owner.
 const NOT_PRIVATE: u32 = 0o077;
