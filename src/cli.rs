@@ -22,6 +22,7 @@ pub mod docker_opts;
 mod environment;
 mod go_flags;
 pub mod lab;
+mod log_lines;
 mod logging;
 pub mod pages;
 mod progress;

@@ -281,7 +281,10 @@ fn open_embedded(
 ) -> impl FnOnce() -> Result<(), String> + use<> {
     let kind = StoreKind::Embedded(EmbeddedOptions {
         data_dir: data_dir.to_owned(),
-        network_config: network_config.map(NetworkConfigSource::File),
+        network_configs: network_config
+            .map(|path| (None, NetworkConfigSource::File(path)))
+            .into_iter()
+            .collect(),
     });
     move || {
         runtime().block_on(async {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use super::store::config_source;
 use super::{Parsed, Stop, UsageError, Variables, config_file, exit, parse};
 use crate::control::state_file;
 use crate::options::{NetworkConfigSource, StoreKind};
@@ -38,8 +39,8 @@ struct CheckOptions {
     #[arg(long = "for", value_name = "DAEMON", default_value = "run", value_parser = ["run", "server", "flanneld"])]
     daemon: String,
     /// A network config as well: a file, flannel's net-conf.json, or JSON text
-    #[arg(long, value_name = "FILE|JSON")]
-    network_config: Option<String>,
+    #[arg(long, value_name = "FILE|JSON", value_parser = config_source)]
+    network_config: Option<NetworkConfigSource>,
 }
 
 /// Checks, and says what is wrong or that nothing is. `unusable` tells why no node could run by a network config.
@@ -68,7 +69,7 @@ pub fn run(options: &ConfigOptions, unusable: impl Fn(&str) -> Option<String>) -
         }
     }
     if let Some(given) = &check.network_config {
-        match check_network(&source(given), &unusable) {
+        match check_network(given, &unusable) {
             Ok(()) => println!("the network config would do"),
             Err(complaint) => complaints.push(complaint),
         }
@@ -123,21 +124,12 @@ fn check_file(
         super::Command::Server(options) => Some(&options.store.kind),
         _ => None,
     };
-    if let Some(StoreKind::Embedded(embedded)) = store
-        && let Some(given) = &embedded.network_config
-    {
-        check_network(given, unusable)?;
+    if let Some(StoreKind::Embedded(embedded)) = store {
+        for (_, given) in &embedded.network_configs {
+            check_network(given, &unusable)?;
+        }
     }
     Ok(notes)
-}
-
-/// Tells JSON text from a file's name, as `--network-config` does.
-fn source(given: &str) -> NetworkConfigSource {
-    if given.trim_start().starts_with('{') {
-        NetworkConfigSource::Inline(given.to_owned())
-    } else {
-        NetworkConfigSource::File(given.into())
-    }
 }
 
 fn check_network(
@@ -166,6 +158,10 @@ fn check_network(
 mod tests {
     use super::*;
     use crate::control::config::NetworkConfig;
+
+    fn source(text: &str) -> NetworkConfigSource {
+        config_source(text).unwrap()
+    }
 
     fn unusable(text: &str) -> Option<String> {
         NetworkConfig::parse(text).err().map(|error| error.to_string())

@@ -162,7 +162,9 @@ fn page(command: Command, name: &str) -> Result<Page> {
     man.render_name_section(&mut text)?;
     // The one in the library lists every flag by name, twelve lines of them.
     let usage = usage.trim_start_matches("Usage: ").trim().to_owned();
-    roff(&mut text, |roff| roff.control("SH", ["SYNOPSIS"]).text([roman(usage)]))?;
+    roff(&mut text, |roff| {
+        roff.control("SH", ["SYNOPSIS"]).text([roman(usage)])
+    })?;
     man.render_description_section(&mut text)?;
     man.render_options_section(&mut text)?;
     if has_sub {
@@ -171,21 +173,29 @@ fn page(command: Command, name: &str) -> Result<Page> {
     if has_more {
         let mut extra = Vec::new();
         man.render_extra_section(&mut extra)?;
-        text.extend(String::from_utf8_lossy(&extra).replacen("EXTRA", "NOTES", 1).into_bytes());
+        text.extend(
+            String::from_utf8_lossy(&extra)
+                .replacen("EXTRA", "NOTES", 1)
+                .into_bytes(),
+        );
     }
     if is_daemon {
         roff(&mut text, |roff| {
-            FILES.iter().fold(roff.control("SH", ["FILES"]), |roff, (path, what)| {
-                roff.control("TP", [])
-                    .text([italic(*path)])
-                    .text([roman(*what)])
-            })
+            FILES
+                .iter()
+                .fold(roff.control("SH", ["FILES"]), |roff, (path, what)| {
+                    roff.control("TP", []).text([italic(*path)]).text([roman(*what)])
+                })
         })?;
     }
     if name != "kersey" {
         roff(&mut text, |roff| {
-            roff.control("SH", ["SEE ALSO"])
-                .text([bold("kersey"), roman("(8), "), bold("kersey.toml"), roman("(5)")])
+            roff.control("SH", ["SEE ALSO"]).text([
+                bold("kersey"),
+                roman("(8), "),
+                bold("kersey.toml"),
+                roman("(5)"),
+            ])
         })?;
     }
     Ok(Page {
@@ -199,15 +209,20 @@ fn page(command: Command, name: &str) -> Result<Page> {
 fn keys_page() -> Result<Vec<u8>> {
     let run = subcommand::<RunArgs>("run", Entry::Kersey);
     let mut text = Vec::new();
-    Man::new(Command::new("kersey").about("flags of the daemon in a file").display_name("kersey.toml"))
-        .title("KERSEY.TOML")
-        .section(FORMATS)
-        .source(format!("kersey {}", env!("CARGO_PKG_VERSION")))
-        .manual("Kersey Manual")
-        .render_title(&mut text)?;
+    Man::new(
+        Command::new("kersey")
+            .about("flags of the daemon in a file")
+            .display_name("kersey.toml"),
+    )
+    .title("KERSEY.TOML")
+    .section(FORMATS)
+    .source(format!("kersey {}", env!("CARGO_PKG_VERSION")))
+    .manual("Kersey Manual")
+    .render_title(&mut text)?;
     roff(&mut text, |roff| {
-        roff.control("SH", ["NAME"])
-            .text([roman("kersey.toml - flags of kersey run, kersey server and flanneld in a file")]);
+        roff.control("SH", ["NAME"]).text([roman(
+            "kersey.toml - flags of kersey run, kersey server and flanneld in a file",
+        )]);
         roff.control("SH", ["DESCRIPTION"]).text([roman(
             "Every flag's name is a key; one that may be repeated, or takes a list with commas, takes a list. The command \
              line wins over variables KERSEY_X, these over FLANNELD_X, and all of them over the file. A file whose name ends \
@@ -219,17 +234,26 @@ fn keys_page() -> Result<Vec<u8>> {
         )]);
         roff.control("SH", ["EXAMPLE"])
             .control("nf", [])
-            .text([roman("etcd-endpoints = [\"https://10.0.0.1:2379\", \"https://10.0.0.2:2379\"]")])
+            .text([roman(
+                "etcd-endpoints = [\"https://10.0.0.1:2379\", \"https://10.0.0.2:2379\"]",
+            )])
             .text([roman("etcd-cafile = \"/etc/kersey/ca.pem\"")])
             .text([roman("iface = [\"eth1\"]")])
             .control("fi", []);
         roff.control("SH", ["KEYS"]);
         for arg in run.get_arguments().filter(|arg| !arg.is_hide_set()) {
-            let Some(name) = arg.get_long().filter(|name| !config_file::NOT_IN_A_FILE.contains(name)) else {
+            let Some(name) = arg
+                .get_long()
+                .filter(|name| !config_file::NOT_IN_A_FILE.contains(name))
+            else {
                 continue;
             };
             let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
-            let default: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+            let default: Vec<_> = arg
+                .get_default_values()
+                .iter()
+                .map(|value| value.to_string_lossy())
+                .collect();
             let default = match default.as_slice() {
                 [] => String::new(),
                 values => format!(" [default: {}]", values.join(", ")),
@@ -238,8 +262,12 @@ fn keys_page() -> Result<Vec<u8>> {
                 .text([bold(name)])
                 .text([roman(format!("{help}{default}"))]);
         }
-        roff.control("SH", ["SEE ALSO"])
-            .text([bold("kersey-run"), roman("(8), "), bold("kersey-config-check"), roman("(8)")])
+        roff.control("SH", ["SEE ALSO"]).text([
+            bold("kersey-run"),
+            roman("(8), "),
+            bold("kersey-config-check"),
+            roman("(8)"),
+        ])
     })?;
     Ok(text)
 }
@@ -291,7 +319,10 @@ mod tests {
                 let flag = arg.get_long().unwrap();
                 let is_key = !config_file::NOT_IN_A_FILE.contains(&flag);
                 let written = flag.replace('-', "\\-");
-                assert!(text.contains(&written) || (name == "kersey.toml" && !is_key), "{name} has no {flag}");
+                assert!(
+                    text.contains(&written) || (name == "kersey.toml" && !is_key),
+                    "{name} has no {flag}"
+                );
             }
         }
     }
