@@ -57,7 +57,7 @@ fn the_page_works_as_it_stands() {
     }
     for node in &mut lab.nodes {
         node.run(
-            "grep -q '^DOCKER_OPTS=\" --bip=10\\.244\\.[0-9]*\\.1/24 --ip-masq=false --mtu=1450\"$' /run/docker_opts.env",
+            "grep -q '^DOCKER_OPTS=\" --bip=10\\.244\\.[0-9]*\\.1/24 --ip-masq=true --mtu=1450\"$' /run/docker_opts.env",
         );
     }
 }

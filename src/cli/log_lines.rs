@@ -55,13 +55,14 @@ fn printable(event: &str, colour: Colour) -> String {
     let event = event.strip_suffix('\n').unwrap_or(event);
     let room = MAX_BYTES - CUT.len() - 1;
     let mut line = String::with_capacity(event.len().min(MAX_BYTES) + 1);
+    // Where the line is cut should the event not fit.
+    let mut cut = 0;
     let mut rest = event;
     while let Some(first) = rest.chars().next() {
         let sequence = match colour {
             Colour::On => colour_sequence(rest),
             Colour::Off => None,
         };
-        let before = line.len();
         let taken = match sequence {
             Some(sequence) => {
                 line.push_str(sequence);
@@ -79,8 +80,11 @@ fn printable(event: &str, colour: Colour) -> String {
             }
         };
         rest = &rest[taken..];
-        if line.len() > room && !(rest.is_empty() && line.len() < MAX_BYTES) {
-            line.truncate(before);
+        if line.len() <= room {
+            cut = line.len();
+        }
+        if line.len() > MAX_BYTES - 1 {
+            line.truncate(cut);
             line.push_str(CUT);
             break;
         }

@@ -71,6 +71,10 @@ fn read(text: &str, raw: &RawValue) -> Value {
             };
             let mut list = Vec::new();
             for item in items {
+                // Looked into no further: whoever nests ten thousand lists would have us do so as often.
+                if item.get().starts_with('[') {
+                    return Value::Other("a list in a list");
+                }
                 match read(text, item) {
                     Value::Text(value) => list.push((line_of(text, offset_in(text, item.get())), value)),
                     Value::Boolean(_) => return Value::Other("a list with a boolean"),
