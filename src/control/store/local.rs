@@ -11,6 +11,7 @@ use futures_util::stream::BoxStream;
 
 use crate::control::allocate::{self, OwnLease};
 use crate::control::config::NetworkConfig;
+use crate::control::identity::Holder;
 use crate::control::store::{Cursor, Entry, Lifetime, Registry, Store, StoreError, WatchItem};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -116,6 +117,29 @@ impl<R: Registry> LocalStore<R> {
         Ok(created.map(|entry| entry.lease))
     }
 
+    /// Fails if another live host has the public address in `attrs`.
+    async fn be_the_only(
+        &self,
+        doing: &'static str,
+        holder: &Holder,
+        attrs: &LeaseAttrs,
+    ) -> Result<(), StoreError> {
+        let Some(rival) = self.registry.claim(holder, attrs).await? else {
+            return Ok(());
+        };
+        let address = attrs
+            .address()
+            .map_or_else(String::new, |address| format!(" {address}"));
+        Err(StoreError::Refused {
+            doing,
+            cause: format!(
+                "two nodes have the public address{address}: {:?} has it and is alive, and this one is {:?}; give each \
+                 its own with --iface or --public-ip (if {:?} is gone for good, wait half a minute)",
+                rival.host, holder.host, rival.host
+            ),
+        })
+    }
+
     async fn find(&self, subnet: Subnet) -> Result<Option<Entry>, StoreError> {
         let entries = self.registry.list().await?;
         Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
@@ -208,8 +232,35 @@ impl<R: Registry> Store for LocalStore<R> {
         })
     }
 
+    fn acquire_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            self.be_the_only("acquire a lease", holder, attrs).await?;
+            self.acquire(attrs, previous).await
+        })
+    }
+
+    fn renew_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        lease: &'a Lease,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            self.be_the_only("renew a lease", holder, &lease.attrs).await?;
+            self.renew(lease).await
+        })
+    }
+
     fn skipped(&self) -> u64 {
         self.registry.skipped()
+    }
+
+    fn resets(&self) -> u64 {
+        self.registry.resets()
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {

@@ -293,6 +293,7 @@ impl Store for RemoteStore {
                 subnet: read.subnet,
                 attrs: attrs.clone(),
                 expiration: read.expiration,
+                created: None,
             })
         })
     }
