@@ -64,8 +64,17 @@ impl ReserveArgs {
                 "while the server of an embedded store runs, ask it: --remote HOST:PORT",
             ));
         }
+        let action = action(words)?;
+        if let (ReserveAction::Add { public_ip, .. }, Some(_)) = (&action, &self.remote)
+            && public_ip.is_ipv6()
+        {
+            return Err(UsageError::new(
+                "a server's reservations are by IPv4 address",
+                "reserve for a node without one in the server's own store: --etcd-endpoints or --embedded",
+            ));
+        }
         Ok(ReserveOptions {
-            action: action(words)?,
+            action,
             store: store_options(self.etcd, &self.own, self.remote.map(|remote| remote.0), serving)?,
             lease_ttl: self.own.lease_ttl,
             form: if self.json {

@@ -402,6 +402,24 @@ impl Registry for EtcdRegistry {
         Box::pin(async move { Ok(self.list_at_revision().await?.0) })
     }
 
+    fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
+        const DOING: &str = "look at a lease";
+        Box::pin(async move {
+            let key = self.key(subnet);
+            let right = Right::Read(key.clone());
+            let mut client = self.connection.client(DOING).await?;
+            let answer = self
+                .connection
+                .ask(DOING, &right, client.get(key.as_str(), None))
+                .await?;
+            Ok(answer
+                .kvs()
+                .first()
+                .and_then(|kv| self.entry(kv))
+                .map(|(entry, _)| entry))
+        })
+    }
+
     fn create<'a>(
         &'a self,
         subnet: Subnet,

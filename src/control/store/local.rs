@@ -96,10 +96,10 @@ impl<R: Registry> LocalStore<R> {
                 holder.lease.subnet, holder.lease.attrs.public_ip
             ),
         };
-        let entries = self.registry.list().await?;
-        if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet == subnet) {
+        // One key, not all: a thousand nodes renew at once when a store comes back.
+        if let Some(entry) = self.registry.get(subnet).await? {
             if !entry.lease.attrs.same_node(&lease.attrs) {
-                return Err(lost(entry));
+                return Err(lost(&entry));
             }
             let lifetime = lifetime(&entry.lease);
             let updated = self
@@ -109,6 +109,7 @@ impl<R: Registry> LocalStore<R> {
             return Ok(updated.map(|entry| entry.lease));
         }
         // It ran out while nobody renewed it. It is ours again unless someone moved in.
+        let entries = self.registry.list().await?;
         if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet.overlaps(subnet)) {
             return Err(lost(entry));
         }
@@ -140,11 +141,6 @@ impl<R: Registry> LocalStore<R> {
         })
     }
 
-    async fn find(&self, subnet: Subnet) -> Result<Option<Entry>, StoreError> {
-        let entries = self.registry.list().await?;
-        Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
-    }
-
     async fn try_reserve(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<()>, StoreError> {
         const DOING: &str = "reserve a subnet";
         let refuse = |cause: String| StoreError::Refused { doing: DOING, cause };
@@ -155,7 +151,7 @@ impl<R: Registry> LocalStore<R> {
         if !right_len {
             return Err(refuse(format!("{subnet} is no subnet of the network")));
         }
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             let created = self.registry.create(subnet, attrs, Lifetime::Forever).await?;
             return Ok(created.map(|_| ()));
         };
@@ -173,7 +169,7 @@ impl<R: Registry> LocalStore<R> {
     }
 
     async fn try_unreserve(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             return Err(StoreError::Refused {
                 doing: "end a reservation",
                 cause: format!("there is no lease of {subnet}"),
@@ -187,7 +183,7 @@ impl<R: Registry> LocalStore<R> {
     }
 
     async fn try_revoke(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             return Err(StoreError::Refused {
                 doing: "revoke a lease",
                 cause: format!("there is no lease of {subnet}"),

@@ -183,6 +183,14 @@ pub trait Registry: Send + Sync {
     /// All entries at one revision. It is complete or fails; entries that cannot be read are skipped and counted.
     fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>>;
 
+    /// The entry of one subnet, if there is one that can be read.
+    fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
+        Box::pin(async move {
+            let entries = self.list().await?;
+            Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
+        })
+    }
+
     /// Creates an entry unless there is one already; `None` if there is.
     fn create<'a>(
         &'a self,
