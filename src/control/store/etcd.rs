@@ -16,6 +16,7 @@
 
 mod connection;
 mod following;
+mod networks;
 mod presence;
 mod tls;
 
@@ -33,6 +34,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 
 use self::connection::{Connection, Right, refused};
 use self::following::Progress;
+pub use self::networks::EtcdNetworks;
 use self::presence::Presence;
 use crate::control::RateLimit;
 use crate::control::identity::Holder;

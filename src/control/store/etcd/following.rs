@@ -33,14 +33,15 @@ pub(super) enum Progress {
 }
 
 pub(super) struct Following {
-    stream: WatchStream,
+    pub(super) stream: WatchStream,
     /// Everything up to here has been told.
-    revision: u64,
+    pub(super) revision: u64,
 }
+
+const DOING: &str = "watch the leases";
 
 impl EtcdRegistry {
     async fn open_watch(&self, revision: u64) -> Result<Box<Following>, StoreError> {
-        const DOING: &str = "watch the leases";
         let mut watch = self
             .connection
             .client(DOING)
@@ -69,7 +70,8 @@ impl EtcdRegistry {
             Progress::Following(following) => following,
         };
         loop {
-            let answer = self.next_answer(&mut following.stream).await?;
+            let right = Right::ReadAll(self.subnets());
+            let answer = self.next_answer(DOING, &right, &mut following.stream).await?;
             let current = answer
                 .header()
                 .map_or(0, |header| header.revision())
@@ -78,7 +80,7 @@ impl EtcdRegistry {
                 return self.snapshot().await;
             }
             if answer.canceled() {
-                return Err(self.ended(answer.cancel_reason()));
+                return Err(self.ended(DOING, &right, answer.cancel_reason()));
             }
             self.connection.saw(i64::try_from(current).unwrap_or(i64::MAX));
             let events = self.events(&answer).await;
@@ -113,29 +115,30 @@ impl EtcdRegistry {
         Ok((item, Progress::From(revision)))
     }
 
-    async fn next_answer(&self, stream: &mut WatchStream) -> Result<WatchResponse, StoreError> {
-        const DOING: &str = "watch the leases";
+    /// The next word of a watch, which does not stay silent for long if all is well.
+    pub(super) async fn next_answer(
+        &self,
+        doing: &'static str,
+        right: &Right,
+        stream: &mut WatchStream,
+    ) -> Result<WatchResponse, StoreError> {
         for _ in 0..2 {
             match timeout(QUIET, stream.message()).await {
                 Ok(Ok(Some(answer))) => return Ok(answer),
                 Ok(Ok(None)) => {
-                    return Err(self.connection.unavailable(DOING, "the stream ended".to_owned()));
+                    return Err(self.connection.unavailable(doing, "the stream ended".to_owned()));
                 }
-                Ok(Err(error)) => {
-                    return Err(self
-                        .connection
-                        .error(DOING, &Right::ReadAll(self.subnets()), &error));
-                }
+                Ok(Err(error)) => return Err(self.connection.error(doing, right, &error)),
                 Err(_) => {
                     self.connection
-                        .ask(DOING, &Right::None, stream.request_progress())
+                        .ask(doing, &Right::None, stream.request_progress())
                         .await?;
                 }
             }
         }
         Err(self
             .connection
-            .unavailable(DOING, "the watch fell silent".to_owned()))
+            .unavailable(doing, "the watch fell silent".to_owned()))
     }
 
     async fn events(&self, answer: &WatchResponse) -> Vec<LeaseEvent> {
@@ -158,14 +161,11 @@ impl EtcdRegistry {
     }
 
     /// Why etcd ended a watch.
-    fn ended(&self, reason: &str) -> StoreError {
-        const DOING: &str = "watch the leases";
+    pub(super) fn ended(&self, doing: &'static str, right: &Right, reason: &str) -> StoreError {
         if reason.contains("permission denied") {
-            return self
-                .connection
-                .refusal(DOING, &Right::ReadAll(self.subnets()), reason);
+            return self.connection.refusal(doing, right, reason);
         }
         self.connection
-            .unavailable(DOING, format!("etcd ended the watch: {reason}"))
+            .unavailable(doing, format!("etcd ended the watch: {reason}"))
     }
 }
