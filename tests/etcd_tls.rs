@@ -43,12 +43,12 @@ async fn an_impostor_is_told_nothing() {
         (
             "for another name",
             ours.server(dir, "name", &["etcd.example.com"]),
-            "NotValidForName",
+            "not valid for name",
         ),
         (
             "for another address",
             ours.server(dir, "address", &["192.0.2.1"]),
-            "NotValidForName",
+            "not valid for name",
         ),
         (
             "vouching for itself",

@@ -421,7 +421,7 @@ fn words(error: &Error) -> String {
     };
     while let Some(cause) = source {
         let more = cause.to_string();
-        if !text.contains(&more) {
+        if !text.contains(&more) && more != "transport error" {
             text = format!("{text}: {more}");
         }
         source = cause.source();
