@@ -35,7 +35,7 @@ use tokio::time::{interval, sleep, timeout};
 const CONFIG: &str = r#"{"Network":"10.0.0.0/12","Backend":{"Type":"alloc"}}"#;
 const NODES: u32 = 1000;
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_thousand_nodes_churn_storm_and_vanish() {
     let Some(etcd) = etcd_server::start().await else {
         return;
@@ -135,7 +135,7 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
 }
 
 /// B3: a hundred thousand keys, as many as are taken, and then some.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_hundred_thousand_hostile_leases_are_kept_small() {
     if !soak() {
         eprintln!("skipped: KERSEY_SOAK is not set");
@@ -250,13 +250,13 @@ impl Watcher {
             let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
             loop {
                 // Also without news: a change may be seen before its writer knows that it is made.
-                let _ = timeout(Duration::from_millis(5), peers.changed()).await;
+                let _ = timeout(Duration::from_millis(20), peers.changed()).await;
                 let (table, now) = (peers.borrow_and_update().clone(), Instant::now());
                 for (i, (round, at)) in written.lock().unwrap().iter() {
                     let there = table
                         .get(subnet(*i))
                         .is_some_and(|attrs| round_of(attrs) >= *round);
-                    if there && seen.get(i).is_none_or(|seen| seen < round) {
+                    if there {
                         seen.insert(*i, *round);
                         notes.lock().unwrap().push(now.saturating_duration_since(*at));
                     }
