@@ -26,6 +26,7 @@ mod log_lines;
 mod logging;
 pub mod pages;
 mod progress;
+pub mod reserve;
 mod run;
 pub mod server;
 pub mod status;
@@ -51,10 +52,11 @@ use self::environment::{FromVariable, Variables};
 use self::go_flags::{Grammar, Setting};
 use self::lab::LabOptions;
 use self::pages::{CompletionsOptions, ManOptions};
+use self::reserve::ReserveArgs;
 use self::run::RunArgs;
 use self::server::ServerArgs;
 use self::status::StatusArgs;
-use crate::options::{CleanupOptions, LogOptions, RunOptions, ServerOptions, StatusOptions};
+use crate::options::{CleanupOptions, LogOptions, ReserveOptions, RunOptions, ServerOptions, StatusOptions};
 
 /// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only.
 pub mod exit {
@@ -77,6 +79,8 @@ pub enum Command {
     Run(Box<RunOptions>),
     /// `kersey server`, or `flanneld -listen`.
     Server(Box<ServerOptions>),
+    /// `kersey reserve`.
+    Reserve(Box<ReserveOptions>),
     /// `kersey status`.
     Status(StatusOptions),
     /// `kersey cleanup`.
@@ -228,6 +232,16 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
                 notes: variables.notes,
             })
         }
+        Some((word, rest)) if word == "reserve" => {
+            // The words come first, as in `kersey reserve add SUBNET ADDRESS --remote ...`.
+            let words = rest.iter().take_while(|word| !word.starts_with('-')).count();
+            let (words, flags) = rest.split_at(words);
+            let (args, variables) = flags_of::<ReserveArgs>("reserve", flags, variables, Entry::Kersey)?;
+            Ok(Parsed {
+                command: Command::Reserve(Box::new(args.into_options(words)?)),
+                notes: variables.notes,
+            })
+        }
         Some((word, flags)) if word == "status" => {
             let (args, _) = flags_of::<StatusArgs>("status", flags, variables, Entry::Kersey)?;
             Ok(Parsed {
@@ -297,14 +311,15 @@ fn version(stream: Stream) -> Stop {
 }
 
 /// Names of the subcommands whose flags are in Go's syntax.
-const SUBCOMMANDS: [&str; 4] = ["run", "server", "status", "cleanup"];
+const SUBCOMMANDS: [&str; 5] = ["run", "server", "reserve", "status", "cleanup"];
 
 /// The options for logging that a command carries.
 pub fn log_options(command: &Command) -> Option<LogOptions> {
     match command {
         Command::Run(options) => Some(options.log),
         Command::Server(options) => Some(options.log),
-        Command::Status(_)
+        Command::Reserve(_)
+        | Command::Status(_)
         | Command::Cleanup(_)
         | Command::Lab(_)
         | Command::Bench(_)
@@ -486,7 +501,9 @@ fn file_settings(
         .filter(|found| {
             let name = found.setting.name.as_str();
             let asks = !found.setting.value.is_empty() || !EMPTY_IS_UNSET.contains(&name);
-            asks && grammar.flag(name).is_some() && !silenced(name)
+            // What a daemon does with it, no other subcommand does.
+            let is_daemons = name == "network-config" && !CONFIGURED.contains(&command.get_name());
+            asks && !is_daemons && grammar.flag(name).is_some() && !silenced(name)
         })
         .collect();
     Ok((heard, notes))
@@ -614,6 +631,7 @@ fn whole() -> clap::Command {
         .max_term_width(100)
         .subcommand(documented::<RunArgs>("run"))
         .subcommand(documented::<ServerArgs>("server"))
+        .subcommand(documented::<ReserveArgs>("reserve"))
         .subcommand(documented::<StatusArgs>("status"))
         .subcommand(documented::<CleanupArgs>("cleanup"))
         .subcommand(with_help::<ConfigOptions>("config"))

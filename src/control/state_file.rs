@@ -52,6 +52,20 @@ pub fn read_with_metadata(path: &Path, limit: u64) -> io::Result<(String, Metada
     Ok((text, metadata))
 }
 
+/// As [`read`], whatever the bytes.
+///
+/// # Errors
+/// As [`read`], but for text.
+pub fn read_bytes(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let (file, _) = open(path, limit)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(too_large(limit));
+    }
+    Ok(bytes)
+}
+
 fn open(path: &Path, limit: u64) -> io::Result<(File, Metadata)> {
     let file = OpenOptions::new()
         .read(true)
