@@ -13,6 +13,7 @@
 //!
 //! Limits: no TLS. Reservations and revocations go through where the server knows them (v0.5.6 and later).
 
+pub mod networks;
 pub mod objects;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,8 +29,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tokio::time::{Instant, sleep};
 
+pub use self::networks::RemoteNetworks;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
 use super::{Cursor, Store, StoreError, WatchItem};
+use crate::addr::NetworkName;
 use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use crate::options::ServerAddress;
 
@@ -78,6 +81,8 @@ pub struct RemoteStore {
     /// Index of the server that answered last.
     preferred: AtomicUsize,
     client: Client<HttpConnector, Full<Bytes>>,
+    /// What every path begins with: `/v1/NAME`, or `/v1/_` for the network without a name.
+    base: String,
 }
 
 /// A server's answer.
@@ -133,6 +138,17 @@ impl RemoteStore {
             servers,
             preferred: AtomicUsize::new(0),
             client,
+            base: base(None),
+        }
+    }
+
+    /// The same servers' store of another network; connections are shared.
+    pub fn of_network(&self, name: Option<&NetworkName>) -> Self {
+        Self {
+            servers: self.servers.clone(),
+            preferred: AtomicUsize::new(self.preferred.load(Ordering::Relaxed)),
+            client: self.client.clone(),
+            base: base(name),
         }
     }
 
@@ -200,7 +216,7 @@ impl RemoteStore {
     async fn poll(&self, mut since: Option<Cursor>) -> Result<WatchItem, StoreError> {
         loop {
             let Some(cursor) = since else {
-                let answer = self.ask(&leases_ask(None)).await?;
+                let answer = self.ask(&self.leases_ask(None)).await?;
                 let (update, cursor) = read_watch(&answer.body)?;
                 return Ok(WatchItem {
                     // Old servers say `null` where there are none.
@@ -211,7 +227,7 @@ impl RemoteStore {
             // Only the server that gave the cursor can read it, so a poll does not go round.
             let server = &self.servers[self.preferred.load(Ordering::Relaxed) % self.servers.len()];
             let asked = Instant::now();
-            let why = match self.ask_one(server, &leases_ask(Some(&cursor))).await {
+            let why = match self.ask_one(server, &self.leases_ask(Some(&cursor))).await {
                 Ok(answer) if answer.status == StatusCode::OK => {
                     let (update, next) = read_watch(&answer.body)?;
                     if let Some(update) = update {
@@ -224,7 +240,7 @@ impl RemoteStore {
                 }
                 Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
                 // Quiet networks are the rule. Whether the server lives, a question with an answer tells.
-                Err(Failure::Silent(_)) if self.ask_one(server, &config_ask()).await.is_ok() => {
+                Err(Failure::Silent(_)) if self.ask_one(server, &self.config_ask()).await.is_ok() => {
                     since = Some(cursor);
                     continue;
                 }
@@ -239,6 +255,34 @@ impl RemoteStore {
             };
             sleep(pause).await;
             since = None;
+        }
+    }
+
+    fn config_ask(&self) -> Ask<'static> {
+        Ask {
+            doing: "read the network config",
+            method: Method::GET,
+            path: format!("{}/config", self.base),
+            body: String::new(),
+            previous: None,
+            about: None,
+            timeout: REQUEST_TIMEOUT,
+        }
+    }
+
+    fn leases_ask(&self, cursor: Option<&Cursor>) -> Ask<'static> {
+        let (path, timeout) = match cursor {
+            Some(cursor) => (format!("{}/leases?next={}", self.base, cursor.0), POLL_TIMEOUT),
+            None => (format!("{}/leases", self.base), REQUEST_TIMEOUT),
+        };
+        Ask {
+            doing: "watch the leases",
+            method: Method::GET,
+            path,
+            body: String::new(),
+            previous: None,
+            about: None,
+            timeout,
         }
     }
 
@@ -269,7 +313,7 @@ impl Store for RemoteStore {
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(async move { Ok(self.ask(&config_ask()).await?.body.trim().to_owned()) })
+        Box::pin(async move { Ok(self.ask(&self.config_ask()).await?.body.trim().to_owned()) })
     }
 
     fn acquire<'a>(
@@ -281,7 +325,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "acquire a lease",
                 method: Method::POST,
-                path: "/v1/_/leases".to_owned(),
+                path: format!("{}/leases", self.base),
                 body: attrs_json(attrs),
                 previous,
                 about: None,
@@ -302,7 +346,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "renew the lease",
                 method: Method::PUT,
-                path: format!("/v1/_/leases/{}", old_key(lease.subnet)),
+                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
                 body: lease_json(lease),
                 previous: None,
                 about: Some(&lease.subnet),
@@ -319,7 +363,7 @@ impl Store for RemoteStore {
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/leases/{}", old_key(subnet));
+            let path = format!("{}/leases/{}", self.base, old_key(subnet));
             self.act("revoke the lease", Method::DELETE, path, &subnet).await
         })
     }
@@ -329,7 +373,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "reserve the subnet",
                 method: Method::POST,
-                path: "/v1/_/reservations".to_owned(),
+                path: format!("{}/reservations", self.base),
                 body: format!(
                     "{{\"Subnet\":\"{}\",\"PublicIP\":\"{}\"}}",
                     subnet.v4, attrs.public_ip
@@ -344,7 +388,7 @@ impl Store for RemoteStore {
 
     fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/reservations/{}", old_key(subnet));
+            let path = format!("{}/reservations/{}", self.base, old_key(subnet));
             self.act("end the reservation", Method::DELETE, path, &subnet)
                 .await
         })
@@ -371,32 +415,15 @@ impl Store for RemoteStore {
     }
 }
 
-fn config_ask() -> Ask<'static> {
-    Ask {
-        doing: "read the network config",
-        method: Method::GET,
-        path: "/v1/_/config".to_owned(),
-        body: String::new(),
-        previous: None,
-        about: None,
-        timeout: REQUEST_TIMEOUT,
-    }
+/// What the paths of a network begin with. A name needs no escaping.
+fn base(name: Option<&NetworkName>) -> String {
+    format!("/v1/{}", name.map_or("_", NetworkName::as_str))
 }
 
-fn leases_ask(cursor: Option<&Cursor>) -> Ask<'static> {
-    let (path, timeout) = match cursor {
-        Some(cursor) => (format!("/v1/_/leases?next={}", cursor.0), POLL_TIMEOUT),
-        None => ("/v1/_/leases".to_owned(), REQUEST_TIMEOUT),
-    };
-    Ask {
-        doing: "watch the leases",
-        method: Method::GET,
-        path,
-        body: String::new(),
-        previous: None,
-        about: None,
-        timeout,
-    }
+/// Whether a cursor survives being put into a URL as it is.
+fn is_plain_cursor(cursor: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=200).contains(&cursor.len()) && cursor.bytes().all(plain)
 }
 
 /// Reads the answer to a watch. A cursor goes into a URL as it is, so one that would not survive that is refused.
@@ -406,8 +433,7 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
     if answer.skipped > 0 {
         tracing::debug!(count = answer.skipped, "skipped leases that cannot be read");
     }
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    if answer.cursor.is_empty() || answer.cursor.len() > 200 || !answer.cursor.bytes().all(plain) {
+    if !is_plain_cursor(&answer.cursor) {
         return Err(garbled(
             DOING,
             format!("the cursor {:?} is malformed", answer.cursor),
