@@ -150,8 +150,10 @@ fn files(options: &RunOptions) -> Vec<PathBuf> {
             }
         }
         StoreKind::Embedded(embedded) => {
-            if let Some(NetworkConfigSource::File(file)) = &embedded.network_config {
-                files.push(file.clone());
+            for source in embedded.network_configs.iter().map(|(_, source)| source) {
+                if let NetworkConfigSource::File(file) = source {
+                    files.push(file.clone());
+                }
             }
         }
         StoreKind::Remote(_) => {}

@@ -358,11 +358,9 @@ mod tests {
             idle.push(stream);
         }
         for _ in 0..20 {
-            let asked = timeout(
-                Duration::from_secs(2),
-                ask(address, &request("GET", "/healthz", "x")),
-            );
-            assert_eq!(asked.await.unwrap().0, 200);
+            let probe = request("GET", "/healthz", "x");
+            let asked = timeout(Duration::from_secs(2), ask(address, &probe)).await;
+            assert_eq!(asked.unwrap().0, 200);
         }
     }
 
