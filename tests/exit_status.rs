@@ -1,7 +1,8 @@
 //! The exit statuses that supervisors rely on: each as it comes about, and the page and the help that list them.
 //!
-//! Status 3, a machine that lacks something, takes namespaces to bring about: `without_the_tun_device_it_ends_with_a_hint`
-//! and `without_the_capability_it_ends_with_a_hint`.
+//! Status 3, a machine that lacks something, and 7, another daemon, take namespaces to bring about:
+//! `without_the_tun_device_it_ends_with_a_hint`, `without_the_capability_it_ends_with_a_hint` and
+//! `a_second_daemon_refuses_and_leaves_the_first_alone`.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -113,8 +113,10 @@ fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
         overlay.terminate(nth);
         let log = overlay.log(nth);
         let lines: Vec<&str> = log.lines().collect();
-        figure("log lines after hostile puts", (puts, lines.len()));
-        assert!(lines.len() < 60, "{} lines for {puts} puts:\n{log}", lines.len());
+        // At debug a change of the peers is a line; what is wrong with an entry is not, at any level.
+        let plain = lines.iter().filter(|line| !line.contains("DEBUG")).count();
+        figure("log lines after hostile puts", (puts, plain));
+        assert!(plain < 60, "{plain} lines for {puts} puts:\n{log}");
         for line in &lines {
             assert!(line.len() <= 2048, "{} bytes: {line:.300}", line.len());
             assert!(!line.chars().any(|c| c.is_control()), "{line:?}");
@@ -184,7 +186,7 @@ fn a_bad_config_in_the_store_takes_no_running_node_down() {
     // One that starts waits for a better one, and says in one line why. A life with a cache would start from that.
     overlay.put("config", r#"{"Network":"10.244.0.0/16","SubnetLen":31}"#);
     overlay.terminate(2);
-    let _ = fs::remove_dir_all(overlay.file("2.data"));
+    let _ = fs::remove_file(overlay.file("2.data/control.json"));
     overlay.restart(2);
     let log = overlay.nodes[1].child.log().to_owned();
     let told = || fs::read_to_string(&log).unwrap();
