@@ -15,6 +15,7 @@
 //!
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
+mod claims;
 mod direct;
 mod kernel_routes;
 mod network;
@@ -22,6 +23,8 @@ mod node;
 mod paths;
 mod plain;
 mod report;
+mod supervisor;
+mod withdraw;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -33,7 +36,7 @@ use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
 use crate::daemon::kernel_routes::Denied;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
-use crate::daemon::report::Report;
+use crate::daemon::report::{Report, Reports};
 use crate::host::tun::TunError;
 use crate::options::RunOptions;
 use crate::server;
@@ -138,18 +141,30 @@ impl StopSignals {
 
 /// Starts a node and keeps it up; returns only with an error nothing can mend.
 async fn start(options: &RunOptions) -> Result<()> {
-    let report = Arc::new(Report::new(options));
+    let (report, reports) = (Arc::new(Report::new(options)), Arc::new(Reports::new()));
     let socket = StatusSocket::bind(&options.status_socket)?;
-    let shown = Arc::clone(&report);
-    tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    let (one, several) = (Arc::clone(&report), Arc::clone(&reports));
+    let has_several = options.networks.is_some();
+    tokio::spawn(async move {
+        let status = move || {
+            if has_several {
+                several.status()
+            } else {
+                one.status()
+            }
+        };
+        socket.serve(status).await
+    });
 
     let expirations = if options.listen.is_some() {
         Expirations::Ask
     } else {
         Expirations::Assume
     };
-    let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
+    let networks = store::open_networks(&options.store.kind, options.lease.ttl, expirations).await?;
+    let store = networks.open(None)?;
     report.set_store(store.place());
+    reports.set_place(networks.place());
     if let Some(listen) = &options.listen {
         let listener = server::listen(listen).await?;
         tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
@@ -166,7 +181,13 @@ async fn start(options: &RunOptions) -> Result<()> {
         "kersey starts"
     );
 
-    node::run(options, store, report).await
+    match &options.networks {
+        None => node::run(options.clone(), store, report, None).await,
+        Some(choice) => {
+            supervisor::run(options, choice, networks, reports).await;
+            Ok(())
+        }
+    }
 }
 
 fn kernel_release() -> String {

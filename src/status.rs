@@ -33,6 +33,13 @@ pub struct Status {
     pub drops: BTreeMap<String, u64>,
     /// Leases refused, by reason.
     pub rejected_leases: BTreeMap<String, u64>,
+    /// Why it is not ready, if it knows; of one of several networks only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// A document like this for each network by name, where there are several; `version`, `ready`, `uptime_s` and `store.place` are all
+    /// that the outer one then says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub networks: Option<BTreeMap<String, Status>>,
 }
 
 /// This node's own lease and underlay.
