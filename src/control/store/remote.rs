@@ -337,6 +337,7 @@ impl Store for RemoteStore {
                 subnet: read.subnet,
                 attrs: attrs.clone(),
                 expiration: read.expiration,
+                created: None,
             })
         })
     }
