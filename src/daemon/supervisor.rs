@@ -32,7 +32,7 @@ use tracing::Instrument;
 
 use crate::addr::NetworkName;
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, StoreError};
-use crate::control::{Backoff, PATIENCE, RateLimit};
+use crate::control::{Backoff, PATIENCE, RateLimit, cache};
 use crate::daemon::claims::Claims;
 use crate::daemon::node;
 use crate::daemon::report::{Report, Reports};
@@ -248,14 +248,12 @@ impl Supervisor<'_> {
             tracing::warn!(network = %name, %error, "kernel routes of a removed network stay; `kersey cleanup` removes them");
         }
         let data_dir = NetworkChoice::data_dir(&self.options.data_dir, name);
-        for removed in [
-            std::fs::remove_file(self.choice.subnet_file(name)),
-            std::fs::remove_dir_all(data_dir),
-        ] {
-            if let Err(error) = removed
+        // What the node is known by stays: should the network come back, so does the node.
+        for file in [self.choice.subnet_file(name), data_dir.join(cache::FILE_NAME)] {
+            if let Err(error) = std::fs::remove_file(&file)
                 && error.kind() != std::io::ErrorKind::NotFound
             {
-                tracing::warn!(network = %name, %error, "a file of a removed network stays");
+                tracing::warn!(network = %name, file = %file.display(), %error, "a file of a removed network stays");
             }
         }
         tracing::info!(network = %name, "network stopped: it is gone from the store, or not asked for any more");
