@@ -16,14 +16,19 @@
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
 mod claims;
+mod confine;
 mod direct;
+mod health;
+mod instance;
 mod kernel_routes;
+mod metrics;
 mod network;
 mod node;
 mod paths;
 mod plain;
 mod report;
 mod supervisor;
+mod watchdog;
 mod withdraw;
 
 use std::process::ExitCode;
@@ -34,23 +39,31 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
+use crate::daemon::health::Health;
+use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::report::{Report, Reports};
+use crate::host::sandbox;
 use crate::host::tun::TunError;
 use crate::options::RunOptions;
 use crate::server;
-use crate::server::status::StatusSocket;
+use crate::server::status::{StatusSocket, StatusSocketError};
 
 /// Exit statuses: `cli::exit` documents them.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
 const ENVIRONMENT: u8 = 3;
 const CONFIG: u8 = 4;
+const INSTANCE: u8 = 7;
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
     raise_open_files();
+    if let Err(error) = confine::confine(&options) {
+        tracing::error!("{:#}", anyhow::Error::from(error));
+        return ExitCode::from(ENVIRONMENT);
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -111,6 +124,14 @@ fn exit_status(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<Denied>().is_some() {
         return ENVIRONMENT;
     }
+    if error.downcast_ref::<Held>().is_some()
+        || matches!(
+            error.downcast_ref::<StatusSocketError>(),
+            Some(StatusSocketError::AlreadyServed(_))
+        )
+    {
+        return INSTANCE;
+    }
     match error.downcast_ref::<TunError>() {
         Some(TunError::Missing { .. } | TunError::Denied { .. }) => ENVIRONMENT,
         Some(TunError::Busy { .. } | TunError::Other { .. }) | None => FAILED,
@@ -141,20 +162,27 @@ impl StopSignals {
 
 /// Starts a node and keeps it up; returns only with an error nothing can mend.
 async fn start(options: &RunOptions) -> Result<()> {
-    let (report, reports) = (Arc::new(Report::new(options)), Arc::new(Reports::new()));
+    let health = Arc::new(Health::new(kernel_release()));
+    let report = Arc::new(Report::new(options));
+    let reports = Arc::new(Reports::new(Arc::clone(&health)));
     let socket = StatusSocket::bind(&options.status_socket)?;
-    let (one, several) = (Arc::clone(&report), Arc::clone(&reports));
-    let has_several = options.networks.is_some();
-    tokio::spawn(async move {
-        let status = move || {
-            if has_several {
-                several.status()
-            } else {
-                one.status()
-            }
-        };
-        socket.serve(status).await
-    });
+    if options.networks.is_some() {
+        let shown = Arc::clone(&reports);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    } else {
+        health.add("_", Arc::clone(&report));
+        let shown = Arc::clone(&report);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    }
+    let _instance = Instance::lock(&options.data_dir)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = kernel_release(),
+        sandbox = sandbox_line(),
+        "kersey starts"
+    );
+    health::serve(&options.process.monitor, &health);
+    tokio::spawn(watchdog::tend(Arc::clone(&health)));
 
     let expirations = if options.listen.is_some() {
         Expirations::Ask
@@ -174,13 +202,7 @@ async fn start(options: &RunOptions) -> Result<()> {
             std::future::pending(),
         ));
     }
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        kernel = kernel_release(),
-        store = store.place(),
-        "kersey starts"
-    );
-
+    tracing::info!(store = store.place(), "store opened");
     match &options.networks {
         None => node::run(options.clone(), store, report, None).await,
         Some(choice) => {
@@ -195,4 +217,13 @@ fn kernel_release() -> String {
         |_| "unknown".to_owned(),
         |name| name.release().to_string_lossy().into_owned(),
     )
+}
+
+/// What was given up, in one line.
+fn sandbox_line() -> String {
+    let parts: Vec<_> = sandbox::report()
+        .into_iter()
+        .map(|(part, state)| format!("{part} {state}"))
+        .collect();
+    parts.join(", ")
 }

@@ -3,6 +3,8 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+mod process;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,6 +16,10 @@ use std::time::Duration;
 use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 use crate::lease::Subnet;
+pub use process::{
+    Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, SandboxPart, UnknownPart,
+    metrics_address,
+};
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +46,8 @@ pub struct RunOptions {
     pub srv6: Srv6Options,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
+    /// The process around the node.
+    pub process: ProcessOptions,
     /// Logging.
     pub log: LogOptions,
 }
@@ -72,6 +80,9 @@ pub struct NetworkChoice {
 }
 
 impl NetworkChoice {
+    /// The directory of the networks' own directories, in that for state.
+    pub const STATE: &str = "networks";
+
     /// Whether a network is to be joined.
     pub fn allows(&self, name: &NetworkName) -> bool {
         self.allowed.as_ref().is_none_or(|allowed| allowed.contains(name))
@@ -84,7 +95,7 @@ impl NetworkChoice {
 
     /// The directory for the state of a network, in that of all.
     pub fn data_dir(all: &Path, name: &NetworkName) -> PathBuf {
-        all.join("networks").join(name.as_str())
+        all.join(Self::STATE).join(name.as_str())
     }
 }
 

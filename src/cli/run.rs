@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::go_flags::parse_bool;
 use super::logging::LogArgs;
+use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
 use crate::addr::{Ipv6Prefix, NetworkName, NetworkNameError};
@@ -40,6 +41,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     srv6: Srv6Args,
     #[command(flatten)]
+    process: ProcessArgs,
+    #[command(flatten)]
     log: LogArgs,
     #[command(flatten)]
     other: OtherArgs,
@@ -49,11 +52,11 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--ip-masq, --kube-subnet-mgr, --healthz-port and more) are refused with a sentence that says what to do \
+(--ip-masq, --kube-subnet-mgr and more) are refused with a sentence that says what to do \
 instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
 
 Exit status: 0 stopped on request, 1 failed, 2 misused, 3 this machine lacks something, 4 the network config is \
-invalid.";
+invalid, 7 another daemon runs.";
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Node (flannel's flags)")]
@@ -286,8 +289,8 @@ hidden_flags! {
     UnservedArgs {
         booleans: ip_masq ip_masq_fully_random_disable ip_blackhole_route iptables_forward_rules kube_subnet_mgr
             set_node_network_unavailable use_multi_cluster_cidr logtostderr alsologtostderr;
-        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync healthz_ip
-            healthz_port remote_keyfile remote_certfile remote_cafile stderrthreshold
+        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync
+            remote_keyfile remote_certfile remote_cafile stderrthreshold
             vmodule;
         underscored: log_dir log_backtrace_at
     }
@@ -320,11 +323,6 @@ fn judge(flag: &str, value: &str) -> Verdict {
         "ip-blackhole-route" if asks => Verdict::Refuse(
             "Kersey adds no blackhole route yet; drop the flag, or add `ip route add blackhole SUBNET` yourself",
         ),
-        "healthz-port" => match int_within(value, 0..=65_535) {
-            Ok(0) => Verdict::Accept,
-            Ok(_) => Verdict::Refuse("Kersey has no health port yet; drop the flag and ask `kersey status`"),
-            Err(_) => Verdict::Refuse("a port is a whole number from 0 to 65535"),
-        },
         "remote-keyfile" | "remote-certfile" | "remote-cafile" if asks => Verdict::Refuse(
             "Kersey speaks plain HTTP between nodes and servers; drop the flag and keep that traffic on a trusted network",
         ),
@@ -458,6 +456,7 @@ impl RunArgs {
                 hmac_keys: self.srv6.srv6_hmac_keys,
             },
             status_socket: self.other.status_socket,
+            process: self.process.into_options(),
             log: self.log.options(),
         })
     }

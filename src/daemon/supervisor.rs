@@ -344,9 +344,10 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::daemon::health::Health;
 
     fn networks<const N: usize>(names: [&str; N]) -> Vec<(NetworkName, Arc<Report>)> {
-        let report = || Arc::new(Report::of_device("flannel0"));
+        let report = || Arc::new(Report::for_tests());
         names.map(|name| (name.parse().unwrap(), report())).into()
     }
 
@@ -387,7 +388,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_network_that_is_removed_meanwhile_is_not_waited_for() {
-        let reports = Reports::new();
+        let reports = Reports::new(Arc::new(Health::new(String::new())));
         for (name, report) in networks(["a", "gone"]) {
             reports.add(&name, report);
         }
