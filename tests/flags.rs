@@ -62,7 +62,7 @@ const FORMER: &[(&str, &str)] = &[
 ];
 
 /// What they ask for is so in any case: lines go to standard error.
-const ALREADY_SO: [&str; 4] = ["logtostderr", "alsologtostderr", "stderrthreshold", "healthz-ip"];
+const ALREADY_SO: [&str; 3] = ["logtostderr", "alsologtostderr", "stderrthreshold"];
 
 /// Flags that need another one beside them.
 fn partner(flag: &str) -> &'static [&'static str] {
