@@ -72,7 +72,7 @@ fn size() -> (u32, usize) {
     if std::env::var_os("KERSEY_SOAK").is_some() {
         (10_000, 200)
     } else {
-        (250, 40)
+        (150, 40)
     }
 }
 

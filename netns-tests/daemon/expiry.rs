@@ -202,6 +202,78 @@ fn a_daemon_that_slept_through_a_thousand_changes_knows_them_all_two_seconds_lat
     drop(probe);
 }
 
+/// F9: what a thousand peers that come, change and go cost a daemon. B3, in its long form: a hundred thousand, and more
+/// than are taken.
+#[test]
+fn a_thousand_peers_and_their_changes_leave_a_daemon_small() {
+    if !require_etcd("a_thousand_peers_and_their_changes_leave_a_daemon_small") {
+        return;
+    }
+    let mut blueprint = Blueprint::new("many", 2);
+    blueprint.network = r#"{"Network":"10.0.0.0/8","SubnetLen":28,"SubnetMin":"10.255.0.0"}"#.to_owned();
+    let mut overlay = blueprint.start();
+    let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
+    wait_for("the probe runs", READY, || probe.received().0 > 100);
+    for round in 0..10 {
+        crowd(&overlay, 0..1000, round);
+    }
+    let last = format!("198.18.9.{}:8285", 999 % 250 + 1);
+    overlay.wait(1, within(Duration::from_secs(5)), |status| {
+        status.peers.len() == 1001 && status.peers.iter().any(|peer| peer.endpoints[0] == last)
+    });
+    for first in (0..500).step_by(100) {
+        let gone: Vec<_> = (first..first + 100)
+            .map(|i| TxnOp::delete(crowd_key(i), None))
+            .collect();
+        overlay.etcd(async |mut client| client.txn(Txn::new().and_then(gone)).await.map(drop));
+    }
+    overlay.wait(1, within(Duration::from_secs(5)), |status| {
+        status.peers.len() == 501
+    });
+    let took = rss_mib(overlay.daemon(1).pid());
+    figure("MiB with a thousand peers", took);
+    assert!(took <= 64, "{took} MiB");
+    let report = probe.stop().unwrap();
+    assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
+    if std::env::var_os("KERSEY_SOAK").is_none() {
+        return;
+    }
+    crowd(&overlay, 0..100_500, 20);
+    overlay.wait(1, Duration::from_secs(120), |status| {
+        status.rejected_leases.contains_key("table_full")
+    });
+    let took = rss_mib(overlay.daemon(1).pid());
+    figure("MiB with a hundred thousand", took);
+    assert!(took <= 128, "{took} MiB");
+}
+
+fn crowd_key(i: u32) -> String {
+    format!("{PREFIX}/subnets/{}-28", Ipv4Addr::from(0x0a00_0000 + i * 16))
+}
+
+/// Puts a crowd of leases, a hundred at a time.
+fn crowd(overlay: &Overlay, range: std::ops::Range<u32>, round: u32) {
+    for first in range.clone().step_by(100) {
+        let puts: Vec<_> = (first..range.end.min(first + 100))
+            .map(|i| {
+                let ip = Ipv4Addr::from(0xc612_0000 + (round << 8) + i % 250 + 1);
+                TxnOp::put(
+                    crowd_key(i),
+                    format!(r#"{{"PublicIP":"{ip}","PublicIPv6":null}}"#),
+                    None,
+                )
+            })
+            .collect();
+        overlay.etcd(async |mut client| client.txn(Txn::new().and_then(puts)).await.map(drop));
+    }
+}
+
+fn rss_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
 /// Node 2 hears nothing from the hub.
 fn cut(overlay: &Overlay, verb: &str) {
     let mut command = std::process::Command::new("ip");
