@@ -310,13 +310,15 @@ fn theirs(value: &[u8], holder: &Holder) -> Option<Record> {
         return None;
     }
     let record: Record = serde_json::from_slice(value).ok()?;
-    let (same_boot, same_host) = (record.boot == holder.boot, record.host == holder.host);
+    let known = |one: &str, two: &str| !one.is_empty() && !two.is_empty();
+    let same = |one: &str, two: &str| known(one, two) && one == two;
+    let differ = |one: &str, two: &str| known(one, two) && one != two;
     let other = if record.id == holder.id {
         // A copy of a data directory on another machine.
-        !same_boot && !same_host
+        differ(&record.boot, &holder.boot) && differ(&record.host, &holder.host)
     } else {
         // Else a data directory that was lost, or a container made anew on this machine.
-        !(same_boot && same_host)
+        !(same(&record.boot, &holder.boot) && same(&record.host, &holder.host))
     };
     other.then_some(record)
 }
@@ -349,6 +351,16 @@ mod tests {
                 false,
             ),
             ("another container on the same host", holder("2", "b", "x"), true),
+            (
+                "itself, unable to read what boot it is",
+                holder("1", "b", ""),
+                false,
+            ),
+            (
+                "another, unable to read what boot it is",
+                holder("2", "a", ""),
+                true,
+            ),
         ] {
             assert_eq!(theirs(found, &who).is_some(), other, "{case}");
         }
