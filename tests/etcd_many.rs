@@ -188,10 +188,11 @@ impl Watcher {
                 let _ = timeout(Duration::from_millis(20), peers.changed()).await;
                 let (table, now) = (peers.borrow_and_update().clone(), Instant::now());
                 for (i, (round, at)) in written.lock().unwrap().iter() {
-                    let there = table
-                        .get(subnet(*i))
-                        .is_some_and(|attrs| round_of(attrs) >= *round);
-                    if there {
+                    if seen.get(i) == Some(round) {
+                        continue;
+                    }
+                    let there = table.get(subnet(*i));
+                    if there.is_some_and(|attrs| round_of(attrs) >= *round) {
                         seen.insert(*i, *round);
                         notes.lock().unwrap().push(now.saturating_duration_since(*at));
                     }
