@@ -211,8 +211,7 @@ struct Judge {
 impl Judge {
     async fn stop(self) -> Vec<Duration> {
         self.task.abort();
-        let took = self.took.lock().unwrap().clone();
-        took
+        std::mem::take(&mut *self.took.lock().unwrap())
     }
 }
 
