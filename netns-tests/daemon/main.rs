@@ -19,6 +19,7 @@
 
 mod auto;
 mod cleanup;
+mod expiry;
 mod faults;
 mod hostile_data;
 mod icmp;
