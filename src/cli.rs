@@ -17,6 +17,7 @@ pub mod bench;
 pub mod cleanup;
 mod environment;
 mod go_flags;
+mod http;
 pub mod lab;
 mod logging;
 mod progress;
@@ -29,7 +30,6 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use clap::{Args, FromArgMatches};
 
@@ -456,11 +456,6 @@ fn with_help<A: Args>(name: &'static str) -> clap::Command {
     A::augment_args(clap::Command::new(name))
 }
 
-/// A clap value parser for an address type.
-fn address<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -536,14 +531,17 @@ mod tests {
     #[test]
     fn the_store_follows_from_the_flags() {
         for (flags, expected) in [
-            (&["--remote=a:1,http://b:2"] as &[&str], "Remote([a:1, b:2])"),
+            (
+                &["--remote=a:1,http://b:2"] as &[&str],
+                "servers: [a:1, b:2], tls: None",
+            ),
             (&["--listen=:8888"], "Embedded"),
             (&["--listen=:8888", "--etcd-endpoints=http://e:2379"], "Etcd"),
             (&[], "Etcd"),
         ] {
             let args = [&["kersey", "run"], flags].concat();
             let kind = format!("{:?}", run_options(&args, &[]).store.kind);
-            assert!(kind.starts_with(expected), "{flags:?}: {kind}");
+            assert!(kind.contains(expected), "{flags:?}: {kind}");
         }
     }
 
@@ -562,7 +560,7 @@ mod tests {
         let Command::Server(options) = parsed.command else {
             panic!("{:?}", parsed.command);
         };
-        assert_eq!(options.listen.to_string(), "0.0.0.0:10253");
+        assert_eq!(options.serve.listen[0].to_string(), "0.0.0.0:10253");
         assert!(matches!(options.store.kind, StoreKind::Etcd(_)));
     }
 
@@ -590,7 +588,26 @@ mod tests {
             (&["--ip-blackhole-route=1"], &[], &["not supported"]),
             (&["--healthz-port=8081"], &[], &["not supported", "kersey status"]),
             (&["--networks=a,b"], &[], &["not supported", "--etcd-prefix"]),
-            (&["--remote-cafile=x"], &[], &["not supported"]),
+            (
+                &["--remote=a:1", "--remote-certfile=x"],
+                &[],
+                &["need each other"],
+            ),
+            (
+                &["--listen=:1", "--remote-cafile=x"],
+                &[],
+                &["without TLS", "--remote-certfile"],
+            ),
+            (
+                &["--remote=http://a:1", "--remote-cafile=x"],
+                &[],
+                &["plain HTTP", "https://"],
+            ),
+            (
+                &["--remote=a:1", "--remote-token-file=x"],
+                &[],
+                &["in the clear", "https://"],
+            ),
             (&["--use-multi-cluster-cidr"], &[], &["not supported"]),
             (&["--queues=0"], &[], &["\"0\" for --queues", "1 to 256"]),
             (
@@ -622,11 +639,16 @@ mod tests {
                 &["exclude each other"],
             ),
             (
-                &["--remote=https://a:1"],
+                &["--remote=ftp://a:1"],
                 &[],
-                &["--remote", "https:// is not supported"],
+                &["--remote", "ftp:// is not supported"],
             ),
-            (&["--listen=fd://"], &[], &["--listen", "fd:// is not supported"]),
+            (
+                &["--listen=fd://x"],
+                &[],
+                &["--listen", "fd://x is no inherited socket"],
+            ),
+            (&["--listen=unix://x"], &[], &["--listen", "absolute path"]),
             (
                 &["--network-config=x"],
                 &[],

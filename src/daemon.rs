@@ -48,10 +48,11 @@ use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
 use crate::host::tun::TunError;
+use crate::host::{inherited, limits};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::{RunOptions, Srv6Options};
-use crate::server;
 use crate::server::status::StatusSocket;
+use crate::server::{self, Served};
 
 /// Exit statuses: `cli::exit` documents them.
 const OK: u8 = 0;
@@ -69,7 +70,7 @@ const GATHER: Duration = Duration::from_millis(100);
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
-    raise_open_files();
+    limits::raise_open_files();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -104,16 +105,6 @@ pub fn run(options: RunOptions) -> ExitCode {
             }
             ExitCode::from(status)
         }
-    }
-}
-
-/// Raises the soft limit of open files to the hard one: a pool of source ports or many clients take more than the usual 1,024.
-fn raise_open_files() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::debug!(%error, "cannot raise the limit of open files");
     }
 }
 
@@ -174,21 +165,18 @@ async fn node(options: &RunOptions) -> Result<()> {
     let shown = Arc::clone(&report);
     tokio::spawn(async move { socket.serve(move || shown.status()).await });
 
-    let expirations = if options.listen.is_some() {
+    let expirations = if options.serve.is_some() {
         Expirations::Ask
     } else {
         Expirations::Assume
     };
     let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
     report.set_store(store.place());
-    if let Some(listen) = &options.listen {
-        let listener = server::listen(listen).await?;
-        tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
-        tokio::spawn(server::serve(
-            listener,
-            Arc::clone(&store),
-            std::future::pending(),
-        ));
+    if let Some(serve) = &options.serve {
+        let served = Served::open(Arc::clone(&store), serve)?;
+        let listeners = server::listen(&serve.listen, inherited::descriptor).await?;
+        server::announce(&listeners, &served);
+        tokio::spawn(server::serve_all(listeners, served, std::future::pending()));
     }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

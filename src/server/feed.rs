@@ -163,6 +163,11 @@ impl History {
         })
     }
 
+    /// Whether the store was heard.
+    pub(super) fn is_known(&self) -> bool {
+        self.known == Knowledge::Leases
+    }
+
     /// The lease whose IPv4 half is `subnet`.
     pub(super) fn lease(&self, subnet: Ipv4Prefix) -> Option<&Lease> {
         self.leases.values().find(|lease| lease.subnet.v4 == subnet)

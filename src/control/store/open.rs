@@ -11,6 +11,7 @@ use super::etcd::Expirations;
 use super::{EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError};
 use crate::control::config::{ConfigError, NetworkConfig};
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
+use crate::trust::TrustError;
 
 /// The embedded store's file in its directory.
 const FILE: &str = "leases.redb";
@@ -40,6 +41,9 @@ pub enum OpenError {
     /// The config given with `--network-config` is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Certificates or a token cannot be had from their files.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
 }
 
 /// Opens the store `kind` names. Etcd and servers are not asked anything yet; `expirations` matters to etcd only.
@@ -54,7 +58,7 @@ pub async fn open(
     Ok(match kind {
         StoreKind::Etcd(etcd) => Arc::new(EtcdStore::connect(etcd_options(etcd, ttl, expirations))?),
         StoreKind::Embedded(embedded) => Arc::new(open_embedded(embedded, ttl).await?),
-        StoreKind::Remote(servers) => Arc::new(RemoteStore::new(servers.clone())),
+        StoreKind::Remote(remote) => Arc::new(RemoteStore::open(remote)?),
     })
 }
 
