@@ -192,7 +192,7 @@ async fn send(address: String, request: String) -> Reply {
                 let line = head.lines().find_map(|line| line.strip_prefix(name));
                 line.map(|value| value.trim().to_owned())
             };
-            let length = field("content-length:").expect("a length").parse().unwrap();
+            let length: usize = field("content-length:").expect("a length").parse().unwrap();
             if body.len() == length {
                 return Reply {
                     status: head.split(' ').nth(1).unwrap().parse().unwrap(),

@@ -213,22 +213,13 @@ async fn a_poll_made_with_files_of_the_past_is_made_again() {
     watch.next().await.unwrap().unwrap();
     // The authority of clients is another from now on: whoever the old one signed is cut off, polls included.
     let next = Authority::new(dir.path(), "next");
-    let old = dir.path().join("old.pem");
-    fs::copy(&ca.file, &old).unwrap();
-    let polling =
-        tokio::spawn(
-            async move { timeout(Duration::from_secs(25), watch_fails(&mut watch, &node_store)).await },
-        );
-    sleep(Duration::from_millis(200)).await;
-    fs::copy(&next.file, &ca.file).unwrap();
-    polling.await.unwrap().expect("the poll is cut off");
-
-    async fn watch_fails<T, E>(
-        watch: &mut (impl futures_util::Stream<Item = Result<T, E>> + Unpin),
-        _: &kersey::control::store::RemoteStore,
-    ) {
-        while let Some(Ok(_)) = watch.next().await {}
-    }
+    let change = async {
+        sleep(Duration::from_millis(200)).await;
+        fs::copy(&next.file, &ca.file).unwrap();
+    };
+    let cut_off = async { while let Some(Ok(_)) = watch.next().await {} };
+    let (cut_off, ()) = tokio::join!(timeout(Duration::from_secs(25), cut_off), change);
+    cut_off.expect("the poll is cut off");
 }
 
 async fn serve(pair: KeyPairFiles, clients: Option<&Authority>) -> Running {

@@ -3,10 +3,9 @@
 //! Any number of servers, in order of preference; [`servers`](self::servers) says which one is asked. An answer that says no
 //! counts as an answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
 //!
-//! A watch is a chain of long polls. A poll that brings nothing for a minute is given up; if the server still
+//! A watch is a chain of long polls ([`poll`]). A poll that brings nothing for a minute is given up; if the server still
 //! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP
-//! keep-alive. A cursor means something to the server that gave it and to no other, so it is kept with that server's number,
-//! and when another server is current it is asked for a snapshot.
+//! keep-alive.
 //!
 //! Old servers: v0.5 to v0.7 fill in fewer fields and word errors differently; of a renewal only the new end is taken,
 //! because v0.5.6 to v0.7.1 spoil the attributes they send back; where there is no body at all, as from the server of the
@@ -15,7 +14,9 @@
 //! Limits: reservations and revocations go through where the server knows them (v0.5.6 and later).
 
 mod connect;
+pub mod networks;
 pub mod objects;
+mod poll;
 mod servers;
 
 use std::sync::Arc;
@@ -23,12 +24,14 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use hyper::{Method, StatusCode};
-use tokio::time::{Instant, sleep};
+use hyper::Method;
 
+pub use self::networks::RemoteNetworks;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
-use self::servers::{Ask, Failure, REQUEST_TIMEOUT, Servers};
+use self::poll::{Watched, poll};
+use self::servers::{Ask, REQUEST_TIMEOUT, Servers};
 use super::{Cursor, LEASE_TTL, Store, StoreError, WatchItem, expires_in};
+use crate::addr::NetworkName;
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use crate::options::{RemoteOptions, ServerAddress};
 use crate::trust::TrustError;
@@ -37,11 +40,6 @@ use crate::trust::TrustError;
 pub const ERROR_HEADER: &str = "x-kersey-error";
 /// Request header that carries the subnet a node held before, a lease key.
 pub const PREVIOUS_HEADER: &str = "x-kersey-previous";
-
-/// How long a poll waits before it is asked anew.
-const POLL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Pause after a poll that failed at once or brought nothing: flannel's own.
-const POLL_PAUSE: Duration = Duration::from_secs(1);
 
 /// The kind of an error, as [`ERROR_HEADER`] names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +67,8 @@ impl ErrorKind {
 #[derive(Debug)]
 pub struct RemoteStore {
     servers: Arc<Servers>,
+    /// What every path begins with: `/v1/NAME`, or `/v1/_` for the network without a name.
+    base: String,
 }
 
 impl RemoteStore {
@@ -79,6 +79,7 @@ impl RemoteStore {
     pub fn new(servers: Vec<ServerAddress>) -> Self {
         Self {
             servers: Arc::new(Servers::plain(&servers)),
+            base: base(None),
         }
     }
 
@@ -92,6 +93,7 @@ impl RemoteStore {
     pub fn open(options: &RemoteOptions) -> Result<Self, TrustError> {
         Ok(Self {
             servers: Arc::new(Servers::open(options)?),
+            base: base(None),
         })
     }
 
@@ -104,55 +106,25 @@ impl RemoteStore {
         self
     }
 
-    /// One step of a watch: polls until there is something to tell.
-    async fn poll(&self, mut since: Option<Cursor>) -> Result<WatchItem, StoreError> {
-        let servers = &*self.servers;
-        loop {
-            servers.look_at_better_ones().await;
-            let current = servers.current();
-            let Some(cursor) = since.as_ref().and_then(|cursor| cursor_of(current, cursor)) else {
-                let answer = servers.ask(&leases_ask(None)).await?;
-                let (update, cursor) = read_watch(&answer.body)?;
-                return Ok(WatchItem {
-                    // Old servers say `null` where there are none.
-                    update: update.unwrap_or_else(|| LeaseUpdate::Snapshot(Vec::new())),
-                    cursor: numbered(answer.server, &cursor),
-                });
-            };
-            let mut ask = leases_ask(Some(cursor));
-            if current > 0 {
-                // Long enough to save requests, short enough to go home in time.
-                ask.timeout = ask.timeout.min(servers.return_after());
-            }
-            let asked = Instant::now();
-            let why = match servers.ask_only(current, &ask).await {
-                Ok(answer) if answer.status == StatusCode::OK => {
-                    let (update, next) = read_watch(&answer.body)?;
-                    if let Some(update) = update {
-                        return Ok(WatchItem {
-                            update,
-                            cursor: numbered(current, &next),
-                        });
-                    }
-                    // No sound server answers a poll with nothing; this one is not asked without a pause.
-                    sleep(POLL_PAUSE).await;
-                    continue;
-                }
-                Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
-                // Quiet networks are the rule. Whether the server lives, a question with an answer tells.
-                Err(Failure::Silent(_)) if servers.ask_only(current, &config_ask()).await.is_ok() => continue,
-                Err(failure) => failure.to_string(),
-            };
-            tracing::debug!(server = %servers.name(current), why, "a poll failed; asking for a snapshot");
-            // All nodes lose a server at once; and one that fails every poll must not be asked in a loop.
-            let pause = if asked.elapsed() < POLL_PAUSE {
-                POLL_PAUSE
-            } else {
-                POLL_PAUSE.mul_f64(rand::random_range(0.1..0.5))
-            };
-            sleep(pause).await;
-            since = None;
+    /// The same servers' store of another network; connections, and which server is asked, are shared.
+    pub fn of_network(&self, name: Option<&NetworkName>) -> Self {
+        Self {
+            servers: Arc::clone(&self.servers),
+            base: base(name),
         }
+    }
+
+    /// One step of a watch: polls until there is something to tell.
+    async fn poll(&self, since: Option<Cursor>) -> Result<WatchItem, StoreError> {
+        let watched = Watched {
+            doing: "watch the leases",
+            path: &format!("{}/leases", self.base),
+            sign_of_life: &format!("{}/config", self.base),
+            read: read_watch,
+            nothing: || LeaseUpdate::Snapshot(Vec::new()),
+        };
+        let (update, cursor) = poll(&self.servers, &watched, since).await?;
+        Ok(WatchItem { update, cursor })
     }
 
     async fn act(
@@ -181,7 +153,10 @@ impl Store for RemoteStore {
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(async move { Ok(self.servers.ask(&config_ask()).await?.body.trim().to_owned()) })
+        Box::pin(async move {
+            let ask = Ask::get("read the network config", format!("{}/config", self.base));
+            Ok(self.servers.ask(&ask).await?.body.trim().to_owned())
+        })
     }
 
     fn acquire<'a>(
@@ -193,7 +168,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "acquire a lease",
                 method: Method::POST,
-                path: "/v1/_/leases".to_owned(),
+                path: format!("{}/leases", self.base),
                 body: attrs_json(attrs),
                 previous,
                 about: None,
@@ -214,7 +189,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "renew the lease",
                 method: Method::PUT,
-                path: format!("/v1/_/leases/{}", old_key(lease.subnet)),
+                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
                 body: lease_json(lease),
                 previous: None,
                 about: Some(&lease.subnet),
@@ -235,7 +210,7 @@ impl Store for RemoteStore {
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/leases/{}", old_key(subnet));
+            let path = format!("{}/leases/{}", self.base, old_key(subnet));
             self.act("revoke the lease", Method::DELETE, path, &subnet).await
         })
     }
@@ -245,7 +220,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "reserve the subnet",
                 method: Method::POST,
-                path: "/v1/_/reservations".to_owned(),
+                path: format!("{}/reservations", self.base),
                 body: format!(
                     "{{\"Subnet\":\"{}\",\"PublicIP\":\"{}\"}}",
                     subnet.v4, attrs.public_ip
@@ -260,7 +235,7 @@ impl Store for RemoteStore {
 
     fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/reservations/{}", old_key(subnet));
+            let path = format!("{}/reservations/{}", self.base, old_key(subnet));
             self.act("end the reservation", Method::DELETE, path, &subnet)
                 .await
         })
@@ -287,30 +262,15 @@ impl Store for RemoteStore {
     }
 }
 
-/// A cursor of ours: a server's, and which server's it is.
-fn numbered(server: usize, cursor: &Cursor) -> Cursor {
-    Cursor(format!("{server}-{}", cursor.0))
+/// What the paths of a network begin with. A name needs no escaping.
+fn base(name: Option<&NetworkName>) -> String {
+    format!("/v1/{}", name.map_or("_", NetworkName::as_str))
 }
 
-/// The server's part of a cursor of ours, if it is of that server.
-fn cursor_of(server: usize, cursor: &Cursor) -> Option<&str> {
-    let (number, text) = cursor.0.split_once('-')?;
-    (number.parse() == Ok(server)).then_some(text)
-}
-
-fn config_ask() -> Ask<'static> {
-    Ask::get("read the network config", "/v1/_/config".to_owned())
-}
-
-fn leases_ask(cursor: Option<&str>) -> Ask<'static> {
-    const DOING: &str = "watch the leases";
-    match cursor {
-        None => Ask::get(DOING, "/v1/_/leases".to_owned()),
-        Some(cursor) => Ask {
-            timeout: POLL_TIMEOUT,
-            ..Ask::get(DOING, format!("/v1/_/leases?next={cursor}"))
-        },
-    }
+/// Whether a cursor survives being put into a URL as it is.
+fn is_plain_cursor(cursor: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=200).contains(&cursor.len()) && cursor.bytes().all(plain)
 }
 
 /// Reads the answer to a watch. A cursor goes into a URL as it is, so one that would not survive that is refused.
@@ -320,8 +280,7 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
     if answer.skipped > 0 {
         tracing::debug!(count = answer.skipped, "skipped leases that cannot be read");
     }
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    if answer.cursor.is_empty() || answer.cursor.len() > 200 || !answer.cursor.bytes().all(plain) {
+    if !is_plain_cursor(&answer.cursor) {
         return Err(garbled(
             DOING,
             format!("the cursor {:?} is malformed", answer.cursor),

@@ -1,0 +1,480 @@
+//! One network's node: lease, backend, data plane, routes, `subnet.env`, kept up for ever.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::addr::{MacAddr, Mtu};
+use crate::backend::srv6::Srv6Node;
+use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
+use crate::control::config::NetworkConfig;
+use crate::control::store::Store;
+use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::daemon::direct::DirectRoutes;
+use crate::daemon::network::{self, DataPlane, Repair, Setup};
+use crate::daemon::report::Report;
+use crate::daemon::{ENVIRONMENT, exit_status, plain};
+use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
+use crate::host::netlink::{LinkChange, Netlink};
+use crate::host::socket::{self, UnderlayError};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
+use crate::options::{RunOptions, Srv6Options};
+
+/// Longest pause before something that failed at start is tried again. The first is a tenth of a second: what is in the way after a restart
+/// is often the dying predecessor.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often an automatic second choice looks whether the first can be had.
+const RETRY_PORT: Duration = Duration::from_secs(5);
+/// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
+/// changing it against us should not keep us busy.
+const GATHER: Duration = Duration::from_millis(100);
+
+/// Joins a network and stays in it; returns only with an error nothing can mend.
+pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+    loop {
+        match live(options, Arc::clone(&store), Arc::clone(&report)).await {
+            Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
+                tracing::info!("choosing a backend again: {error}");
+                report.not_ready();
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// The link is too small for this backend and network.
+#[derive(Debug, thiserror::Error)]
+#[error("the MTU of {interface}, {link_mtu}, is too small: {rule}")]
+pub(super) struct UnusableMtu {
+    pub(super) interface: String,
+    pub(super) link_mtu: u16,
+    pub(super) rule: String,
+}
+
+/// Another backend can be had now, or the one chosen can not: an automatic choice is to be made again.
+#[derive(Debug, thiserror::Error)]
+enum ChooseAgain {
+    /// The better one's port has become free.
+    #[error("port {0} is free")]
+    PortFree(u16),
+    /// What peers are told depends on the subnet, which is another now.
+    #[error("the subnet is now {0}")]
+    Moved(Subnet),
+    /// The port of the one chosen is taken.
+    #[error("port {0} is taken")]
+    PortTaken(u16),
+}
+
+/// Joins the network with the backend its config names, and stays in it.
+async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+    let mut control = Control::new(Arc::clone(&store), control_options(options));
+    let config = control.network_config().await;
+    let identity = Identity {
+        mac: identity::mac(&options.data_dir),
+        srv6: srv6_node(&options.srv6)?,
+    };
+    match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
+        AnyBackend::Auto(backend) => {
+            let backend = backend.settled(socket::port_is_taken(backend.port()));
+            tracing::info!(
+                backend = backend.name(),
+                reason = backend.reason(),
+                "backend chosen"
+            );
+            join(options, backend, config, control, store, report).await
+        }
+        AnyBackend::Udp(backend) => join(options, backend, config, control, store, report).await,
+        AnyBackend::Vxlan(backend) => join(options, backend, config, control, store, report).await,
+        AnyBackend::Srv6(backend) => join(options, *backend, config, control, store, report).await,
+        AnyBackend::HostGw(backend) => plain::join(options, backend, config, control, store, report).await,
+        AnyBackend::Alloc(backend) => plain::join(options, backend, config, control, store, report).await,
+    }
+}
+
+/// A file of keys is not there, or wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use --srv6-hmac-keys {}: {cause}", .file.display())]
+pub(super) struct UnusableKeys {
+    file: PathBuf,
+    cause: String,
+}
+
+/// What the options and the files they name say of this node's part in segment routing.
+fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
+    let keys = match &options.hmac_keys {
+        None => Vec::new(),
+        Some(file) => {
+            let unusable = |cause: String| UnusableKeys {
+                file: file.clone(),
+                cause,
+            };
+            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
+        }
+    };
+    Ok(Srv6Node {
+        locator: options.locator,
+        sids: options.sids.clone(),
+        keys,
+    })
+}
+
+fn control_options(options: &RunOptions) -> ControlOptions {
+    ControlOptions {
+        renew_margin: options.lease.renew_margin,
+        state_dir: Some(options.data_dir.clone()),
+        subnet_file: options.subnet_file.clone(),
+        backoff_cap: options.store.backoff_cap,
+        ..ControlOptions::default()
+    }
+}
+
+/// Joins the network with a backend, and stays in it.
+async fn join<B: Backend>(
+    options: &RunOptions,
+    backend: B,
+    config: NetworkConfig,
+    mut control: Control,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+) -> Result<()> {
+    let netlink = Netlink::open()?;
+    let interface = underlay_interface(options, &families(&config, backend.needs_v6()), &netlink).await;
+    let mut place = Place {
+        mac: netlink
+            .link(&interface.name)
+            .await
+            .ok()
+            .and_then(|link| link.mac)
+            .map(MacAddr::from),
+        public_v4: interface.public_v4,
+        subnet: None,
+    };
+    // The subnet will most likely be the one of an earlier life.
+    let remembered = control.remembered(&lease_attrs(&backend, &config, &interface), &config);
+    place.subnet = remembered.map(|subnet| config.number(subnet));
+    let backend = backend.placed(&place)?;
+    let underlay = Underlay {
+        v4: interface.v4,
+        v6: interface.v6,
+    };
+    let too_small = |rule: String| UnusableMtu {
+        interface: interface.name.clone(),
+        link_mtu: interface.mtu.bytes(),
+        rule,
+    };
+    let inner_mtu = backend
+        .inner_mtu(interface.mtu, underlay)
+        .map_err(|error| too_small(error.to_string()))?;
+    if config.v6.is_some() && inner_mtu.bytes() < 1280 {
+        // RFC 8200 §5
+        return Err(too_small(format!("{inner_mtu} bytes are left inside, and IPv6 needs 1280")).into());
+    }
+    for note in backend.notes() {
+        tracing::info!(backend = backend.name(), "{note}");
+    }
+    let asked = lease_attrs(&backend, &config, &interface);
+    let mut lease = control.acquire(&asked).await;
+    place.subnet = Some(config.number(lease.subnet));
+    let backend = backend.placed(&place)?;
+    // What the lease says may depend on which one it is.
+    let attrs = lease_attrs(&backend, &config, &interface);
+    if attrs != asked {
+        lease = control
+            .amend(Lease {
+                attrs: attrs.clone(),
+                ..lease
+            })
+            .await;
+    }
+    tracing::info!(
+        subnet = %lease.subnet,
+        interface = interface.name,
+        public_ip = %attrs.public_ip,
+        public_ipv6 = attrs.public_ipv6.map(|addr| addr.to_string()),
+        link_mtu = interface.mtu.bytes(),
+        inner_mtu = inner_mtu.bytes(),
+        "lease acquired"
+    );
+    let setup = Setup {
+        options: &options.packet_path,
+        backend,
+        config: &config,
+        interface: &interface,
+        inner_mtu,
+        netlink,
+    };
+    let (publish, published) = control.channels(&config, &lease);
+    let maintain = tokio::spawn(control.maintain(publish));
+    report.set_node(&setup, &published, store);
+    let stayed = stay(options, &setup, lease, published, &report).await;
+    maintain.abort();
+    stayed
+}
+
+/// What our lease is to say.
+fn lease_attrs(backend: &impl Backend, config: &NetworkConfig, interface: &UnderlayInterface) -> LeaseAttrs {
+    let data = backend.lease_data(Networks {
+        v4: config.v4.is_some(),
+        v6: config.v6.is_some(),
+    });
+    LeaseAttrs {
+        public_ip: interface.public_v4.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED),
+        public_ipv6: interface.public_v6,
+        backend_type: data.kind.to_owned(),
+        backend_data: data.v4,
+        backend_v6_data: data.v6,
+    }
+}
+
+/// Keeps the data plane up and its routes true.
+async fn stay<B: Backend>(
+    options: &RunOptions,
+    setup: &Setup<'_, B>,
+    mut lease: Lease,
+    mut published: Published,
+    report: &Report,
+) -> Result<()> {
+    let mut changes = Netlink::watch()?;
+    let repairs = RateLimit::default();
+    let mut direct = DirectRoutes::new(setup);
+    let by_locators = !setup.backend.blocks().is_empty();
+    let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
+    loop {
+        let (failed, mut failures) = mpsc::channel(16);
+        let mut plane = up(setup, &lease, failed).await?;
+        let mut table = published.peers.borrow_and_update().clone();
+        if !by_locators {
+            plane.follow(&table, &direct.refused);
+        }
+        report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
+        // A peer is in the table once its locator can be reached, if it has one.
+        if by_locators {
+            plane.follow(&table, &direct.refused);
+        }
+        report.set_plane(&plane);
+        announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        let mut look_due = None;
+        loop {
+            tokio::select! {
+                // The sender lives as long as the daemon: an error here would be the end of the process anyway.
+                Ok(()) = published.peers.changed() => {
+                    table = published.peers.borrow_and_update().clone();
+                    direct.kernel.peers_changed();
+                    if !by_locators {
+                        plane.follow(&table, &direct.refused);
+                        report.set_plane(&plane);
+                    }
+                }
+                () = at(retry_port) => {
+                    if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
+                        return Err(ChooseAgain::PortFree(port).into());
+                    }
+                    retry_port = Some(Instant::now() + RETRY_PORT);
+                }
+                () = sleep_until(plane.paths_due()) => {
+                    if plane.look_at_paths(Instant::now()) {
+                        report.set_plane(&plane);
+                    }
+                }
+                () = at(direct.kernel.due()) => {
+                    report.set_kernel_routes(direct.follow(setup, lease.subnet, &table).await);
+                    if by_locators {
+                        plane.follow(&table, &direct.refused);
+                        report.set_plane(&plane);
+                    }
+                }
+                Ok(()) = published.lease.changed() => {
+                    let new = published.lease.borrow_and_update().clone();
+                    if new.subnet != lease.subnet {
+                        tracing::warn!(old = %lease.subnet, new = %new.subnet, "moving to another subnet");
+                        if by_locators {
+                            return Err(ChooseAgain::Moved(new.subnet).into());
+                        }
+                        lease = new;
+                        break;
+                    }
+                    lease = new;
+                }
+                Some(change) = changes.next() => {
+                    direct.kernel.note(&change, &setup.interface.name);
+                    if let LinkChange::Link(link) = &change
+                        && link.name == setup.interface.name
+                        && plane.bound_to.is_some_and(|index| index != link.index)
+                    {
+                        tracing::warn!(interface = link.name, "the underlay interface is another now; making the sockets anew");
+                        break;
+                    }
+                    if concerns(&change, &plane.devices()) {
+                        look_due.get_or_insert_with(|| Instant::now() + GATHER);
+                    }
+                }
+                () = at(look_due) => {
+                    look_due = None;
+                    match network::repair_device(setup, lease.subnet, plane.outer_index).await {
+                        Ok(Repair::NotNeeded) => {}
+                        Ok(Repair::Done) => {
+                            if repairs.allows() {
+                                tracing::warn!(device = options.packet_path.device, "somebody changed the device; put right again");
+                            }
+                        }
+                        Err(error) => {
+                            if repairs.allows() {
+                                tracing::warn!(error = format!("{error:#}"), "cannot put the device right again; trying on");
+                            }
+                            look_due = Some(Instant::now() + RETRY);
+                        }
+                    }
+                }
+                Some(error) = failures.recv() => {
+                    tracing::warn!(%error, device = options.packet_path.device, "the device or socket is gone; making it anew");
+                    break;
+                }
+            }
+        }
+        report.not_ready();
+    }
+}
+
+/// Writes the subnet file, and tells whoever waits for it.
+pub(super) fn announce(
+    options: &RunOptions,
+    config: &NetworkConfig,
+    own: Subnet,
+    inner_mtu: Mtu,
+    report: &Report,
+) {
+    let file = &options.subnet_file;
+    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
+        tracing::warn!(%error, file = %file.display(), "cannot write the subnet file");
+        return;
+    }
+    report.set_ready();
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+/// Whether a change may have touched one of our devices.
+fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
+    match change {
+        LinkChange::Link(link) => devices.contains(&link.index),
+        LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
+        LinkChange::RouteGone(route) => devices.contains(&route.index),
+        // Its threads notice.
+        LinkChange::LinkGone(_) => false,
+        LinkChange::Overrun => true,
+    }
+}
+
+/// The time has come; never, if there is none.
+pub(super) async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Brings the data plane up, trying again while it may still come right.
+async fn up<B: Backend>(
+    setup: &Setup<'_, B>,
+    lease: &Lease,
+    failed: mpsc::Sender<std::io::Error>,
+) -> Result<DataPlane<B>> {
+    let mut told = String::new();
+    let mut backoff = Backoff::new(RETRY);
+    loop {
+        let error = match DataPlane::start(setup, lease, failed.clone()).await {
+            Ok(plane) => return Ok(plane),
+            Err(error) => error,
+        };
+        if exit_status(&error) == ENVIRONMENT {
+            return Err(error);
+        }
+        if let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>()
+            && setup.backend.has_another()
+        {
+            return Err(ChooseAgain::PortTaken(addr.port()).into());
+        }
+        let mut text = format!("{error:#}");
+        if let Some(holder) = port_holder(&error, &setup.netlink).await {
+            text = format!("{text}: {holder}");
+        }
+        if text != told {
+            tracing::warn!(error = text, "cannot bring the data plane up; trying again");
+            told = text;
+        }
+        sleep(backoff.next_pause()).await;
+    }
+}
+
+/// Which of the kernel's own tunnels has the port we were refused, and what to do about it.
+async fn port_holder(error: &anyhow::Error, netlink: &Netlink) -> Option<String> {
+    let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>() else {
+        return None;
+    };
+    let devices = netlink.vxlan_devices().await.ok()?;
+    let holder = devices.iter().find(|device| device.holds(*addr))?;
+    let remedy = if holder.has_flannels_name() {
+        format!(
+            "if flannel does not run here any more, `ip link del {}`, or stop kersey and run `kersey cleanup`",
+            holder.link.name
+        )
+    } else {
+        "take it down, or give the network another port".to_owned()
+    };
+    Some(format!(
+        "the kernel's vxlan device {:?} (VNI {}) has it; {remedy}",
+        holder.link.name, holder.vni
+    ))
+}
+
+/// The families an underlay should have, best first: those of the network, or of one family or the other where there is nothing else.
+pub(super) fn families(config: &NetworkConfig, needs_v6: bool) -> [Families; 3] {
+    if needs_v6 {
+        return [Families::Dual, Families::V6, Families::V6];
+    }
+    match (config.v4.is_some(), config.v6.is_some()) {
+        (true, true) => [Families::Dual, Families::V4, Families::V6],
+        (false, true) => [Families::V6, Families::V4, Families::V4],
+        (true | false, false) => [Families::V4, Families::V6, Families::V6],
+    }
+}
+
+/// Chooses the underlay interface, waiting for one to come.
+pub(super) async fn underlay_interface(
+    options: &RunOptions,
+    wanted: &[Families],
+    netlink: &Netlink,
+) -> UnderlayInterface {
+    let mut told = String::new();
+    let mut backoff = Backoff::new(RETRY);
+    loop {
+        let mut first_error = None;
+        for &families in wanted {
+            let request = InterfaceRequest {
+                ifaces: options.interface.iface.clone(),
+                iface_regexes: options.interface.iface_regex.clone(),
+                can_reach: options.interface.can_reach,
+                public_ip: options.interface.public_ip,
+                public_ipv6: options.interface.public_ipv6,
+                families,
+            };
+            match request.choose(netlink).await {
+                Ok(interface) => return interface,
+                Err(error) => first_error.get_or_insert(error),
+            };
+        }
+        if let Some(error) = first_error.map(|error| format!("{:#}", anyhow::Error::from(error)))
+            && error != told
+        {
+            tracing::warn!(error, "waiting for an underlay interface");
+            told = error;
+        }
+        sleep(backoff.next_pause()).await;
+    }
+}
