@@ -139,10 +139,11 @@ async fn start(options: &RunOptions) -> Result<()> {
     } else {
         Expirations::Assume
     };
-    let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
+    let networks = store::open_networks(&options.store.kind, options.lease.ttl, expirations).await?;
+    let store = networks.open(None)?;
     report.set_store(store.place());
     if let Some(serve) = &options.serve {
-        let served = Served::open(Arc::clone(&store), serve)?;
+        let served = Served::open(Arc::clone(&store), serve)?.with_networks(networks);
         let listeners = server::listen(&serve.listen, inherited::descriptor).await?;
         server::announce(&listeners, &served);
         tokio::spawn(server::serve_all(listeners, served, std::future::pending()));

@@ -90,8 +90,9 @@ async fn serve(options: &ServerOptions) -> Result<(), ServeError> {
     // Taken first, so that a signal that comes while the store opens is not lost.
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Runtime)?;
-    let store = store::open(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
-    let served = Served::open(store, &options.serve)?;
+    let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
+    let store = networks.open(None).map_err(OpenError::Store)?;
+    let served = Served::open(store, &options.serve)?.with_networks(networks);
     let listeners = server::listen(&options.serve.listen, inherited::descriptor).await?;
     server::announce(&listeners, &served);
     // Without systemd there is nobody to notify.

@@ -136,6 +136,22 @@ impl Access {
         }
     }
 
+    /// Whether `peer` may read any network at all.
+    pub(super) fn check_any(&self, peer: &Peer, token: Option<&str>) -> Result<(), Denial> {
+        let Self::ByFile(rules) = self else {
+            return Ok(());
+        };
+        let rules = rules.current();
+        let mut denial = Denial::Unknown;
+        for network in rules.allow.iter().flat_map(|rule| &rule.networks) {
+            match rules.check(peer, token, network, Right::Read) {
+                Ok(()) => return Ok(()),
+                Err(why) => denial = why,
+            }
+        }
+        Err(denial)
+    }
+
     /// Whether tokens are among the rules.
     pub(super) fn knows_tokens(&self) -> bool {
         match self {

@@ -2,7 +2,7 @@
 //!
 //! | method and path | answer |
 //! | --- | --- |
-//! | GET `/v1/` | names of networks: none, for the one served has no name |
+//! | GET `/v1/[?next=C]` | watch which networks with a name there are |
 //! | GET `/v1/_/config` | the network config, effective values filled in |
 //! | POST `/v1/_/leases` | acquire: attributes in, lease out |
 //! | GET `/v1/_/leases[?next=C]` | watch all leases |
@@ -22,7 +22,8 @@
 //! # Bodies
 //!
 //! A body has at most [`MAX_BODY_BYTES`] and [`BODY_TIMEOUT`]. Ordinary ones are shorter than [`SMALL_BODY_BYTES`]; longer ones
-//! are read [`BIG_BODIES`] at a time, so that all together stay within two megabytes.
+//! are read [`BIG_BODIES`] at a time, so that all together stay within two megabytes; where [`WAITING_BODIES`] wait for that,
+//! the next is an error.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,13 +42,14 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::access::{Access, Denial, Peer, Right, UNNAMED};
+use super::directory::{Directory, Missing, Network};
 use super::feed::{Answer, Feed, History};
 use super::front::Turned;
-use crate::addr::Ipv4Prefix;
+use crate::addr::{Ipv4Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
+use crate::control::store::StoreError;
 use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
 use crate::control::store::remote::{ERROR_HEADER, ErrorKind, PREVIOUS_HEADER};
-use crate::control::store::{Store, StoreError};
 use crate::lease::json::{Object, compact};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -57,6 +59,8 @@ const MAX_BODY_BYTES: usize = 128 * 1024;
 const SMALL_BODY_BYTES: usize = 4 * 1024;
 /// How many bodies may be longer than that at a time.
 const BIG_BODIES: usize = 16;
+/// How many more may wait for it; each has a buffer of some kilobytes.
+const WAITING_BODIES: usize = 48;
 /// How long a request body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a question waits for a store that was never heard, before it is an error.
@@ -69,48 +73,47 @@ pub(super) struct Api {
 }
 
 struct Shared {
-    unnamed: Network,
+    directory: Directory,
     access: Access,
     big_bodies: Semaphore,
-}
-
-/// One network: its store, and what is known of its leases.
-struct Network {
-    store: Arc<dyn Store>,
-    feed: Arc<Feed>,
+    waiting_bodies: Semaphore,
 }
 
 impl Api {
-    pub(super) fn new(store: Arc<dyn Store>, access: Access) -> Self {
+    pub(super) fn new(directory: Directory, access: Access) -> Self {
         Self {
             shared: Arc::new(Shared {
-                unnamed: Network {
-                    store,
-                    feed: Feed::new(),
-                },
+                directory,
                 access,
                 big_bodies: Semaphore::new(BIG_BODIES),
+                waiting_bodies: Semaphore::new(BIG_BODIES + WAITING_BODIES),
             }),
         }
     }
 
     /// Follows the stores for ever.
     pub(super) async fn follow(&self) {
-        let Network { store, feed } = &self.shared.unnamed;
-        feed.follow(&**store).await;
+        self.shared.directory.follow().await;
     }
 
     /// The network of that name, if the caller has `right` in it.
-    fn enter(&self, caller: &Caller, network: &str, right: Right) -> Result<&Network, ApiError> {
+    fn enter(&self, caller: &Caller, name: &str, right: Right) -> Result<Arc<Network>, ApiError> {
+        self.check(caller, name, right).map_err(ApiError::Denied)?;
+        let named = || name.chars().take(80).collect();
+        self.shared
+            .directory
+            .network(name)
+            .map_err(|missing| match missing {
+                Missing::NoSuchNetwork => ApiError::NoSuchNetwork(named()),
+                Missing::NotReady => ApiError::NotReady,
+                Missing::Store(error) => ApiError::Store(error),
+            })
+    }
+
+    fn check(&self, caller: &Caller, network: &str, right: Right) -> Result<(), Denial> {
         self.shared
             .access
             .check(&caller.peer, caller.token.as_deref(), network, right)
-            .map_err(ApiError::Denied)?;
-        if network == UNNAMED {
-            Ok(&self.shared.unnamed)
-        } else {
-            Err(ApiError::NoSuchNetwork(network.chars().take(80).collect()))
-        }
     }
 }
 
@@ -217,6 +220,8 @@ enum ApiError {
     Config(String),
     /// The store was never heard.
     NotReady,
+    /// Too many send large bodies.
+    Busy,
 }
 
 impl ApiError {
@@ -265,6 +270,11 @@ impl IntoResponse for ApiError {
                 StatusCode::INTERNAL_SERVER_ERROR,
                 ErrorKind::Unavailable,
                 "the server has not reached its store yet".to_owned(),
+            ),
+            Self::Busy => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                ErrorKind::Unavailable,
+                "too many large requests at a time".to_owned(),
             ),
         };
         let mut response = plain(status, text);
@@ -330,15 +340,20 @@ async fn networks(
     caller: Caller,
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
-    let Network { feed, .. } = api.enter(&caller, UNNAMED, Right::Read)?;
-    if cursor.next().is_some() {
-        // A network without a name is all this server will ever have: there is nothing to tell, ever.
-        std::future::pending::<()>().await;
-    }
-    let cursor = feed.history().newest_cursor();
-    Ok(json(format!(
-        "{{\"events\":null,\"snapshot\":[],\"cursor\":\"{cursor}\"}}\n"
-    )))
+    let shared = &api.shared;
+    shared
+        .access
+        .check_any(&caller.peer, caller.token.as_deref())
+        .map_err(ApiError::Denied)?;
+    let readable = |name: &NetworkName| api.check(&caller, name.as_str(), Right::Read).is_ok();
+    let answer = shared.directory.answer(cursor.next(), readable);
+    let answer = match cursor.next() {
+        Some(_) => answer.await,
+        None => tokio::time::timeout(FIRST_WORD_TIMEOUT, answer)
+            .await
+            .map_err(|_| ApiError::NotReady)?,
+    };
+    Ok(json(answer))
 }
 
 async fn config(
@@ -357,8 +372,8 @@ async fn watch_all(
     Path(network): Path<String>,
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
-    let Network { feed, .. } = api.enter(&caller, &network, Right::Read)?;
-    match watch(feed, &cursor, |history, next| history.answer(next)).await? {
+    let entered = api.enter(&caller, &network, Right::Read)?;
+    match watch(&entered, &network, &cursor, |history, next| history.answer(next)).await? {
         Answer::Body(body) => Ok(json(body)),
         Answer::NoSuchLease => Err(ApiError::NotReady),
     }
@@ -370,9 +385,13 @@ async fn watch_one(
     Path((network, subnet)): Path<(String, String)>,
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
-    let Network { feed, .. } = api.enter(&caller, &network, Right::Read)?;
+    let entered = api.enter(&caller, &network, Right::Read)?;
     let subnet = parse_key(&subnet, "bad subnet")?.v4;
-    match watch(feed, &cursor, |history, next| history.answer_one(subnet, next)).await? {
+    match watch(&entered, &network, &cursor, |history, next| {
+        history.answer_one(subnet, next)
+    })
+    .await?
+    {
         Answer::Body(body) => Ok(json(body)),
         Answer::NoSuchLease => Err(ApiError::NoSuchLease(subnet)),
     }
@@ -380,14 +399,18 @@ async fn watch_one(
 
 /// Asks the history. Only a poll with a cursor may wait for ever.
 async fn watch(
-    feed: &Feed,
+    network: &Network,
+    name: &str,
     cursor: &Cursor,
     question: impl Fn(&mut History, Option<&str>) -> Option<Answer>,
 ) -> Result<Answer, ApiError> {
     let next = cursor.next();
-    let asked = feed.ask(|history| question(history, next));
+    let asked = network.feed.ask(|history| question(history, next));
     match next {
-        Some(_) => Ok(asked.await),
+        Some(_) => tokio::select! {
+            answer = asked => Ok(answer),
+            () = network.gone() => Err(ApiError::NoSuchNetwork(name.to_owned())),
+        },
         None => tokio::time::timeout(FIRST_WORD_TIMEOUT, asked)
             .await
             .map_err(|_| ApiError::NotReady),
@@ -400,7 +423,8 @@ async fn acquire(
     Path(network): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Network { store, feed } = api.enter(&caller, &network, Right::Lease)?;
+    let entered = api.enter(&caller, &network, Right::Lease)?;
+    let Network { store, feed, .. } = &*entered;
     let previous = previous_subnet(request.headers())?;
     let body = read_body(&api, request).await?;
     let attrs = LeaseAttrs::from_json(&body).map_err(ApiError::body)?;
@@ -416,7 +440,8 @@ async fn renew(
     Path((network, _subnet)): Path<(String, String)>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Network { store, feed } = api.enter(&caller, &network, Right::Lease)?;
+    let entered = api.enter(&caller, &network, Right::Lease)?;
+    let Network { store, feed, .. } = &*entered;
     let text = text(&read_body(&api, request).await?);
     let read = parse_lease(&text).map_err(ApiError::body)?;
     let Some(mut lease) = read.into_lease() else {
@@ -433,7 +458,8 @@ async fn revoke(
     caller: Caller,
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    let Network { store, feed } = api.enter(&caller, &network, Right::Admin)?;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
     let subnet = known_subnet(feed, parse_key(&key, "failed to parse subnet")?);
     store.revoke(subnet).await?;
     tracing::info!(network, %subnet, "lease revoked");
@@ -446,7 +472,8 @@ async fn reservations(
     caller: Caller,
     Path(network): Path<String>,
 ) -> Result<Response, ApiError> {
-    let Network { feed, .. } = api.enter(&caller, &network, Right::Read)?;
+    let entered = api.enter(&caller, &network, Right::Read)?;
+    let Network { feed, .. } = &*entered;
     let known = feed.ask(|history| history.is_known().then_some(()));
     tokio::time::timeout(FIRST_WORD_TIMEOUT, known)
         .await
@@ -471,7 +498,8 @@ async fn reserve(
     Path(network): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Network { store, feed } = api.enter(&caller, &network, Right::Admin)?;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
     let body = text(&read_body(&api, request).await?);
     let object = Object::parse(&body, MAX_BODY_BYTES).map_err(ApiError::body)?;
     let subnet: Option<Ipv4Prefix> = object
@@ -495,7 +523,8 @@ async fn unreserve(
     caller: Caller,
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    let Network { store, feed } = api.enter(&caller, &network, Right::Admin)?;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
     let subnet = known_subnet(feed, parse_key(&key, "bad subnet")?);
     store.unreserve(subnet).await?;
     tracing::info!(network, %subnet, "reservation ended");
@@ -603,8 +632,17 @@ async fn collect(api: &Api, mut body: Body) -> Result<Bytes, ApiError> {
             )));
         }
         if bytes.len() + data.len() > SMALL_BODY_BYTES && turn.is_none() {
+            let Ok(place) = api.shared.waiting_bodies.try_acquire() else {
+                return Err(ApiError::Busy);
+            };
             // The semaphore is never closed.
-            turn = api.shared.big_bodies.acquire().await.ok();
+            turn = api
+                .shared
+                .big_bodies
+                .acquire()
+                .await
+                .ok()
+                .map(|turn| (place, turn));
         }
         bytes.extend_from_slice(&data);
     }

@@ -23,6 +23,7 @@
 mod access;
 mod api;
 mod crowd;
+mod directory;
 mod feed;
 mod front;
 mod listen;
@@ -54,11 +55,12 @@ use self::access::{Access, Peer};
 use self::api::Api;
 use self::crowd::{Crowd, Guest};
 pub use self::crowd::{MAX_CONNECTIONS, MAX_FROM_ONE, MAX_STRANGERS};
+use self::directory::Directory;
 use self::front::Front;
 use self::listen::Accepted;
 pub use self::listen::{Inherit, ListenError, Listener, listen};
 use crate::control::RateLimit;
-use crate::control::store::Store;
+use crate::control::store::{Networks, Store};
 use crate::options::{ApiForm, ListenAddress, ServeOptions};
 use crate::trust::names::names;
 use crate::trust::{ServerTls, TrustError};
@@ -66,7 +68,7 @@ use crate::trust::{ServerTls, TrustError};
 /// How long the head of a request may take, and how long a connection may idle.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest head of a request.
-pub const MAX_HEAD_BYTES: usize = 16 * 1024;
+pub const MAX_HEAD_BYTES: usize = 8 * 1024;
 /// How long requests in progress may take to finish once the server stops; polls are cut off after it.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// How long sent data may go unacknowledged: longer than a retransmission or two, shorter than memory lasts.
@@ -85,6 +87,7 @@ const SPEAK_TLS: &[u8] =
 /// A store, and how it is served.
 pub struct Served {
     store: Arc<dyn Store>,
+    networks: Option<Arc<dyn Networks>>,
     tls: Option<ServerTls>,
     access: Access,
     front: Front,
@@ -103,11 +106,18 @@ impl Served {
         };
         Ok(Self {
             store,
+            networks: None,
             tls,
             access: Access::open(options.access_file.as_deref())?,
             front: Front::new(&options.listen, &options.names),
             form: options.form,
         })
+    }
+
+    /// Serves the networks with a name as well.
+    pub fn with_networks(mut self, networks: Arc<dyn Networks>) -> Self {
+        self.networks = Some(networks);
+        self
     }
 
     /// What an operator should know about who can do what, one sentence each.
@@ -136,6 +146,7 @@ impl Served {
 pub async fn serve(listener: TcpListener, store: Arc<dyn Store>, stop: impl Future<Output = ()>) {
     let served = Served {
         store,
+        networks: None,
         tls: None,
         access: Access::ByPlace,
         front: Front::new(&[], &[]),
@@ -148,7 +159,7 @@ pub async fn serve(listener: TcpListener, store: Arc<dyn Store>, stop: impl Futu
 pub async fn serve_all(listeners: Vec<Listener>, served: Served, stop: impl Future<Output = ()>) {
     let (stopping, stopped) = watch::channel(());
     let (replace, replaced) = watch::channel(());
-    let api = Api::new(served.store, served.access);
+    let api = Api::new(Directory::new(served.store, served.networks), served.access);
     let door = Arc::new(Door {
         router: api::router(&api),
         crowd: Arc::default(),

@@ -10,6 +10,7 @@ use kersey::host::inherited;
 use kersey::options::{ListenAddress, ServeOptions};
 use kersey::server;
 
+use crate::process::Process;
 use crate::support::{Running, client, node};
 
 #[tokio::test]
@@ -66,6 +67,25 @@ async fn an_inherited_socket_is_taken_by_its_number() {
     let server = Running::with(ServeOptions::plain(ListenAddress::Inherited(Some(number)))).await;
     assert_eq!(server.address, listener.local_addr().unwrap().to_string());
     client(&server.address, None).config().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_socket_passed_by_systemd_is_served_and_ready_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let notify = dir.path().join("notify");
+    let told = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    // Whoever connects before the server is there waits in the socket.
+    let early = client(&address, None);
+    let asked = tokio::spawn(async move { early.config().await });
+    let mut server = Process::start_by_socket(&dir.path().join("data"), listener.into(), &notify);
+    assert_eq!(server.address, address);
+    asked.await.unwrap().unwrap();
+    let mut message = [0; 64];
+    let count = told.recv(&mut message).unwrap();
+    assert_eq!(String::from_utf8_lossy(&message[..count]).trim(), "READY=1");
+    assert!(server.terminate().success());
 }
 
 #[tokio::test]

@@ -5,9 +5,11 @@
 mod abuse;
 mod access;
 mod authority;
+mod crash;
 mod failover;
 mod golden;
 mod listening;
+mod networks;
 mod process;
 mod support;
 mod tls;

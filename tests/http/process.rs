@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::support::CONFIG;
+
+const KERSEY: &str = env!("CARGO_BIN_EXE_kersey");
 
 /// A server process; killed when dropped.
 pub(crate) struct Process {
@@ -18,7 +21,23 @@ pub(crate) struct Process {
 impl Process {
     /// Starts one over the embedded store in `dir`.
     pub(crate) fn start(dir: &Path, listen: &str, more: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        Self::run(Command::new(KERSEY), dir, listen, more)
+    }
+
+    /// The same with a socket passed as systemd does it; READY is told to `notify`.
+    pub(crate) fn start_by_socket(dir: &Path, socket: OwnedFd, notify: &Path) -> Self {
+        // The shell's process number stays when it becomes the server.
+        let script = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$0\" \"$@\"";
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, KERSEY])
+            .stdin(Stdio::from(socket))
+            .env("NOTIFY_SOCKET", notify);
+        Self::run(command, dir, "fd://", &[])
+    }
+
+    fn run(mut command: Command, dir: &Path, listen: &str, more: &[&str]) -> Self {
+        let mut child = command
             .args(["server", "--log-format=json", "--network-config", CONFIG])
             .arg(format!("--listen={listen}"))
             .arg(format!("--data-dir={}", dir.display()))
