@@ -27,7 +27,7 @@ pub(super) struct CertificateArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = OWN_STORE)]
 pub(super) struct ServingArgs {
-    /// Who may read, take leases and administer which network: TOML or JSON, see docs/security.md
+    /// Who may read, take leases and administer which network: TOML or JSON, see docs/server.md
     #[arg(long, value_name = "FILE")]
     access_file: Option<PathBuf>,
     /// Names by which clients call this server, comma-separated, beside its addresses and its host name

@@ -338,7 +338,7 @@ impl Entry {
 fn what(error: &serde_json::Error) -> &'static str {
     match error.classify() {
         serde_json::error::Category::Data => {
-            "a field is unknown, missing or of the wrong kind; see docs/security.md"
+            "a field is unknown, missing or of the wrong kind; see docs/server.md"
         }
         serde_json::error::Category::Io
         | serde_json::error::Category::Syntax
