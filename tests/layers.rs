@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ARROWS: &[(&str, &[&str])] = &[
     ("addr", &[]),
     ("lease", &["addr"]),
-    ("options", &["addr", "dataplane"]),
+    ("options", &["addr", "dataplane", "lease"]),
     ("status", &[]),
     // Certificates and secrets in files, for both ends of the HTTP API.
     ("trust", &["options"]),

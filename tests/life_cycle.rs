@@ -497,6 +497,7 @@ fn day_lease(key: &str, attrs: &LeaseAttrs) -> Lease {
         subnet: subnet(key),
         attrs: attrs.clone(),
         expiration: Expiration::At(SystemTime::now() + HOUR * 24),
+        created: None,
     }
 }
 

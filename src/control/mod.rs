@@ -52,6 +52,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::control::cache::Cache;
 use crate::control::config::NetworkConfig;
+use crate::control::identity::Holder;
 use crate::control::peers::PeerTable;
 use crate::control::store::{Store, StoreError, expires_in};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
@@ -60,6 +61,10 @@ pub(crate) use retry::{Backoff, RateLimit};
 
 /// How long the store may be silent at start before the cache is used. Etcd elects a leader in one to two seconds.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest pause after the store has said no: out of subnets, an address taken twice, a right that is missing. It
+/// will say so again until somebody does something, and a hundred nodes too many must not list all leases all the time.
+const REFUSED_CAP: Duration = Duration::from_secs(15);
 
 /// How the life cycle is run.
 #[derive(Clone, Debug)]
@@ -76,6 +81,8 @@ pub struct ControlOptions {
     pub linger: Duration,
     /// How often all leases are listed anew, give or take a tenth.
     pub relist: Duration,
+    /// Who this host is, to be told from another with the same public address; without it that is not looked at.
+    pub holder: Option<Holder>,
 }
 
 impl Default for ControlOptions {
@@ -89,6 +96,7 @@ impl Default for ControlOptions {
             // Nodes register anew within 10 s of a wiped store's return.
             linger: Duration::from_secs(60),
             relist: Duration::from_secs(5 * 60),
+            holder: None,
         }
     }
 }
@@ -212,15 +220,21 @@ impl Control {
         let fetch = async {
             let complaints = RateLimit::default();
             let mut backoff = Backoff::new(self.options.backoff_cap);
+            let mut refused = Backoff::new(REFUSED_CAP.max(self.options.backoff_cap));
             loop {
-                match self.store.acquire(attrs, previous).await {
+                let pause = match acquire(&*self.store, &self.options, attrs, previous).await {
                     Ok(lease) => return lease,
                     Err(error) => {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
                         complain(&complaints, &error, "waiting for a lease");
+                        if error.is_unavailable() {
+                            backoff.next_pause()
+                        } else {
+                            refused.next_pause()
+                        }
                     }
-                }
-                sleep(backoff.next_pause()).await;
+                };
+                sleep(pause).await;
             }
         };
         let lease = tokio::select! {
@@ -231,7 +245,7 @@ impl Control {
             subnet = fallback(cached, &answered) => {
                 tracing::warn!(store = self.store.place(), %subnet, "the store is away: starting with the cached lease");
                 self.source = Source::Cache;
-                Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO) }
+                Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO), created: None }
             }
         };
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));
@@ -254,7 +268,7 @@ impl Control {
 
     /// Puts other attributes into a lease just acquired. While the store is away they wait: the next renewal carries them.
     pub async fn amend(&mut self, lease: Lease) -> Lease {
-        let lease = match self.store.renew(&lease).await {
+        let lease = match renew(&*self.store, &self.options, &lease).await {
             Ok(amended) => amended,
             Err(error) => {
                 tracing::warn!(%error, "cannot complete our lease yet; trying on");
@@ -274,6 +288,7 @@ impl Control {
             subnet: *subnet,
             attrs: attrs.clone(),
             expiration: Expiration::Never,
+            created: None,
         });
         table.apply(&LeaseUpdate::Snapshot(cached.collect()));
         let health = StoreHealth {
@@ -302,6 +317,25 @@ impl Control {
     pub fn previous_subnet(&self) -> Option<Subnet> {
         subnet_file::previous(&self.options.subnet_file)
             .or_else(|| self.cache.own.as_ref().map(|(subnet, _)| *subnet))
+    }
+}
+
+async fn acquire(
+    store: &dyn Store,
+    options: &ControlOptions,
+    attrs: &LeaseAttrs,
+    previous: Option<Subnet>,
+) -> Result<Lease, StoreError> {
+    match &options.holder {
+        Some(holder) => store.acquire_as(holder, attrs, previous).await,
+        None => store.acquire(attrs, previous).await,
+    }
+}
+
+async fn renew(store: &dyn Store, options: &ControlOptions, lease: &Lease) -> Result<Lease, StoreError> {
+    match &options.holder {
+        Some(holder) => store.renew_as(holder, lease).await,
+        None => store.renew(lease).await,
     }
 }
 

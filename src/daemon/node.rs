@@ -130,6 +130,7 @@ fn control_options(options: &RunOptions) -> ControlOptions {
         state_dir: Some(options.data_dir.clone()),
         subnet_file: options.subnet_file.clone(),
         backoff_cap: options.store.backoff_cap,
+        holder: Some(identity::holder(&options.data_dir)),
         ..ControlOptions::default()
     }
 }

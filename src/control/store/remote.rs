@@ -180,6 +180,7 @@ impl Store for RemoteStore {
                 subnet: read.subnet,
                 attrs: attrs.clone(),
                 expiration: read.expiration,
+                created: None,
             })
         })
     }
