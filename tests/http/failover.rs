@@ -118,6 +118,7 @@ async fn a_renewal_that_is_answered_with_nothing_is_a_renewal() {
         subnet: "10.1.0.0-24".parse().unwrap(),
         attrs: node(1),
         expiration: kersey::lease::Expiration::Never,
+        created: None,
     };
     let renewed = remote.renew(&lease).await.unwrap();
     assert_eq!((renewed.subnet, renewed.attrs), (lease.subnet, lease.attrs));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use kersey::addr::NetworkName;
 use kersey::control::store::{
-    EmbeddedNetworks, NetworkEvent, NetworkUpdate, Networks, RemoteNetworks, RemoteStore, Store, StoreError,
+    EmbeddedNetworks, NetworkEvent, NetworkUpdate, Networks, RemoteNetworks, RemoteStore, StoreError,
 };
 use kersey::host::inherited;
 use kersey::options::ServeOptions;
