@@ -3,6 +3,8 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+mod process;
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
@@ -12,6 +14,10 @@ use std::time::Duration;
 use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 use crate::lease::Subnet;
+pub use process::{
+    Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, SandboxPart, UnknownPart,
+    metrics_address,
+};
 
 mod address;
 mod http;
@@ -40,6 +46,8 @@ pub struct RunOptions {
     pub srv6: Srv6Options,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
+    /// The process around the node.
+    pub process: ProcessOptions,
     /// Logging.
     pub log: LogOptions,
 }

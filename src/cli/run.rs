@@ -10,6 +10,7 @@ use super::UsageError;
 use super::go_flags::parse_bool;
 use super::http::{AskingArgs, CertificateArgs, Listen, ServingArgs, listen_list};
 use super::logging::LogArgs;
+use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use crate::addr::Ipv6Prefix;
 use crate::options::{
@@ -39,6 +40,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     srv6: Srv6Args,
     #[command(flatten)]
+    process: ProcessArgs,
+    #[command(flatten)]
     log: LogArgs,
     #[command(flatten)]
     other: OtherArgs,
@@ -48,11 +51,11 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--ip-masq, --kube-subnet-mgr, --healthz-port, --networks and more) are refused with a sentence that says what to do \
+(--ip-masq, --kube-subnet-mgr, --networks and more) are refused with a sentence that says what to do \
 instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
 
 Exit status: 0 stopped on request, 1 failed, 2 misused, 3 this machine lacks something, 4 the network config is \
-invalid.";
+invalid, 7 another daemon runs.";
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Node (flannel's flags)")]
@@ -260,8 +263,8 @@ hidden_flags! {
     UnservedArgs {
         booleans: ip_masq ip_masq_fully_random_disable ip_blackhole_route iptables_forward_rules kube_subnet_mgr
             set_node_network_unavailable use_multi_cluster_cidr watch_networks logtostderr alsologtostderr;
-        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync healthz_ip
-            healthz_port networks subnet_dir stderrthreshold vmodule;
+        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync
+            networks subnet_dir stderrthreshold vmodule;
         underscored: log_dir log_backtrace_at
     }
 }
@@ -293,11 +296,6 @@ fn judge(flag: &str, value: &str) -> Verdict {
         "ip-blackhole-route" if asks => Verdict::Refuse(
             "Kersey adds no blackhole route yet; drop the flag, or add `ip route add blackhole SUBNET` yourself",
         ),
-        "healthz-port" => match int_within(value, 0..=65_535) {
-            Ok(0) => Verdict::Accept,
-            Ok(_) => Verdict::Refuse("Kersey has no health port yet; drop the flag and ask `kersey status`"),
-            Err(_) => Verdict::Refuse("a port is a whole number from 0 to 65535"),
-        },
         "networks" | "watch-networks" if asks => Verdict::Refuse(
             "Kersey serves one network a process; start one for each, with its own --etcd-prefix and --subnet-file",
         ),
@@ -437,6 +435,7 @@ impl RunArgs {
                 hmac_keys: self.srv6.srv6_hmac_keys,
             },
             status_socket: self.other.status_socket,
+            process: self.process.into_options(),
             log: self.log.options(),
         })
     }

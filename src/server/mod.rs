@@ -1,7 +1,7 @@
 //! A store served to other nodes, and what a daemon tells of itself.
 //!
 //! [`serve`] speaks flannel's client/server HTTP API (`api`) over any [`Store`], from one shared watch of it (`feed`).
-//! [`status`] hands the daemon's status document to `kersey status` over a unix socket.
+//! [`status`] hands the daemon's status document to `kersey status` over a unix socket, [`monitor`] answers health probes and Prometheus.
 //!
 //! ```text
 //! listener ─ crowd: is there room? ─ TLS: a certificate, if one is wanted ─ front: no web page, a host that is ours
@@ -27,6 +27,7 @@ mod directory;
 mod feed;
 mod front;
 mod listen;
+pub mod monitor;
 mod socket_file;
 pub mod status;
 
