@@ -65,7 +65,7 @@ impl RunOptions {
             subnet_file: choice.subnet_file(name),
             networks: None,
             network: Some(name.clone()),
-            listen: None,
+            serve: None,
             packet_path: PacketPathOptions {
                 device,
                 ..self.packet_path.clone()
