@@ -260,7 +260,7 @@ async fn stay<B: Backend>(
             plane.follow(&table, &direct.refused);
         }
         report.set_plane(&plane);
-        announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        let mut announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
         let mut turns = interval(TURN);
         loop {
@@ -275,6 +275,9 @@ async fn stay<B: Backend>(
                         plane.follow(&table, &direct.refused);
                         report.set_plane(&plane);
                     }
+                }
+                () = at(announce_due) => {
+                    announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -346,22 +349,25 @@ async fn stay<B: Backend>(
     }
 }
 
-/// Writes the subnet file, and tells whoever waits for it.
+/// Writes the subnet file, and tells whoever waits for it; says when to try again if it cannot be written.
 pub(super) fn announce(
     options: &RunOptions,
     config: &NetworkConfig,
     own: Subnet,
     inner_mtu: Mtu,
     report: &Report,
-) {
+) -> Option<Instant> {
     let file = &options.subnet_file;
     if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
-        tracing::warn!(%error, file = %file.display(), "cannot write the subnet file");
-        return;
+        if report.unwritten.allows() {
+            tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
+        }
+        return Some(Instant::now() + RETRY);
     }
     report.set_ready();
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    None
 }
 
 /// Whether a change may have touched one of our devices.

@@ -9,9 +9,9 @@ use tokio::time::Instant;
 
 use crate::addr::Mtu;
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
-use crate::control::Published;
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
+use crate::control::{Published, RateLimit};
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::host::interface::UnderlayInterface;
@@ -23,6 +23,8 @@ use crate::status::{self, Status};
 /// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
 pub(super) struct Report {
     started: Instant,
+    /// How often to complain that the subnet file cannot be written.
+    pub(super) unwritten: RateLimit,
     parts: Mutex<Parts>,
 }
 
@@ -70,6 +72,7 @@ impl Report {
         };
         Self {
             started: Instant::now(),
+            unwritten: RateLimit::default(),
             parts: Mutex::new(Parts {
                 fixed,
                 ..Parts::default()
