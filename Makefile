@@ -5,7 +5,7 @@
 #   make check   format, lints, documentation, licences of dependencies
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
-#   make soak    SOAK_CASES (20000) mutated VXLAN datagrams, each to Kersey and to a kernel, and what both let through compared
+#   make soak    faults at length, and SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel; see CONTRIBUTING.md
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -67,9 +67,9 @@ soak: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --locked $(RUNNER) --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
+	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
 	else \
-	    cargo test --locked $(RUNNER) --test netns_interop -- --ignored --nocapture $(ARGS); \
+	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
 	fi
 
 build: build-deps

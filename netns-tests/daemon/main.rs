@@ -26,10 +26,8 @@ mod leases;
 mod mtu;
 mod nodes;
 mod offloads;
-mod outage;
 mod overlay;
 mod path;
-mod restart;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
