@@ -67,9 +67,11 @@ soak: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
+	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
+	    KERSEY_SOAK=1 cargo nextest run --locked $(RUNNER) --test embedded --test etcd_many --test model --no-tests pass $(ARGS); \
 	else \
 	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
+	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd_many --test model -- $(ARGS); \
 	fi
 
 build: build-deps
