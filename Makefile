@@ -5,7 +5,8 @@
 #   make check   format, lints, documentation, licences of dependencies
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
-#   make soak    faults at length, and SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel; see CONTRIBUTING.md
+#   make soak    faults at length; SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel, and what both let through
+#                compared; the long forms of the model, of races and of many nodes; see CONTRIBUTING.md
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -68,10 +69,10 @@ soak: deps
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
-	    KERSEY_SOAK=1 cargo nextest run --locked $(RUNNER) --test embedded --test etcd_many --test model --no-tests pass $(ARGS); \
+	    KERSEY_SOAK=1 cargo nextest run --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model --no-tests pass $(ARGS); \
 	else \
 	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
-	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd_many --test model -- $(ARGS); \
+	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model -- $(ARGS); \
 	fi
 
 build: build-deps

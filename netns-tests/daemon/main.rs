@@ -19,11 +19,13 @@
 
 mod auto;
 mod cleanup;
+mod expiry;
 mod faults;
 mod icmp;
 mod ingress;
 mod leases;
 mod mtu;
+mod networks;
 mod nodes;
 mod offloads;
 mod overlay;

@@ -301,6 +301,12 @@ impl Overlay {
         fs::read_to_string(self.nodes[nth - 1].child.log()).unwrap()
     }
 
+    /// The network config, as flannel's JSON.
+    #[allow(dead_code, reason = "the interoperation tests share this file")]
+    pub(crate) fn network(&self) -> String {
+        self.blueprint.network.clone()
+    }
+
     /// Where etcd is.
     pub(crate) fn etcd_place(&self) -> String {
         match self.blueprint.underlay {

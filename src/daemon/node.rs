@@ -8,17 +8,20 @@ use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval, sleep, sleep_until};
+use tracing::Instrument;
 
-use crate::addr::{MacAddr, Mtu};
+use crate::addr::{MacAddr, Mtu, NetworkName};
 use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
 use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
+use crate::daemon::supervisor::Task;
 use crate::daemon::{ENVIRONMENT, exit_status, plain};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
@@ -36,9 +39,16 @@ const RETRY_PORT: Duration = Duration::from_secs(5);
 const GATHER: Duration = Duration::from_millis(100);
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
-pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+///
+/// One of several networks comes with its name, and takes what it needs of the host before anything is touched.
+pub(super) async fn run(
+    options: RunOptions,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+    claims: Option<(NetworkName, Arc<Claims>)>,
+) -> Result<()> {
     loop {
-        match live(options, Arc::clone(&store), Arc::clone(&report)).await {
+        match live(&options, claims.as_ref(), Arc::clone(&store), Arc::clone(&report)).await {
             Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
                 tracing::info!("choosing a backend again: {error}");
                 report.not_ready();
@@ -72,16 +82,27 @@ enum ChooseAgain {
 }
 
 /// Joins the network with the backend its config names, and stays in it.
-async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+async fn live(
+    options: &RunOptions,
+    claims: Option<&(NetworkName, Arc<Claims>)>,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options));
     let config = control.network_config().await;
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
-    match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
+    let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
+    if let AnyBackend::Auto(auto) = &mut backend {
+        *auto = auto.settled(socket::port_is_taken(auto.port()));
+    }
+    if let Some((name, claims)) = claims {
+        claims.take(name, &Wants::of(&backend, &config))?;
+    }
+    match backend {
         AnyBackend::Auto(backend) => {
-            let backend = backend.settled(socket::port_is_taken(backend.port()));
             tracing::info!(
                 backend = backend.name(),
                 reason = backend.reason(),
@@ -212,11 +233,9 @@ async fn join<B: Backend>(
         netlink,
     };
     let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
+    let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_node(&setup, &published, store);
-    let stayed = stay(options, &setup, lease, published, &report).await;
-    maintain.abort();
-    stayed
+    stay(options, &setup, lease, published, &report).await
 }
 
 /// What our lease is to say.
@@ -365,6 +384,10 @@ pub(super) fn announce(
         return Some(Instant::now() + RETRY);
     }
     report.set_ready();
+    if options.network.is_some() {
+        // The supervisor tells when all are up.
+        return;
+    }
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     None

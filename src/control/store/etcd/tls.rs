@@ -217,6 +217,55 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_everybody_can_read_is_warned_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = rcgen::generate_simple_self_signed(vec!["one".to_owned()]).unwrap();
+        let (certificate, key) = (dir.path().join("cert"), dir.path().join("the-key"));
+        fs::write(&certificate, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        let options = EtcdOptions {
+            cafile: Some(certificate.clone()),
+            certfile: Some(certificate),
+            keyfile: Some(key.clone()),
+            ..EtcdOptions::default()
+        };
+        for (mode, warned) in [(0o600, false), (0o640, false), (0o644, true), (0o666, true)] {
+            fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+            let log = Log::default();
+            let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).finish();
+            tracing::subscriber::with_default(subscriber, || TlsFiles::open(&options).map(drop)).unwrap();
+            let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(
+                text.contains("the-key") && text.contains("chmod 600"),
+                warned,
+                "{mode:o}: {text}"
+            );
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Log {
+        type Writer = Self;
+
+        fn make_writer(&'a self) -> Self {
+            self.clone()
+        }
+    }
+
+    #[test]
     fn what_cannot_be_read_later_does_not_take_away_what_was_read() {
         let dir = tempfile::tempdir().unwrap();
         let ca = dir.path().join("ca");
