@@ -19,7 +19,9 @@
 
 mod auto;
 mod cleanup;
+mod expiry;
 mod faults;
+mod hostile_data;
 mod icmp;
 mod ingress;
 mod leases;
