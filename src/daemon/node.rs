@@ -24,6 +24,7 @@ use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::withdraw::withdraw;
 use crate::daemon::{ENVIRONMENT, exit_status, plain};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
@@ -118,7 +119,10 @@ async fn live(
         *auto = auto.settled(socket::port_is_taken(auto.port()));
     }
     if let Some((name, claims)) = claims {
-        claims.take(name, &Wants::of(&backend, &config))?;
+        let former = claims.take(name, &Wants::of(&backend, &config))?;
+        if let Err(error) = withdraw(&former).await {
+            tracing::warn!(%error, "kernel routes from before the config changed stay; `kersey cleanup` removes them");
+        }
     }
     match backend {
         AnyBackend::Auto(backend) => {
