@@ -407,12 +407,10 @@ pub(super) fn announce(
         return Some(Instant::now() + RETRY);
     }
     report.set_ready();
-    if options.network.is_some() {
-        // The supervisor tells when all are up.
-        return;
+    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
+    if options.network.is_none() {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     }
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     None
 }
 
