@@ -62,6 +62,7 @@ const INSTANCE: u8 = 7;
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
     limits::raise_open_files();
+    crate::host::sys::map_large_blocks();
     if let Err(error) = confine::confine(&options) {
         tracing::error!("{:#}", anyhow::Error::from(error));
         return ExitCode::from(ENVIRONMENT);
