@@ -16,12 +16,14 @@
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
 mod direct;
+mod firewall;
 mod kernel_routes;
 mod network;
 mod node;
 mod paths;
 mod plain;
 mod report;
+mod underlay_watch;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -3,6 +3,8 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+mod firewall;
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use crate::addr::Ipv6Prefix;
 pub use crate::dataplane::endpoint::NodeSid;
+pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub struct RunOptions {
     pub packet_path: PacketPathOptions,
     /// This node's part in segment routing.
     pub srv6: Srv6Options,
+    /// Firewall rules.
+    pub firewall: FirewallOptions,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
     /// Logging.

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::control::cache::Cache;
 use crate::control::peers::{PeerChanges, PeerTable};
 use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
-use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, StoreHealth};
+use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, Start, StoreHealth};
 use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate};
 
 /// How long changes gather before the cache is written.
@@ -27,7 +27,7 @@ pub(super) async fn run(
     store: Arc<dyn Store>,
     options: ControlOptions,
     cache: Cache,
-    source: Source,
+    start: Start,
     publish: Publish,
 ) {
     let disturbed = Notify::new();
@@ -54,7 +54,7 @@ pub(super) async fn run(
         refusal_complaints: RateLimit::default(),
         cache_complaints: RateLimit::default(),
     };
-    tokio::join!(keep.run(source), follow.run());
+    tokio::join!(keep.run(start), follow.run());
 }
 
 /// Keeps our own lease.
@@ -68,9 +68,10 @@ struct Keep<'a> {
 }
 
 impl Keep<'_> {
-    async fn run(self, source: Source) {
+    async fn run(self, start: Start) {
+        let mut formerly = start.formerly;
         let mut backoff = Backoff::new(self.options.backoff_cap);
-        let mut due = match source {
+        let mut due = match start.source {
             Source::Store => self.renewal_due(&self.lease.borrow()),
             Source::Cache => Instant::now(),
         };
@@ -80,7 +81,11 @@ impl Keep<'_> {
                 () = self.disturbed.notified() => {}
             }
             let lease = self.lease.borrow().clone();
-            let renewed = match self.store.renew(&lease).await {
+            let renewed = match &formerly {
+                Some(formerly) => self.store.readdress(&lease, formerly).await,
+                None => self.store.renew(&lease).await,
+            };
+            let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
                     tracing::warn!(%error, "our lease went to another node; taking another subnet");
                     self.store.acquire(&lease.attrs, None).await
@@ -90,6 +95,7 @@ impl Keep<'_> {
             StoreHealth::note(self.health, renewed.as_ref().map(|_| ()));
             match renewed {
                 Ok(renewed) => {
+                    formerly = None;
                     backoff.reset();
                     due = self.renewal_due(&renewed);
                     if renewed.subnet != lease.subnet {

@@ -48,7 +48,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::control::cache::Cache;
 use crate::control::config::NetworkConfig;
@@ -60,6 +60,9 @@ pub(crate) use retry::{Backoff, RateLimit};
 
 /// How long the store may be silent at start before the cache is used. Etcd elects a leader in one to two seconds.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a node that has other addresses waits for the store to take note before it goes on without. Nothing reaches it until then.
+const MOVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How the life cycle is run.
 #[derive(Clone, Debug)]
@@ -133,12 +136,22 @@ enum Source {
     Cache,
 }
 
+/// What the life of a lease begins with.
+#[derive(Debug)]
+struct Start {
+    source: Source,
+    /// Who the store knows us as, if it has not heard of our present addresses.
+    formerly: Option<LeaseAttrs>,
+}
+
 /// The lease life cycle of one node in one network.
 pub struct Control {
     store: Arc<dyn Store>,
     options: ControlOptions,
     cache: Cache,
     source: Source,
+    /// The lease of this process's life under other addresses, until the store knows it by those it has now.
+    former: Option<Lease>,
 }
 
 impl std::fmt::Debug for Control {
@@ -161,7 +174,14 @@ impl Control {
             options,
             cache,
             source: Source::Store,
+            former: None,
         }
+    }
+
+    /// Takes over a lease that this process holds: [`acquire`](Self::acquire) keeps its subnet, whatever the addresses are by then.
+    pub fn moving(mut self, lease: Option<Lease>) -> Self {
+        self.former = lease;
+        self
     }
 
     /// Gets the network config; waits until there is a usable one.
@@ -206,6 +226,10 @@ impl Control {
 
     /// Acquires a lease for the node `attrs` describes; waits until there is one.
     pub async fn acquire(&mut self, attrs: &LeaseAttrs) -> Lease {
+        if let Some(lease) = self.take_along(attrs).await {
+            self.cache.own = Some((lease.subnet, lease.attrs.clone()));
+            return lease;
+        }
         let cached = self.cached_subnet(attrs);
         let previous = subnet_file::previous(&self.options.subnet_file).or(cached);
         let answered = AtomicBool::new(false);
@@ -236,6 +260,46 @@ impl Control {
         };
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));
         lease
+    }
+
+    /// Gives the lease this process holds other addresses. While the store is away that waits, and the lease is as good as given.
+    async fn take_along(&mut self, attrs: &LeaseAttrs) -> Option<Lease> {
+        let former = self.former.clone()?;
+        let lease = Lease {
+            attrs: attrs.clone(),
+            ..former.clone()
+        };
+        let complaints = RateLimit::default();
+        let ask = async {
+            let mut backoff = Backoff::new(MOVE_PATIENCE);
+            loop {
+                match self.store.readdress(&lease, &former.attrs).await {
+                    Ok(lease) => return Some(lease),
+                    Err(error @ StoreError::LeaseLost { .. }) => {
+                        tracing::warn!(%error, "our lease is another node's by now; taking another subnet");
+                        return None;
+                    }
+                    Err(error) => complain(
+                        &complaints,
+                        &error,
+                        "cannot publish our new address yet; trying on",
+                    ),
+                }
+                sleep(backoff.next_pause()).await;
+            }
+        };
+        let answered = timeout(MOVE_PATIENCE, ask).await;
+        match answered {
+            Ok(answer) => {
+                self.former = None;
+                self.source = Source::Store;
+                answer
+            }
+            Err(_) => {
+                self.source = Source::Cache;
+                Some(lease)
+            }
+        }
     }
 
     /// The subnet of an earlier life of the node that `attrs` describes, if the network would still hand it out.
@@ -295,7 +359,11 @@ impl Control {
 
     /// Keeps our lease and the peers true, for ever.
     pub async fn maintain(self, publish: Publish) {
-        maintain::run(self.store, self.options, self.cache, self.source, publish).await;
+        let start = Start {
+            source: self.source,
+            formerly: self.former.map(|lease| lease.attrs),
+        };
+        maintain::run(self.store, self.options, self.cache, start, publish).await;
     }
 
     /// The subnet this node would ask for first: that of the subnet file, else that of the cache.

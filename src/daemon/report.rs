@@ -140,6 +140,11 @@ impl Report {
         });
     }
 
+    /// Says what firewall rules are made with, or why there are none.
+    pub(super) fn set_firewall(&self, state: &str) {
+        self.edit(|parts| state.clone_into(&mut parts.fixed.firewall));
+    }
+
     pub(super) fn set_ready(&self) {
         self.edit(|parts| parts.fixed.ready = true);
     }

@@ -18,6 +18,7 @@
 //! A request from a web page is refused: there is no authentication, so a browser on the management network must not
 //! become a way in.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use super::feed::{Answer, Feed, History};
 use crate::addr::Ipv4Prefix;
 use crate::control::config::NetworkConfig;
 use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
-use crate::control::store::remote::{ERROR_HEADER, ErrorKind, PREVIOUS_HEADER};
+use crate::control::store::remote::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
 use crate::control::store::{Store, StoreError};
 use crate::lease::json::{Object, compact};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
@@ -229,15 +230,42 @@ async fn renew(
     request: Request,
 ) -> Result<Response, ApiError> {
     only_unnamed(&network)?;
+    let formerly = former_address(request.headers())?;
     let text = text(&read_body(request).await?);
     let read = parse_lease(&text).map_err(|error| ApiError::Malformed(error.to_string()))?;
     let Some(mut lease) = read.into_lease() else {
         return Err(ApiError::Malformed("Attrs is missing".to_owned()));
     };
     repair_backend_data(&mut lease.attrs);
-    let lease = api.store.renew(&lease).await?;
+    let lease = match formerly {
+        Some(formerly) => api.store.readdress(&lease, &formerly).await?,
+        None => api.store.renew(&lease).await?,
+    };
     wait_until_shown(&api, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
+}
+
+/// The node that a lease is still known as, by its public address.
+fn former_address(headers: &HeaderMap) -> Result<Option<LeaseAttrs>, ApiError> {
+    let Some(value) = headers.get(FORMERLY_HEADER) else {
+        return Ok(None);
+    };
+    let addr: IpAddr = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| ApiError::Malformed(format!("{FORMERLY_HEADER} must be an IP address")))?;
+    let (public_ip, public_ipv6) = match addr {
+        IpAddr::V4(addr) => (addr, None),
+        IpAddr::V6(addr) => (Ipv4Addr::UNSPECIFIED, Some(addr)),
+    };
+    Ok(Some(LeaseAttrs {
+        public_ip,
+        public_ipv6,
+        backend_type: String::new(),
+        backend_data: None,
+        backend_v6_data: None,
+    }))
 }
 
 async fn revoke(

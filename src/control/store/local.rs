@@ -86,7 +86,12 @@ impl<R: Registry> LocalStore<R> {
         Ok(created.map(|entry| entry.lease))
     }
 
-    async fn try_renew(&self, lease: &Lease) -> Result<Option<Lease>, StoreError> {
+    /// `formerly` is who else this node was when it took the lease, if it has other addresses by now.
+    async fn try_renew(
+        &self,
+        lease: &Lease,
+        formerly: Option<&LeaseAttrs>,
+    ) -> Result<Option<Lease>, StoreError> {
         let subnet = lease.subnet;
         let lost = |holder: &Entry| StoreError::LeaseLost {
             subnet,
@@ -97,7 +102,8 @@ impl<R: Registry> LocalStore<R> {
         };
         let entries = self.registry.list().await?;
         if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet == subnet) {
-            if !entry.lease.attrs.same_node(&lease.attrs) {
+            let holder = &entry.lease.attrs;
+            if !holder.same_node(&lease.attrs) && !formerly.is_some_and(|old| holder.same_node(old)) {
                 return Err(lost(entry));
             }
             let lifetime = lifetime(&entry.lease);
@@ -200,11 +206,26 @@ impl<R: Registry> Store for LocalStore<R> {
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
         Box::pin(async move {
             for _ in 0..ATTEMPTS {
-                if let Some(lease) = self.try_renew(lease).await? {
+                if let Some(lease) = self.try_renew(lease, None).await? {
                     return Ok(lease);
                 }
             }
             Err(races_lost("renew a lease"))
+        })
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(lease) = self.try_renew(lease, Some(formerly)).await? {
+                    return Ok(lease);
+                }
+            }
+            Err(races_lost("give a lease another address"))
         })
     }
 

@@ -96,6 +96,17 @@ pub trait Store: Send + Sync {
     /// Renews a lease this node holds; compare-and-swap, never overwrites somebody else's.
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>>;
 
+    /// Renews a lease that the store knows this node to hold under other public addresses, those of `formerly`: the node has moved.
+    ///
+    /// Where renewals are taken from anybody, it is one like any other.
+    fn readdress<'a>(
+        &'a self,
+        lease: &'a Lease,
+        _formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.renew(lease)
+    }
+
     /// How many keys or values under this network were skipped so far because they could not be read.
     fn skipped(&self) -> u64 {
         0

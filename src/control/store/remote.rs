@@ -15,6 +15,7 @@
 
 pub mod objects;
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ use crate::options::ServerAddress;
 pub const ERROR_HEADER: &str = "x-kersey-error";
 /// Request header that carries the subnet a node held before, a lease key.
 pub const PREVIOUS_HEADER: &str = "x-kersey-previous";
+/// Request header of a renewal that carries the public address a node had before; an old server takes any renewal.
+pub const FORMERLY_HEADER: &str = "x-kersey-formerly";
 
 /// How long a server has to take a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -103,6 +106,8 @@ struct Ask<'a> {
     path: String,
     body: String,
     previous: Option<Subnet>,
+    /// The public address of this node's that the lease is still known by.
+    formerly: Option<IpAddr>,
     /// The lease that an error would be about.
     about: Option<&'a Subnet>,
     timeout: Duration,
@@ -170,6 +175,9 @@ impl RemoteStore {
         }
         if let Some(previous) = ask.previous {
             request = request.header(PREVIOUS_HEADER, previous.to_string());
+        }
+        if let Some(formerly) = ask.formerly {
+            request = request.header(FORMERLY_HEADER, formerly.to_string());
         }
         let request = request
             .body(Full::from(ask.body.clone()))
@@ -242,6 +250,25 @@ impl RemoteStore {
         }
     }
 
+    async fn renew_as(&self, lease: &Lease, formerly: Option<IpAddr>) -> Result<Lease, StoreError> {
+        let ask = Ask {
+            doing: "renew the lease",
+            method: Method::PUT,
+            path: format!("/v1/_/leases/{}", old_key(lease.subnet)),
+            body: lease_json(lease),
+            previous: None,
+            formerly,
+            about: Some(&lease.subnet),
+            timeout: REQUEST_TIMEOUT,
+        };
+        let answer = self.ask(&ask).await?;
+        let read = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
+        Ok(Lease {
+            expiration: read,
+            ..lease.clone()
+        })
+    }
+
     async fn act(
         &self,
         doing: &'static str,
@@ -255,6 +282,7 @@ impl RemoteStore {
             path,
             body: String::new(),
             previous: None,
+            formerly: None,
             about: Some(subnet),
             timeout: REQUEST_TIMEOUT,
         };
@@ -284,6 +312,7 @@ impl Store for RemoteStore {
                 path: "/v1/_/leases".to_owned(),
                 body: attrs_json(attrs),
                 previous,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
@@ -298,23 +327,17 @@ impl Store for RemoteStore {
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "renew the lease",
-                method: Method::PUT,
-                path: format!("/v1/_/leases/{}", old_key(lease.subnet)),
-                body: lease_json(lease),
-                previous: None,
-                about: Some(&lease.subnet),
-                timeout: REQUEST_TIMEOUT,
-            };
-            let answer = self.ask(&ask).await?;
-            let read = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
-            Ok(Lease {
-                expiration: read,
-                ..lease.clone()
-            })
-        })
+        Box::pin(self.renew_as(lease, None))
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        let v4 = Some(formerly.public_ip).filter(|addr| !addr.is_unspecified());
+        let formerly = v4.map(IpAddr::V4).or(formerly.public_ipv6.map(IpAddr::V6));
+        Box::pin(self.renew_as(lease, formerly))
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -335,6 +358,7 @@ impl Store for RemoteStore {
                     subnet.v4, attrs.public_ip
                 ),
                 previous: None,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
@@ -378,6 +402,7 @@ fn config_ask() -> Ask<'static> {
         path: "/v1/_/config".to_owned(),
         body: String::new(),
         previous: None,
+        formerly: None,
         about: None,
         timeout: REQUEST_TIMEOUT,
     }
@@ -394,6 +419,7 @@ fn leases_ask(cursor: Option<&Cursor>) -> Ask<'static> {
         path,
         body: String::new(),
         previous: None,
+        formerly: None,
         about: None,
         timeout,
     }
