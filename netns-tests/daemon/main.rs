@@ -20,6 +20,7 @@
 mod auto;
 mod cleanup;
 mod faults;
+mod firewall;
 mod icmp;
 mod ingress;
 mod leases;
@@ -33,4 +34,5 @@ mod restart;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlay;
 mod vxlan;

@@ -664,6 +664,9 @@ async fn configure_outer<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     if let Err(error) = sysctl::no_link_local_address(&name) {
         tracing::warn!(%error, "the kernel may send link-local packets into the outer device; they are dropped and counted");
     }
+    if let Err(error) = sysctl::believe_nobody(&name) {
+        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the outer device");
+    }
     netlink.set_mtu(index, outer_tun::MTU_BYTES).await?;
     netlink.set_tx_queue_len(index, outer_tun::QUEUE_LEN).await?;
     netlink.set_up(index).await?;
@@ -725,6 +728,9 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
     };
     if let Err(error) = quiet {
         tracing::warn!(%error, "the kernel may send link-local packets into the device; they are dropped and counted");
+    }
+    if let Err(error) = sysctl::believe_nobody(name) {
+        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the device; peers could send some");
     }
     let index = netlink.link(name).await?.index;
     netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;
