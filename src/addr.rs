@@ -1,6 +1,8 @@
-//! Addresses and the sizes that go with them: prefixes without host bits, MAC addresses, MTUs.
+//! Addresses and the sizes that go with them: prefixes without host bits, MAC addresses, MTUs; and names of networks.
 //!
 //! A value of one of these types has passed its check; nothing further inside validates again.
+
+mod network_name;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,6 +10,8 @@ use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
+
+pub use network_name::{NetworkName, NetworkNameError};
 
 /// Why a text is not an address of the kind asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

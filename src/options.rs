@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::addr::Ipv6Prefix;
+use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
 
@@ -161,8 +161,8 @@ pub struct Login {
 pub struct EmbeddedOptions {
     /// Directory of the database.
     pub data_dir: PathBuf,
-    /// Network config put into a database that has none.
-    pub network_config: Option<NetworkConfigSource>,
+    /// Configs put into a database that has none of the network; the network without a name is `None`.
+    pub network_configs: Vec<(Option<NetworkName>, NetworkConfigSource)>,
 }
 
 /// Where an initial network config comes from.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::UsageError;
 use super::go_flags::parse_int;
+use crate::addr::NetworkName;
 use crate::options::{
     ClientCert, EmbeddedOptions, EtcdOptions, Login, NetworkConfigSource, ServerAddress, StoreKind,
     StoreOptions,
@@ -50,9 +51,10 @@ pub(super) struct OwnStoreArgs {
     /// Directory for state: the embedded store, and the cache from which a node starts while its store is away
     #[arg(long, value_name = "DIR", default_value = "/var/lib/kersey")]
     pub(super) data_dir: PathBuf,
-    /// Network config for an embedded store that has none: a file, or JSON text
-    #[arg(long, value_name = "FILE|JSON", value_parser = network_config)]
-    network_config: Option<NetworkConfigSource>,
+    /// Network config for an embedded store that has none: a file, or JSON text; NAME= before it is for the network of that
+    /// name, and the flag may be repeated
+    #[arg(long, value_name = "[NAME=]FILE|JSON", value_parser = network_config)]
+    network_config: Vec<NetworkConfigArg>,
     /// How long a lease lives without renewal
     #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = lease_seconds)]
     pub(super) lease_ttl: Duration,
@@ -93,11 +95,11 @@ pub(super) fn store_options(
         (Some(servers), Serving::No) => StoreKind::Remote(servers),
         (None, Serving::Yes) if etcd.etcd_endpoints.is_none() => StoreKind::Embedded(EmbeddedOptions {
             data_dir: own.data_dir.clone(),
-            network_config: own.network_config.clone(),
+            network_configs: network_configs(&own.network_config)?,
         }),
         (None, Serving::Yes | Serving::No) => StoreKind::Etcd(etcd.into_options()?),
     };
-    if own.network_config.is_some() && !matches!(kind, StoreKind::Embedded(_)) {
+    if !own.network_config.is_empty() && !matches!(kind, StoreKind::Embedded(_)) {
         return Err(UsageError::new(
             "--network-config is for the embedded store, and this is not one",
             "add --listen HOST:PORT without --etcd-endpoints, or write the config to PREFIX/config in etcd",
@@ -210,7 +212,36 @@ fn backoff_seconds(text: &str) -> Result<Duration, String> {
     seconds(text, 1..=3600)
 }
 
-fn network_config(text: &str) -> Result<NetworkConfigSource, String> {
+/// A config, and the network it is for.
+type NetworkConfigArg = (Option<NetworkName>, NetworkConfigSource);
+
+fn network_configs(given: &[NetworkConfigArg]) -> Result<Vec<NetworkConfigArg>, UsageError> {
+    for (i, (name, _)) in given.iter().enumerate() {
+        if given.iter().take(i).any(|(other, _)| other == name) {
+            let which = name
+                .as_ref()
+                .map_or("the network without a name".to_owned(), NetworkName::to_string);
+            return Err(UsageError::new(
+                format!("--network-config is given twice for {which}"),
+                "give it once for each network, as NAME=FILE",
+            ));
+        }
+    }
+    Ok(given.to_vec())
+}
+
+fn network_config(text: &str) -> Result<NetworkConfigArg, String> {
+    // A file called `a=b` is `./a=b`: with a slash before the sign it is no name.
+    let named = text
+        .split_once('=')
+        .and_then(|(name, rest)| Some((name.parse().ok()?, rest)));
+    match named {
+        Some((name, source)) => Ok((Some(name), config_source(source)?)),
+        None => Ok((None, config_source(text)?)),
+    }
+}
+
+fn config_source(text: &str) -> Result<NetworkConfigSource, String> {
     if text.trim_start().starts_with('{') {
         return Ok(NetworkConfigSource::Inline(text.to_owned()));
     }

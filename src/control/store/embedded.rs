@@ -5,7 +5,7 @@
 //! So reads never wait for the disk and go on while it is full or gone; a failed write changes nothing and is an
 //! error. After a failed write the file is opened anew at the next one, and memory follows it if the two disagree.
 //!
-//! Every change has a revision. The last 10,000 changes are kept in memory for watchers; one that is further behind,
+//! Every change has a revision. The last 10,000 changes of each network are kept in memory for watchers; one that is further behind,
 //! or comes with a cursor from another file or from before a restart it missed changes in, gets a snapshot. A cursor
 //! is `FILE.REVISION`, where `FILE` is a random number made with the file.
 //!
@@ -14,43 +14,39 @@
 //! clock that was set nor a server that was away for long makes all nodes vanish. Whoever looks first takes ended
 //! leases out: every watcher wakes for the next one due, and every list begins with it.
 //!
+//! One file holds any number of networks. They share the file and the numbering of changes, and nothing else.
+//!
 //! Limits: one process at a time. The file never shrinks.
 
+mod file;
+mod networks;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream};
-use redb::{
-    Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
-};
+use redb::Database;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::file::{damaged, load, open_database, persist};
+pub use self::networks::EmbeddedNetworks;
+use crate::addr::NetworkName;
 use crate::control::RateLimit;
 use crate::control::config::NetworkConfig;
-use crate::control::store::{Cursor, Entry, Lifetime, LocalStore, Registry, StoreError, WatchItem};
+use crate::control::store::{
+    Cursor, Entry, Lifetime, LocalStore, NetworkEvent, Registry, StoreError, WatchItem,
+};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 
-/// How many changes are kept for watchers: an hour of a 1,000-node network in which every node changes thrice.
+/// How many changes of each network are kept for watchers: an hour of a 1,000-node network in which every node changes thrice.
 const LOG: usize = 10_000;
 
 /// The least time a lease has after a restart: enough for its node to come back and renew.
 const GRACE: Duration = Duration::from_secs(60 * 60);
-
-/// Numbers: `format`, `file`, `revision`.
-const NUMBERS: TableDefinition<'_, &str, u64> = TableDefinition::new("numbers");
-/// Texts: `config`.
-const TEXTS: TableDefinition<'_, &str, &str> = TableDefinition::new("texts");
-/// Leases by key: value, revision, end in milliseconds since 1970 (0: never).
-const LEASES: TableDefinition<'_, &str, (&str, u64, u64)> = TableDefinition::new("leases");
-
-/// The layout above; a file with another number is refused.
-const FORMAT: u64 = 1;
 
 /// A store in a file.
 pub type EmbeddedStore = LocalStore<EmbeddedRegistry>;
@@ -75,7 +71,10 @@ impl EmbeddedStore {
 
 /// One network's leases in a file.
 #[derive(Debug, Clone)]
-pub struct EmbeddedRegistry(Arc<Inner>);
+pub struct EmbeddedRegistry {
+    inner: Arc<Inner>,
+    network: Option<NetworkName>,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -91,15 +90,60 @@ struct Inner {
     complaints: RateLimit,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     file: u64,
     revision: u64,
+    /// The revision the file had when it was read: what came before is in no log.
+    loaded: u64,
+    networks: BTreeMap<Option<NetworkName>, Network>,
+    /// Networks with a name that came and went.
+    names: Log<NetworkEvent>,
+}
+
+/// One network.
+#[derive(Debug)]
+struct Network {
+    /// Without it there is no such network.
     config: Option<String>,
     leases: BTreeMap<Subnet, Record>,
-    /// The changes after revision `log_from`, oldest first.
-    log: VecDeque<(u64, LeaseEvent)>,
-    log_from: u64,
+    log: Log<LeaseEvent>,
+}
+
+/// The last changes of one kind, oldest first, each with its revision.
+#[derive(Debug)]
+struct Log<E> {
+    events: VecDeque<(u64, E)>,
+    /// All changes after this revision are there.
+    from: u64,
+}
+
+impl<E: Clone> Log<E> {
+    fn new(from: u64) -> Self {
+        Self {
+            events: VecDeque::new(),
+            from,
+        }
+    }
+
+    fn note(&mut self, revision: u64, event: E) {
+        self.events.push_back((revision, event));
+        if self.events.len() > LOG
+            && let Some((revision, _)) = self.events.pop_front()
+        {
+            self.from = revision;
+        }
+    }
+
+    /// The first changes after `revision`, and the revision of the last of them; `None` if there are none.
+    fn after(&self, revision: u64) -> Option<(Vec<E>, u64)> {
+        /// How many at most, so that a watcher far behind does not hold up the state.
+        const BATCH: usize = 1000;
+        let start = self.events.partition_point(|(change, _)| *change <= revision);
+        let batch = self.events.range(start..).take(BATCH);
+        let last = batch.clone().last()?.0;
+        Some((batch.map(|(_, event)| event.clone()).collect(), last))
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -111,7 +155,7 @@ struct Record {
 
 #[derive(Debug)]
 enum Change {
-    Config(String),
+    Config(Option<String>),
     Put(Subnet, Record),
     Delete(Subnet),
 }
@@ -157,7 +201,7 @@ impl EmbeddedRegistry {
         let database = open_database(path)?;
         let state = load(&database, clock, ttl).map_err(|error| damaged(path, &error))?;
         let reached = watch::Sender::new(state.revision);
-        Ok(Self(Arc::new(Inner {
+        let inner = Inner {
             path: path.to_owned(),
             ttl,
             clock,
@@ -165,49 +209,57 @@ impl EmbeddedRegistry {
             state: Mutex::new(state),
             reached,
             complaints: RateLimit::default(),
-        })))
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+            network: None,
+        })
     }
 
     async fn set_config(&self, text: &str) -> Result<(), StoreError> {
         const DOING: &str = "set the network config";
         NetworkConfig::parse(text).map_err(|error| refused(DOING, error.to_string()))?;
         let text = text.to_owned();
-        self.write(DOING, move |_| vec![Change::Config(text)])
+        self.write(DOING, move |_| vec![Change::Config(Some(text))])
             .await
             .map(|_| ())
     }
 
-    /// Runs `decide` on the state and carries out the changes it asks for, all or none; tells the state's new revision
+    /// Runs `decide` on the network and carries out the changes it asks for, all or none; tells the state's new revision
     /// if there were any.
     async fn write(
         &self,
         doing: &'static str,
-        decide: impl FnOnce(&State) -> Vec<Change> + Send + 'static,
+        decide: impl FnOnce(&Network) -> Vec<Change> + Send + 'static,
     ) -> Result<Option<u64>, StoreError> {
-        let inner = self.0.clone();
+        let (inner, network) = (self.inner.clone(), self.network.clone());
         // Should the caller give up meanwhile, the write is finished all the same.
-        let written = tokio::task::spawn_blocking(move || inner.write(doing, decide)).await;
-        written.unwrap_or_else(|error| Err(self.0.unavailable(doing, error.to_string())))
+        let written = tokio::task::spawn_blocking(move || inner.write(doing, network, decide)).await;
+        written.unwrap_or_else(|error| Err(self.inner.unavailable(doing, error.to_string())))
     }
 
     /// Takes out the leases that have ended.
     async fn expire(&self) {
         let now = Instant::now();
-        if self.0.state().next_end().is_none_or(|end| end > now) {
+        if self.next_end().is_none_or(|end| end > now) {
             return;
         }
-        let ended = move |state: &State| {
-            let ended = state
+        let ended = move |network: &Network| {
+            let ended = network
                 .leases
                 .iter()
                 .filter(|(_, record)| record.ends.is_some_and(|end| end <= now));
             ended.map(|(subnet, _)| Change::Delete(*subnet)).collect()
         };
         if let Err(error) = self.write("take out ended leases", ended).await
-            && self.0.complaints.allows()
+            && self.inner.complaints.allows()
         {
             tracing::warn!(%error, "ended leases stay for now");
         }
+    }
+
+    fn next_end(&self) -> Option<Instant> {
+        self.inner.state().network(self.network.as_ref())?.next_end()
     }
 
     async fn put_if(
@@ -221,7 +273,7 @@ impl EmbeddedRegistry {
         self.expire().await;
         let ends = match lifetime {
             Lifetime::Forever => None,
-            Lifetime::Ttl => Some(Instant::now() + self.0.ttl),
+            Lifetime::Ttl => Some(Instant::now() + self.inner.ttl),
         };
         let record = Record {
             attrs: attrs.clone(),
@@ -229,32 +281,36 @@ impl EmbeddedRegistry {
             ends,
         };
         let change = Change::Put(subnet, record.clone());
-        let written = self.write(doing, move |state| {
-            if condition(state.leases.get(&subnet)) {
+        let written = self.write(doing, move |network| {
+            if condition(network.leases.get(&subnet)) {
                 vec![change]
             } else {
                 vec![]
             }
         });
         Ok(written.await?.map(|revision| Entry {
-            lease: self.0.lease(subnet, &record),
+            lease: self.inner.lease(subnet, &record),
             revision,
         }))
     }
 
     /// What a watcher at `revision` has not heard yet, if anything.
     fn news(&self, file: u64, revision: u64) -> Option<WatchItem> {
-        /// How many events one item carries at most, so that a watcher far behind does not hold up the state.
-        const BATCH: usize = 1000;
-        let state = self.0.state();
-        if file != state.file || revision < state.log_from || revision > state.revision {
-            return Some(self.0.snapshot(&state));
+        let state = self.inner.state();
+        let Some(network) = state.network(self.network.as_ref()) else {
+            // Nobody ever wrote to it.
+            return (file != state.file || revision > state.revision).then(|| snapshot(&state, Vec::new()));
+        };
+        if file != state.file || revision < network.log.from || revision > state.revision {
+            let leases = network
+                .leases
+                .iter()
+                .map(|(subnet, record)| self.inner.lease(*subnet, record));
+            return Some(snapshot(&state, leases.collect()));
         }
-        let start = state.log.partition_point(|(change, _)| *change <= revision);
-        let batch: Vec<_> = state.log.range(start..).take(BATCH).cloned().collect();
-        let last = batch.last()?.0;
+        let (events, last) = network.log.after(revision)?;
         Some(WatchItem {
-            update: LeaseUpdate::Events(batch.into_iter().map(|(_, event)| event).collect()),
+            update: LeaseUpdate::Events(events),
             cursor: cursor(state.file, last),
         })
     }
@@ -269,7 +325,8 @@ impl Inner {
     fn write(
         &self,
         doing: &'static str,
-        decide: impl FnOnce(&State) -> Vec<Change>,
+        network: Option<NetworkName>,
+        decide: impl FnOnce(&Network) -> Vec<Change>,
     ) -> Result<Option<u64>, StoreError> {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let database = match writer.take() {
@@ -277,29 +334,38 @@ impl Inner {
             None => self.reopen(doing)?,
         };
         let (changes, revision) = {
-            let state = self.state();
-            (decide(&state), state.revision)
+            let mut state = self.state();
+            (decide(state.network_mut(network.as_ref())), state.revision)
         };
         if changes.is_empty() {
             *writer = Some(database);
             return Ok(None);
         }
-        persist(&database, self.clock, &changes, revision)
+        persist(&database, self.clock, network.as_ref(), &changes, revision)
             .map_err(|error| self.unavailable(doing, error.to_string()))?;
         *writer = Some(database);
         let mut state = self.state();
         for change in changes {
             state.revision += 1;
             let revision = state.revision;
+            if let (Change::Config(text), Some(name)) = (&change, &network) {
+                let event = match text {
+                    Some(_) => NetworkEvent::Added(name.clone()),
+                    None => NetworkEvent::Removed(name.clone()),
+                };
+                state.names.note(revision, event);
+            }
+            let network = state.network_mut(network.as_ref());
             match change {
-                Change::Config(text) => state.config = Some(text),
+                Change::Config(text) => network.config = text,
                 Change::Put(subnet, record) => {
-                    state.note(LeaseEvent::Added(self.lease(subnet, &record)));
-                    state.leases.insert(subnet, Record { revision, ..record });
+                    let event = LeaseEvent::Added(self.lease(subnet, &record));
+                    network.log.note(revision, event);
+                    network.leases.insert(subnet, Record { revision, ..record });
                 }
                 Change::Delete(subnet) => {
-                    state.note(LeaseEvent::Removed(subnet));
-                    state.leases.remove(&subnet);
+                    network.log.note(revision, LeaseEvent::Removed(subnet));
+                    network.leases.remove(&subnet);
                 }
             }
         }
@@ -338,17 +404,6 @@ impl Inner {
         }
     }
 
-    fn snapshot(&self, state: &State) -> WatchItem {
-        let leases = state
-            .leases
-            .iter()
-            .map(|(subnet, record)| self.lease(*subnet, record));
-        WatchItem {
-            update: LeaseUpdate::Snapshot(leases.collect()),
-            cursor: cursor(state.file, state.revision),
-        }
-    }
-
     fn unavailable(&self, doing: &'static str, cause: String) -> StoreError {
         StoreError::Unavailable {
             doing,
@@ -359,15 +414,31 @@ impl Inner {
 }
 
 impl State {
-    fn note(&mut self, event: LeaseEvent) {
-        self.log.push_back((self.revision, event));
-        if self.log.len() > LOG
-            && let Some((revision, _)) = self.log.pop_front()
-        {
-            self.log_from = revision;
+    fn new(file: u64, revision: u64) -> Self {
+        Self {
+            file,
+            revision,
+            loaded: revision,
+            networks: BTreeMap::new(),
+            names: Log::new(revision),
         }
     }
 
+    fn network(&self, name: Option<&NetworkName>) -> Option<&Network> {
+        self.networks.get(&name.cloned())
+    }
+
+    fn network_mut(&mut self, name: Option<&NetworkName>) -> &mut Network {
+        let loaded = self.loaded;
+        self.networks.entry(name.cloned()).or_insert_with(|| Network {
+            config: None,
+            leases: BTreeMap::new(),
+            log: Log::new(loaded),
+        })
+    }
+}
+
+impl Network {
     fn next_end(&self) -> Option<Instant> {
         self.leases.values().filter_map(|record| record.ends).min()
     }
@@ -375,12 +446,20 @@ impl State {
 
 impl Registry for EmbeddedRegistry {
     fn place(&self) -> String {
-        format!("embedded {}", self.0.path.display())
+        let path = self.inner.path.display();
+        match &self.network {
+            None => format!("embedded {path}"),
+            Some(name) => format!("embedded {path} {name}"),
+        }
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
         Box::pin(async move {
-            let config = self.0.state().config.clone();
+            let state = self.inner.state();
+            let config = state
+                .network(self.network.as_ref())
+                .and_then(|network| network.config.clone());
+            drop(state);
             config.ok_or_else(|| refused("read the network config", "none has been set".to_owned()))
         })
     }
@@ -388,9 +467,13 @@ impl Registry for EmbeddedRegistry {
     fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>> {
         Box::pin(async move {
             self.expire().await;
-            let state = self.0.state();
-            let entries = state.leases.iter().map(|(subnet, record)| Entry {
-                lease: self.0.lease(*subnet, record),
+            let state = self.inner.state();
+            let leases = state
+                .network(self.network.as_ref())
+                .into_iter()
+                .flat_map(|network| &network.leases);
+            let entries = leases.map(|(subnet, record)| Entry {
+                lease: self.inner.lease(*subnet, record),
                 revision: record.revision,
             });
             Ok(entries.collect())
@@ -419,8 +502,8 @@ impl Registry for EmbeddedRegistry {
 
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>> {
         Box::pin(async move {
-            let written = self.write("delete a lease", move |state| {
-                let unchanged = state
+            let written = self.write("delete a lease", move |network| {
+                let unchanged = network
                     .leases
                     .get(&subnet)
                     .is_some_and(|record| record.revision == revision);
@@ -447,7 +530,7 @@ impl Registry for EmbeddedRegistry {
                 return Box::pin(stream::once(async { Err(error) }));
             }
         };
-        let reached = self.0.reached.subscribe();
+        let reached = self.inner.reached.subscribe();
         Box::pin(stream::unfold(
             (start, reached),
             move |((file, revision), mut reached)| async move {
@@ -459,11 +542,7 @@ impl Registry for EmbeddedRegistry {
                         return Some((Ok(item), (next, reached)));
                     }
                     // An end that could not be carried out is tried again in a second, not at once.
-                    let next_end = self
-                        .0
-                        .state()
-                        .next_end()
-                        .map(|end| end.max(Instant::now() + RETRY));
+                    let next_end = self.next_end().map(|end| end.max(Instant::now() + RETRY));
                     let due = async {
                         match next_end {
                             Some(end) => tokio::time::sleep_until(end).await,
@@ -483,6 +562,13 @@ impl Registry for EmbeddedRegistry {
 /// The least time between two attempts to take out ended leases.
 const RETRY: Duration = Duration::from_millis(200);
 
+fn snapshot(state: &State, leases: Vec<Lease>) -> WatchItem {
+    WatchItem {
+        update: LeaseUpdate::Snapshot(leases),
+        cursor: cursor(state.file, state.revision),
+    }
+}
+
 fn cursor(file: u64, revision: u64) -> Cursor {
     Cursor(format!("{file:x}.{revision}"))
 }
@@ -494,169 +580,4 @@ fn parse_cursor(cursor: &Cursor) -> Option<(u64, u64)> {
 
 fn refused(doing: &'static str, cause: String) -> StoreError {
     StoreError::Refused { doing, cause }
-}
-
-fn damaged(path: &Path, error: &dyn std::fmt::Display) -> StoreError {
-    let cause = format!(
-        "{} is damaged: {error}; restore it from a backup or move it away",
-        path.display()
-    );
-    refused("open the store", cause)
-}
-
-fn open_database(path: &Path) -> Result<Database, StoreError> {
-    const DOING: &str = "open the store";
-    let cannot = |error: &dyn std::fmt::Display| refused(DOING, format!("{}: {error}", path.display()));
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(|error| cannot(&error))?;
-    }
-    let file = open_file(path).map_err(|error| cannot(&error))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(cannot(&"in use by another process; a store has one server only"));
-        }
-        Err(TryLockError::Error(error)) => return Err(cannot(&error)),
-    }
-    distrust(&file).map_err(|error| cannot(&error))?;
-    let mut database = match Builder::new().set_cache_size(CACHE_BYTES).create_file(file) {
-        Ok(database) => database,
-        Err(DatabaseError::DatabaseAlreadyOpen) => {
-            return Err(cannot(&"in use by another process; a store has one server only"));
-        }
-        Err(DatabaseError::Storage(StorageError::Io(error)))
-            if error.kind() != std::io::ErrorKind::InvalidData =>
-        {
-            return Err(cannot(&error));
-        }
-        Err(error) => return Err(damaged(path, &error)),
-    };
-    // Checks the sums of all pages; what a crash left half-written goes back to the last complete transaction.
-    if !database
-        .check_integrity()
-        .map_err(|error| damaged(path, &error))?
-    {
-        tracing::warn!(path = %path.display(), "the store was damaged; the last complete state is used");
-    }
-    Ok(database)
-}
-
-/// Everything is in memory anyway; redb's own cache only serves the writes.
-const CACHE_BYTES: usize = 4 << 20;
-
-/// Has redb check everything in the file when it opens it, as after a crash.
-///
-/// After an orderly end redb takes the file's list of free pages without looking at its checksum, and panics if that
-/// is damaged. With the flag "recovery required" set and "two-phase commit" clear (both in byte 9 of redb's file
-/// format 3, after the magic number) it checks all pages and makes the list anew, in milliseconds for a file of this
-/// size. The caller holds the lock.
-fn distrust(file: &File) -> std::io::Result<()> {
-    const MAGIC: [u8; 9] = *b"redb\x1a\x0a\xa9\x0d\x0a";
-    const RECOVERY_REQUIRED: u8 = 2;
-    const TWO_PHASE_COMMIT: u8 = 4;
-    let mut start = [0; 10];
-    match file.read_exact_at(&mut start, 0) {
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
-        read => read?,
-    }
-    let flags = start[9];
-    let wanted = (flags | RECOVERY_REQUIRED) & !TWO_PHASE_COMMIT;
-    if start[..9] == MAGIC && flags != wanted {
-        file.write_all_at(&[wanted], 9)?;
-    }
-    Ok(())
-}
-
-/// Opens a regular file, and neither follows a link nor waits for a FIFO.
-fn open_file(path: &Path) -> std::io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(std::io::Error::other("not a regular file"));
-    }
-    Ok(file)
-}
-
-fn load(database: &Database, clock: Clock, ttl: Duration) -> Result<State, Box<dyn std::error::Error>> {
-    let write = database.begin_write()?;
-    {
-        let mut numbers = write.open_table(NUMBERS)?;
-        write.open_table(TEXTS)?;
-        write.open_table(LEASES)?;
-        if numbers.get("file")?.is_none() {
-            numbers.insert("file", rand::random::<u64>().max(1))?;
-            numbers.insert("format", FORMAT)?;
-        }
-    }
-    write.commit()?;
-    let read = database.begin_read()?;
-    let numbers = read.open_table(NUMBERS)?;
-    let number = |name| {
-        numbers
-            .get(name)
-            .map(|found| found.map_or(0, |found| found.value()))
-    };
-    if number("format")? != FORMAT {
-        return Err(format!("its format is {}, not {FORMAT}", number("format")?).into());
-    }
-    let revision = number("revision")?;
-    let mut state = State {
-        file: number("file")?,
-        revision,
-        config: read
-            .open_table(TEXTS)?
-            .get("config")?
-            .map(|text| text.value().to_owned()),
-        log_from: revision,
-        ..State::default()
-    };
-    for row in read.open_table(LEASES)?.iter()? {
-        let (key, row) = row?;
-        let (value, revision, ends) = row.value();
-        let record = Record {
-            attrs: LeaseAttrs::from_json(value.as_bytes())?,
-            revision,
-            ends: (ends != 0).then(|| clock.revive(ends, ttl)),
-        };
-        state.leases.insert(key.value().parse()?, record);
-    }
-    Ok(state)
-}
-
-fn persist(
-    database: &Database,
-    clock: Clock,
-    changes: &[Change],
-    mut revision: u64,
-) -> Result<(), redb::Error> {
-    let write = database.begin_write()?;
-    {
-        let mut texts = write.open_table(TEXTS)?;
-        let mut leases = write.open_table(LEASES)?;
-        for change in changes {
-            revision += 1;
-            match change {
-                Change::Config(text) => {
-                    texts.insert("config", text.as_str())?;
-                }
-                Change::Put(subnet, record) => {
-                    let (key, value) = (subnet.to_string(), record.attrs.to_json());
-                    let ends = record.ends.map_or(0, |end| clock.millis(end));
-                    leases.insert(key.as_str(), (value.as_str(), revision, ends))?;
-                }
-                Change::Delete(subnet) => {
-                    leases.remove(subnet.to_string().as_str())?;
-                }
-            }
-        }
-        write.open_table(NUMBERS)?.insert("revision", revision)?;
-    }
-    write.commit()?;
-    Ok(())
 }

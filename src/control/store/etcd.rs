@@ -20,6 +20,7 @@
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
 
 mod connection;
+mod networks;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +35,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::timeout;
 
 use self::connection::{Connection, refused};
+pub use self::networks::EtcdNetworks;
 use crate::control::RateLimit;
 use crate::control::store::{
     Cursor, Entry, LEASE_TTL, Lifetime, LocalStore, Registry, StoreError, WatchItem, expires_in,

@@ -3,10 +3,12 @@
 //! [`Store`] is what the daemon and the server talk to: one network's config and leases. A store that
 //! is a plain key space (etcd, embedded) is a [`Registry`], and `LocalStore` in this module runs flannel's
 //! allocation over it; a remote store sends the same requests to a Kersey (or old flannel) server, which allocates.
+//! [`Networks`] opens one where a store has several networks.
 
 pub mod embedded;
 pub mod etcd;
 mod local;
+mod networks;
 mod open;
 pub mod remote;
 
@@ -17,11 +19,12 @@ use futures_util::stream::BoxStream;
 
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 
-pub use embedded::EmbeddedStore;
-pub use etcd::{EtcdOptions, EtcdStore, Expirations};
+pub use embedded::{EmbeddedNetworks, EmbeddedStore};
+pub use etcd::{EtcdNetworks, EtcdOptions, EtcdStore, Expirations};
 pub use local::LocalStore;
-pub use open::{OpenError, open};
-pub use remote::RemoteStore;
+pub use networks::{NetworkEvent, NetworkItem, NetworkUpdate, Networks};
+pub use open::{OpenError, open, open_networks};
+pub use remote::{RemoteNetworks, RemoteStore};
 
 /// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::etcd::Expirations;
-use super::{EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError};
+use super::{
+    EmbeddedNetworks, EtcdNetworks, EtcdOptions, Networks, RemoteNetworks, RemoteStore, Store, StoreError,
+};
 use crate::control::config::{ConfigError, NetworkConfig};
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
 
@@ -42,7 +44,7 @@ pub enum OpenError {
     Config(#[from] ConfigError),
 }
 
-/// Opens the store `kind` names. Etcd and servers are not asked anything yet; `expirations` matters to etcd only.
+/// Opens the network without a name in the store `kind` names; see [`open_networks`].
 ///
 /// # Errors
 /// Files cannot be read or written, or the config for an embedded store is invalid.
@@ -51,10 +53,23 @@ pub async fn open(
     ttl: Duration,
     expirations: Expirations,
 ) -> Result<Arc<dyn Store>, OpenError> {
+    Ok(open_networks(kind, ttl, expirations).await?.open(None)?)
+}
+
+/// Opens the store `kind` names, with all its networks. Etcd and servers are not asked anything yet; `expirations` matters to etcd
+/// only.
+///
+/// # Errors
+/// Files cannot be read or written, or a config for an embedded store is invalid.
+pub async fn open_networks(
+    kind: &StoreKind,
+    ttl: Duration,
+    expirations: Expirations,
+) -> Result<Arc<dyn Networks>, OpenError> {
     Ok(match kind {
-        StoreKind::Etcd(etcd) => Arc::new(EtcdStore::connect(etcd_options(etcd, ttl, expirations))?),
+        StoreKind::Etcd(etcd) => Arc::new(EtcdNetworks::connect(etcd_options(etcd, ttl, expirations))?),
         StoreKind::Embedded(embedded) => Arc::new(open_embedded(embedded, ttl).await?),
-        StoreKind::Remote(servers) => Arc::new(RemoteStore::new(servers.clone())),
+        StoreKind::Remote(servers) => Arc::new(RemoteNetworks::new(RemoteStore::new(servers.clone()))),
     })
 }
 
@@ -80,22 +95,22 @@ fn etcd_options(etcd: &options::EtcdOptions, ttl: Duration, expirations: Expirat
     }
 }
 
-/// Opens the file, and gives it the config if it has none. A config that is there stays: nodes run by it.
-async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<EmbeddedStore, OpenError> {
-    let given = match &embedded.network_config {
-        None => None,
-        Some(NetworkConfigSource::Inline(text)) => Some(text.clone()),
-        Some(NetworkConfigSource::File(path)) => {
-            let text = fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
-                path: path.clone(),
-                source,
-            })?;
-            Some(text)
-        }
-    };
-    let given = given
-        .map(|text| NetworkConfig::parse(&text).map(|parsed| (text, parsed)))
-        .transpose()?;
+/// Opens the file, and gives it the configs it has none of. A config that is there stays: nodes run by it.
+async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<EmbeddedNetworks, OpenError> {
+    let mut given = Vec::new();
+    for (name, source) in &embedded.network_configs {
+        let text = match source {
+            NetworkConfigSource::Inline(text) => text.clone(),
+            NetworkConfigSource::File(path) => {
+                fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
+                    path: path.clone(),
+                    source,
+                })?
+            }
+        };
+        let parsed = NetworkConfig::parse(&text)?;
+        given.push((name.as_ref(), text, parsed));
+    }
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -104,24 +119,27 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
             path: embedded.data_dir.clone(),
             source,
         })?;
-    let store = EmbeddedStore::open(&embedded.data_dir.join(FILE), ttl)?;
-    match (store.config().await, given) {
-        (Ok(held), Some((_, given))) if NetworkConfig::parse(&held).ok() != Some(given.clone()) => {
-            tracing::warn!(
-                store = store.place(),
-                "the store has another network config than --network-config says; the store's is used"
-            );
-        }
-        (Ok(_), Some(_) | None) => {}
-        (Err(_), Some((text, _))) => store.set_config(text.trim()).await?,
-        (Err(_), None) => {
-            tracing::warn!(
-                store = store.place(),
-                "the store has no network config; give --network-config once"
-            );
+    let networks = EmbeddedNetworks::open(&embedded.data_dir.join(FILE), ttl)?;
+    for (name, text, given) in &given {
+        let store = networks.store(*name);
+        match store.config().await {
+            Ok(held) if NetworkConfig::parse(&held).ok().as_ref() != Some(given) => {
+                tracing::warn!(
+                    store = store.place(),
+                    "the store has another network config than --network-config says; the store's is used"
+                );
+            }
+            Ok(_) => {}
+            Err(_) => store.set_config(text.trim()).await?,
         }
     }
-    Ok(store)
+    if given.is_empty() && networks.store(None).config().await.is_err() && !networks.has_names() {
+        tracing::warn!(
+            store = networks.place(),
+            "the store has no network config; give --network-config once"
+        );
+    }
+    Ok(networks)
 }
 
 #[cfg(test)]
@@ -161,7 +179,7 @@ mod tests {
     fn embedded(dir: &tempfile::TempDir, config: &str) -> StoreKind {
         StoreKind::Embedded(EmbeddedOptions {
             data_dir: dir.path().join("data"),
-            network_config: Some(NetworkConfigSource::Inline(config.to_owned())),
+            network_configs: vec![(None, NetworkConfigSource::Inline(config.to_owned()))],
         })
     }
 }

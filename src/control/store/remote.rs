@@ -13,6 +13,7 @@
 //!
 //! Limits: no TLS. Reservations and revocations go through where the server knows them (v0.5.6 and later).
 
+pub mod networks;
 pub mod objects;
 
 use std::net::IpAddr;
@@ -29,8 +30,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tokio::time::{Instant, sleep};
 
+pub use self::networks::RemoteNetworks;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
 use super::{Cursor, Store, StoreError, WatchItem};
+use crate::addr::NetworkName;
 use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use crate::options::ServerAddress;
 
@@ -81,6 +84,8 @@ pub struct RemoteStore {
     /// Index of the server that answered last.
     preferred: AtomicUsize,
     client: Client<HttpConnector, Full<Bytes>>,
+    /// What every path begins with: `/v1/NAME`, or `/v1/_` for the network without a name.
+    base: String,
 }
 
 /// A server's answer.
@@ -138,6 +143,17 @@ impl RemoteStore {
             servers,
             preferred: AtomicUsize::new(0),
             client,
+            base: base(None),
+        }
+    }
+
+    /// The same servers' store of another network; connections are shared.
+    pub fn of_network(&self, name: Option<&NetworkName>) -> Self {
+        Self {
+            servers: self.servers.clone(),
+            preferred: AtomicUsize::new(self.preferred.load(Ordering::Relaxed)),
+            client: self.client.clone(),
+            base: base(name),
         }
     }
 
@@ -208,7 +224,7 @@ impl RemoteStore {
     async fn poll(&self, mut since: Option<Cursor>) -> Result<WatchItem, StoreError> {
         loop {
             let Some(cursor) = since else {
-                let answer = self.ask(&leases_ask(None)).await?;
+                let answer = self.ask(&self.leases_ask(None)).await?;
                 let (update, cursor) = read_watch(&answer.body)?;
                 return Ok(WatchItem {
                     // Old servers say `null` where there are none.
@@ -219,7 +235,7 @@ impl RemoteStore {
             // Only the server that gave the cursor can read it, so a poll does not go round.
             let server = &self.servers[self.preferred.load(Ordering::Relaxed) % self.servers.len()];
             let asked = Instant::now();
-            let why = match self.ask_one(server, &leases_ask(Some(&cursor))).await {
+            let why = match self.ask_one(server, &self.leases_ask(Some(&cursor))).await {
                 Ok(answer) if answer.status == StatusCode::OK => {
                     let (update, next) = read_watch(&answer.body)?;
                     if let Some(update) = update {
@@ -232,7 +248,7 @@ impl RemoteStore {
                 }
                 Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
                 // Quiet networks are the rule. Whether the server lives, a question with an answer tells.
-                Err(Failure::Silent(_)) if self.ask_one(server, &config_ask()).await.is_ok() => {
+                Err(Failure::Silent(_)) if self.ask_one(server, &self.config_ask()).await.is_ok() => {
                     since = Some(cursor);
                     continue;
                 }
@@ -254,7 +270,7 @@ impl RemoteStore {
         let ask = Ask {
             doing: "renew the lease",
             method: Method::PUT,
-            path: format!("/v1/_/leases/{}", old_key(lease.subnet)),
+            path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
             body: lease_json(lease),
             previous: None,
             formerly,
@@ -267,6 +283,36 @@ impl RemoteStore {
             expiration: read,
             ..lease.clone()
         })
+    }
+
+    fn config_ask(&self) -> Ask<'static> {
+        Ask {
+            doing: "read the network config",
+            method: Method::GET,
+            path: format!("{}/config", self.base),
+            body: String::new(),
+            previous: None,
+            formerly: None,
+            about: None,
+            timeout: REQUEST_TIMEOUT,
+        }
+    }
+
+    fn leases_ask(&self, cursor: Option<&Cursor>) -> Ask<'static> {
+        let (path, timeout) = match cursor {
+            Some(cursor) => (format!("{}/leases?next={}", self.base, cursor.0), POLL_TIMEOUT),
+            None => (format!("{}/leases", self.base), REQUEST_TIMEOUT),
+        };
+        Ask {
+            doing: "watch the leases",
+            method: Method::GET,
+            path,
+            body: String::new(),
+            previous: None,
+            formerly: None,
+            about: None,
+            timeout,
+        }
     }
 
     async fn act(
@@ -297,7 +343,7 @@ impl Store for RemoteStore {
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(async move { Ok(self.ask(&config_ask()).await?.body.trim().to_owned()) })
+        Box::pin(async move { Ok(self.ask(&self.config_ask()).await?.body.trim().to_owned()) })
     }
 
     fn acquire<'a>(
@@ -309,7 +355,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "acquire a lease",
                 method: Method::POST,
-                path: "/v1/_/leases".to_owned(),
+                path: format!("{}/leases", self.base),
                 body: attrs_json(attrs),
                 previous,
                 formerly: None,
@@ -340,9 +386,29 @@ impl Store for RemoteStore {
         Box::pin(self.renew_as(lease, formerly))
     }
 
+        Box::pin(async move {
+            let ask = Ask {
+                doing: "renew the lease",
+                method: Method::PUT,
+                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
+                body: lease_json(lease),
+                previous: None,
+                formerly: None,
+                about: Some(&lease.subnet),
+                timeout: REQUEST_TIMEOUT,
+            };
+            let answer = self.ask(&ask).await?;
+            let read = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
+            Ok(Lease {
+                expiration: read,
+                ..lease.clone()
+            })
+        })
+    }
+
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/leases/{}", old_key(subnet));
+            let path = format!("{}/leases/{}", self.base, old_key(subnet));
             self.act("revoke the lease", Method::DELETE, path, &subnet).await
         })
     }
@@ -352,7 +418,7 @@ impl Store for RemoteStore {
             let ask = Ask {
                 doing: "reserve the subnet",
                 method: Method::POST,
-                path: "/v1/_/reservations".to_owned(),
+                path: format!("{}/reservations", self.base),
                 body: format!(
                     "{{\"Subnet\":\"{}\",\"PublicIP\":\"{}\"}}",
                     subnet.v4, attrs.public_ip
@@ -368,7 +434,7 @@ impl Store for RemoteStore {
 
     fn unreserve(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let path = format!("/v1/_/reservations/{}", old_key(subnet));
+            let path = format!("{}/reservations/{}", self.base, old_key(subnet));
             self.act("end the reservation", Method::DELETE, path, &subnet)
                 .await
         })
@@ -423,6 +489,17 @@ fn leases_ask(cursor: Option<&Cursor>) -> Ask<'static> {
         about: None,
         timeout,
     }
+    }
+
+/// What the paths of a network begin with. A name needs no escaping.
+fn base(name: Option<&NetworkName>) -> String {
+    format!("/v1/{}", name.map_or("_", NetworkName::as_str))
+}
+
+/// Whether a cursor survives being put into a URL as it is.
+fn is_plain_cursor(cursor: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=200).contains(&cursor.len()) && cursor.bytes().all(plain)
 }
 
 /// Reads the answer to a watch. A cursor goes into a URL as it is, so one that would not survive that is refused.
@@ -432,8 +509,7 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
     if answer.skipped > 0 {
         tracing::debug!(count = answer.skipped, "skipped leases that cannot be read");
     }
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    if answer.cursor.is_empty() || answer.cursor.len() > 200 || !answer.cursor.bytes().all(plain) {
+    if !is_plain_cursor(&answer.cursor) {
         return Err(garbled(
             DOING,
             format!("the cursor {:?} is malformed", answer.cursor),
