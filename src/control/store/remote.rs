@@ -386,26 +386,6 @@ impl Store for RemoteStore {
         Box::pin(self.renew_as(lease, formerly))
     }
 
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "renew the lease",
-                method: Method::PUT,
-                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
-                body: lease_json(lease),
-                previous: None,
-                formerly: None,
-                about: Some(&lease.subnet),
-                timeout: REQUEST_TIMEOUT,
-            };
-            let answer = self.ask(&ask).await?;
-            let read = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
-            Ok(Lease {
-                expiration: read,
-                ..lease.clone()
-            })
-        })
-    }
-
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             let path = format!("{}/leases/{}", self.base, old_key(subnet));
@@ -459,41 +439,6 @@ impl Store for RemoteStore {
         })
         .boxed()
     }
-}
-
-fn config_ask() -> Ask<'static> {
-    Ask {
-        doing: "read the network config",
-        method: Method::GET,
-        path: "/v1/_/config".to_owned(),
-        body: String::new(),
-        previous: None,
-        formerly: None,
-        about: None,
-        timeout: REQUEST_TIMEOUT,
-    }
-}
-
-fn leases_ask(cursor: Option<&Cursor>) -> Ask<'static> {
-    let (path, timeout) = match cursor {
-        Some(cursor) => (format!("/v1/_/leases?next={}", cursor.0), POLL_TIMEOUT),
-        None => ("/v1/_/leases".to_owned(), REQUEST_TIMEOUT),
-    };
-    Ask {
-        doing: "watch the leases",
-        method: Method::GET,
-        path,
-        body: String::new(),
-        previous: None,
-        formerly: None,
-        about: None,
-        timeout,
-    }
-    }
-
-/// What the paths of a network begin with. A name needs no escaping.
-fn base(name: Option<&NetworkName>) -> String {
-    format!("/v1/{}", name.map_or("_", NetworkName::as_str))
 }
 
 /// Whether a cursor survives being put into a URL as it is.
