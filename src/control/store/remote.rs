@@ -463,6 +463,11 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
     Ok((answer.update, Cursor(answer.cursor)))
 }
 
+/// What the paths of a network begin with. A name needs no escaping.
+fn base(name: Option<&NetworkName>) -> String {
+    format!("/v1/{}", name.map_or("_", NetworkName::as_str))
+}
+
 /// The end of a renewed lease, whatever became of its attributes on the way.
 fn parse_lease_end(body: &str) -> Result<crate::lease::Expiration, String> {
     let object = crate::lease::json::Object::parse(body, objects::MAX_LEASE_BYTES * 2)

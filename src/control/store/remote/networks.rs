@@ -112,6 +112,7 @@ fn ask(cursor: Option<&Cursor>) -> Ask<'static> {
         path,
         body: String::new(),
         previous: None,
+        formerly: None,
         about: None,
         timeout,
     }
