@@ -21,6 +21,7 @@ mod go_flags;
 pub mod lab;
 mod logging;
 mod progress;
+pub mod reserve;
 mod run;
 pub mod server;
 pub mod status;
@@ -41,10 +42,11 @@ use self::cleanup::CleanupArgs;
 use self::environment::Variables;
 use self::go_flags::{Grammar, Setting};
 use self::lab::LabOptions;
+use self::reserve::ReserveArgs;
 use self::run::RunArgs;
 use self::server::ServerArgs;
 use self::status::StatusArgs;
-use crate::options::{CleanupOptions, LogOptions, RunOptions, ServerOptions, StatusOptions};
+use crate::options::{CleanupOptions, LogOptions, ReserveOptions, RunOptions, ServerOptions, StatusOptions};
 
 /// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only.
 pub mod exit {
@@ -67,6 +69,8 @@ pub enum Command {
     Run(Box<RunOptions>),
     /// `kersey server`, or `flanneld -listen`.
     Server(Box<ServerOptions>),
+    /// `kersey reserve`.
+    Reserve(Box<ReserveOptions>),
     /// `kersey status`.
     Status(StatusOptions),
     /// `kersey cleanup`.
@@ -190,6 +194,16 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
                 notes: variables.notes,
             })
         }
+        Some((word, rest)) if word == "reserve" => {
+            // The words come first, as in `kersey reserve add SUBNET ADDRESS --remote ...`.
+            let words = rest.iter().take_while(|word| !word.starts_with('-')).count();
+            let (words, flags) = rest.split_at(words);
+            let (args, variables) = flags_of::<ReserveArgs>("reserve", flags, variables, Entry::Kersey)?;
+            Ok(Parsed {
+                command: Command::Reserve(Box::new(args.into_options(words)?)),
+                notes: variables.notes,
+            })
+        }
         Some((word, flags)) if word == "status" => {
             let (args, _) = flags_of::<StatusArgs>("status", flags, variables, Entry::Kersey)?;
             Ok(Parsed {
@@ -226,14 +240,18 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
 }
 
 /// Names of the subcommands whose flags are in Go's syntax.
-const SUBCOMMANDS: [&str; 4] = ["run", "server", "status", "cleanup"];
+const SUBCOMMANDS: [&str; 5] = ["run", "server", "reserve", "status", "cleanup"];
 
 /// The options for logging that a command carries.
 pub fn log_options(command: &Command) -> Option<LogOptions> {
     match command {
         Command::Run(options) => Some(options.log),
         Command::Server(options) => Some(options.log),
-        Command::Status(_) | Command::Cleanup(_) | Command::Lab(_) | Command::Bench(_) => None,
+        Command::Reserve(_)
+        | Command::Status(_)
+        | Command::Cleanup(_)
+        | Command::Lab(_)
+        | Command::Bench(_) => None,
     }
 }
 
@@ -441,6 +459,7 @@ fn top_level(words: &[String]) -> Stop {
         .max_term_width(100)
         .subcommand(with_help::<RunArgs>("run"))
         .subcommand(with_help::<ServerArgs>("server"))
+        .subcommand(with_help::<ReserveArgs>("reserve"))
         .subcommand(with_help::<StatusArgs>("status"))
         .subcommand(with_help::<CleanupArgs>("cleanup"))
         .subcommand(with_help::<LabOptions>("lab"))

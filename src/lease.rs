@@ -12,7 +12,7 @@
 pub mod json;
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::SystemTime;
 
@@ -188,6 +188,14 @@ impl LeaseAttrs {
         out
     }
 
+    /// The address flannel tells nodes apart by.
+    pub fn address(&self) -> Option<IpAddr> {
+        if self.public_ip.is_unspecified() {
+            return self.public_ipv6.map(IpAddr::V6);
+        }
+        Some(IpAddr::V4(self.public_ip))
+    }
+
     /// Whether both describe the same node, by the address flannel tells nodes apart by: the public IPv4 address, or
     /// where a node has none the public IPv6 address.
     pub fn same_node(&self, other: &Self) -> bool {
@@ -216,6 +224,9 @@ pub struct Lease {
     pub attrs: LeaseAttrs,
     /// When the claim ends.
     pub expiration: Expiration,
+    /// The store's revision at which the claim was first made, if the store tells: of two claims on one address the
+    /// older one holds.
+    pub created: Option<u64>,
 }
 
 /// One change among the leases.

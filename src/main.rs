@@ -18,6 +18,7 @@ fn main() -> ExitCode {
     match parsed.command {
         Command::Run(options) => kersey::daemon::run(*options),
         Command::Server(options) => cli::server::run(&options),
+        Command::Reserve(options) => cli::reserve::run(&options),
         Command::Status(options) => cli::status::run(&options),
         Command::Cleanup(options) => cli::cleanup::run(&options),
         Command::Lab(options) => cli::lab::run(*options).unwrap_or_else(failed),

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
+use crate::lease::Subnet;
 pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
 
 /// `kersey run`: the daemon.
@@ -65,6 +66,38 @@ pub struct ServerOptions {
     pub lease_ttl: Duration,
     /// Logging.
     pub log: LogOptions,
+}
+
+/// `kersey reserve`: subnets bound to nodes for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReserveOptions {
+    /// The store they are in.
+    pub store: StoreOptions,
+    /// How long the lease lives that a removed reservation becomes.
+    pub lease_ttl: Duration,
+    /// What to do.
+    pub action: ReserveAction,
+    /// How to print.
+    pub form: StatusForm,
+}
+
+/// What `kersey reserve` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReserveAction {
+    /// Lists reservations.
+    List,
+    /// Binds a subnet to the node with this public address.
+    Add {
+        /// The subnet.
+        subnet: Subnet,
+        /// The node's public address.
+        public_ip: IpAddr,
+    },
+    /// Makes a reservation a lease that ends.
+    Remove {
+        /// The subnet.
+        subnet: Subnet,
+    },
 }
 
 /// `kersey status`: ask a running daemon.

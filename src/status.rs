@@ -79,6 +79,9 @@ pub struct StoreStatus {
     pub since_s: f64,
     /// The last error, if it is away.
     pub error: Option<String>,
+    /// How often it was found wiped, restored from a backup or exchanged for another.
+    #[serde(default)]
+    pub resets: u64,
 }
 
 /// The TUN device and the packet path.

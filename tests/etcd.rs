@@ -481,29 +481,6 @@ async fn a_wrong_password_is_a_refusal() {
 }
 
 #[tokio::test]
-async fn a_ca_file_alone_makes_tls() {
-    let dir = tempfile::tempdir().unwrap();
-    let Some(etcd) = etcd_server::start_with_tls(dir.path()).await else {
-        return;
-    };
-    etcd.put("config", CONFIG).await;
-    assert_eq!(etcd.store().config().await.unwrap(), CONFIG);
-    // A server nobody we trust vouches for is not talked to.
-    let untrusted = EtcdOptions {
-        cafile: None,
-        ..etcd.options()
-    };
-    let error = EtcdStore::connect(untrusted).unwrap().config().await.unwrap_err();
-    assert!(error.is_unavailable(), "{error}");
-    let missing = EtcdOptions {
-        cafile: Some("/nonexistent/ca.pem".into()),
-        ..etcd.options()
-    };
-    let error = EtcdStore::connect(missing).unwrap_err();
-    assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
-}
-
-#[tokio::test]
 async fn a_dead_endpoint_beside_a_live_one_does_no_harm() {
     let Some(etcd) = etcd_server::start().await else {
         return;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ARROWS: &[(&str, &[&str])] = &[
     ("addr", &[]),
     ("lease", &["addr"]),
-    ("options", &["addr", "dataplane"]),
+    ("options", &["addr", "dataplane", "lease"]),
     ("status", &[]),
     ("wire", &["addr"]),
     ("dataplane", &["addr", "wire"]),

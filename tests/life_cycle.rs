@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use kersey::control::config::NetworkConfig;
+use kersey::control::identity::Holder;
 use kersey::control::store::{Cursor, Store, StoreError, WatchItem};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
@@ -474,6 +475,7 @@ impl Store for Fake {
 
     fn readdress<'a>(
         &'a self,
+        _holder: Option<&'a Holder>,
         lease: &'a Lease,
         formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
@@ -555,6 +557,7 @@ fn day_lease(key: &str, attrs: &LeaseAttrs) -> Lease {
         subnet: subnet(key),
         attrs: attrs.clone(),
         expiration: Expiration::At(SystemTime::now() + HOUR * 24),
+        created: None,
     }
 }
 

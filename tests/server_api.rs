@@ -353,6 +353,7 @@ async fn what_an_old_flannel_server_says_is_understood() {
         subnet: "10.1.0.0-24".parse().unwrap(),
         attrs: node(1),
         expiration: kersey::lease::Expiration::Never,
+        created: None,
     };
     let remote =
         |status, body| async move { RemoteStore::new(vec![canned(status, body).await.parse().unwrap()]) };

@@ -202,7 +202,7 @@ async fn a_node_that_moved_keeps_its_subnet_and_nobody_elses(fixture: Fixture) {
         "{renewed:?}"
     );
     for attempt in ["the first time", "again, as after an answer that got lost"] {
-        let given = store.readdress(&moved, &node(1)).await.unwrap();
+        let given = store.readdress(None, &moved, &node(1)).await.unwrap();
         assert_eq!(given.subnet, lease.subnet, "{attempt}");
         assert_eq!(leases(store).await, [(lease.subnet, node(3))], "{attempt}");
     }
@@ -211,7 +211,7 @@ async fn a_node_that_moved_keeps_its_subnet_and_nobody_elses(fixture: Fixture) {
         attrs: node(4),
         ..lease.clone()
     };
-    let given = store.readdress(&stolen, &node(1)).await;
+    let given = store.readdress(None, &stolen, &node(1)).await;
     assert!(matches!(given, Err(StoreError::LeaseLost { .. })), "{given:?}");
     assert_eq!(leases(store).await, [(lease.subnet, node(3))]);
 }

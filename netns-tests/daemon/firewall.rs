@@ -717,7 +717,7 @@ fn host(overlay: &Overlay, nth: usize) -> Vec<(&'static str, Vec<String>)> {
 fn tables(listed: &[String]) -> Vec<String> {
     let text = listed.join("\n");
     let tables = text.split("table ").filter(|table| !table.trim().is_empty());
-    tables.map(|table| format!("table {table}")).collect()
+    tables.map(|table| format!("table {}", table.trim())).collect()
 }
 
 fn read_switches(folder: &Path, found: &mut Vec<String>) {

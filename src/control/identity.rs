@@ -1,7 +1,9 @@
-//! What a node is known by for as long as it lives: its Ethernet address inside the overlay.
+//! What a node is known by for as long as it lives: its Ethernet address inside the overlay, and a number of its own.
 //!
 //! Peers send to the address in our lease. Were it new at each start, frames on their way would be lost until every peer has
 //! seen the new lease; so it is made once, at random, and kept in the data directory.
+//!
+//! The number, kept beside it, is what tells two hosts apart that have one public address by mistake ([`Holder`]).
 
 use std::path::Path;
 
@@ -10,6 +12,8 @@ use crate::control::state_file;
 
 /// The file in the data directory.
 const FILE: &str = "vtep-mac";
+/// The file with the number.
+const ID_FILE: &str = "node-id";
 /// An address in text takes 17 bytes; a line end may follow.
 const MAX_BYTES: u64 = 64;
 
@@ -36,6 +40,43 @@ pub fn mac(data_dir: &Path) -> MacAddr {
     mac
 }
 
+/// Who holds an address: what tells two hosts apart that say they have the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// A random number, made once a data directory.
+    pub id: String,
+    /// The host's name, for people.
+    pub host: String,
+    /// The kernel's number of this boot; with the name it shows a copy of a data directory.
+    pub boot: String,
+}
+
+/// This host, by the number kept in `data_dir`, or a new one that is kept from now on.
+pub fn holder(data_dir: &Path) -> Holder {
+    let path = data_dir.join(ID_FILE);
+    let kept = state_file::read(&path, MAX_BYTES).ok();
+    let kept = kept.map(|text| text.trim().to_owned());
+    let id = match kept.filter(|id| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+        Some(id) => id,
+        None => {
+            let id = format!("{:032x}", rand::random::<u128>());
+            if let Err(error) = state_file::replace(&path, &format!("{id}\n"), 0o600, 0o700) {
+                tracing::warn!(%error, file = %path.display(), "cannot keep the node's number: the next start has a new one");
+            }
+            id
+        }
+    };
+    let kernel = |file: &str| {
+        let text = std::fs::read_to_string(Path::new("/proc/sys/kernel").join(file)).unwrap_or_default();
+        text.trim().to_owned()
+    };
+    Holder {
+        id,
+        host: kernel("hostname"),
+        boot: kernel("random/boot_id"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,6 +88,22 @@ mod tests {
         assert!(first.is_unicast());
         assert_eq!(first.octets()[0] & 2, 2, "locally administered");
         assert_eq!(mac(dir.path()), first);
+    }
+
+    #[test]
+    fn a_number_is_made_once_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = holder(dir.path());
+        assert_eq!(
+            (first.id.len(), first.host.is_empty(), first.boot.is_empty()),
+            (32, false, false)
+        );
+        assert_eq!(holder(dir.path()), first);
+        assert_ne!(holder(tempfile::tempdir().unwrap().path()).id, first.id);
+        std::fs::write(dir.path().join(ID_FILE), "short").unwrap();
+        let mended = holder(dir.path());
+        assert_ne!(mended.id, first.id);
+        assert_eq!(holder(dir.path()), mended);
     }
 
     #[test]

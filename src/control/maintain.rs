@@ -3,6 +3,7 @@
 //! They run as one task. *Keep* tells *follow* of a new lease through the published one; *follow* wakes *keep* with a
 //! `Notify`. Both tell the store's health.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -15,7 +16,7 @@ use crate::control::cache::Cache;
 use crate::control::peers::{PeerChanges, PeerTable};
 use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
 use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, Start, StoreHealth};
-use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate};
+use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate};
 
 /// How long changes gather before the cache is written.
 const CACHE_DELAY: Duration = Duration::from_secs(2);
@@ -50,6 +51,8 @@ pub(super) async fn run(
         cache,
         cache_due: Some(Instant::now() + CACHE_DELAY),
         linger_due: None,
+        mends: Mends::default(),
+        quarrel_complaints: RateLimit::default(),
         complaints: RateLimit::default(),
         refusal_complaints: RateLimit::default(),
         cache_complaints: RateLimit::default(),
@@ -82,13 +85,13 @@ impl Keep<'_> {
             }
             let lease = self.lease.borrow().clone();
             let renewed = match &formerly {
-                Some(formerly) => self.store.readdress(&lease, formerly).await,
-                None => self.store.renew(&lease).await,
+                Some(formerly) => super::readdress(self.store, self.options, &lease, formerly).await,
+                None => super::renew(self.store, self.options, &lease).await,
             };
             let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
                     tracing::warn!(%error, "our lease went to another node; taking another subnet");
-                    self.store.acquire(&lease.attrs, None).await
+                    super::acquire(self.store, self.options, &lease.attrs, None).await
                 }
                 renewed => renewed,
             };
@@ -131,7 +134,9 @@ fn renewal_pause(expiration: Expiration, margin: Duration) -> Duration {
         // A reservation has no end. Renewing it once in a while mends a value that was changed by hand.
         return LEASE_TTL;
     };
-    match end.duration_since(SystemTime::now()) {
+    // Renewing a longer one every day does no harm; trusting a server whose clock is days ahead of ours would.
+    let left = end.duration_since(SystemTime::now());
+    match left.map(|left| left.min(LEASE_TTL)) {
         Ok(left) if left > margin => (left - margin).max(MIN_RENEWAL),
         Ok(left) => (left / 2).max(MIN_RENEWAL),
         // A lease just renewed that has ended already: the store's clock is not ours. Neither clock can be told
@@ -152,6 +157,8 @@ struct Follow<'a> {
     cache: Cache,
     cache_due: Option<Instant>,
     linger_due: Option<Instant>,
+    mends: Mends,
+    quarrel_complaints: RateLimit,
     complaints: RateLimit,
     refusal_complaints: RateLimit,
     cache_complaints: RateLimit,
@@ -183,8 +190,15 @@ impl Follow<'_> {
                 return;
             }
         };
-        if own_is_disturbed(&self.own.borrow(), &update) {
-            self.disturbed.notify_one();
+        match disturbance(&self.own.borrow(), &update) {
+            Disturbance::None => {}
+            Disturbance::Gone => self.disturbed.notify_one(),
+            Disturbance::Altered if self.mends.allows() => self.disturbed.notify_one(),
+            Disturbance::Altered => super::complain(
+                &self.quarrel_complaints,
+                &self.own.borrow().subnet,
+                "somebody keeps changing what our lease says; leaving it until its next renewal",
+            ),
         }
         let (rejected, held) = (self.table.rejected(), self.table.held());
         let changes = self.table.apply(&update);
@@ -258,24 +272,71 @@ impl Follow<'_> {
     }
 }
 
-/// Whether the update says that our lease is gone or somebody else's.
-fn own_is_disturbed(own: &Lease, update: &LeaseUpdate) -> bool {
-    let foreign = |lease: &Lease| lease.subnet == own.subnet && !lease.attrs.same_node(&own.attrs);
-    match update {
-        LeaseUpdate::Snapshot(leases) => {
-            !leases.iter().any(|lease| lease.subnet == own.subnet) || leases.iter().any(foreign)
-        }
+/// What an update says of our own lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Disturbance {
+    /// Nothing, or that it is as it should be.
+    None,
+    /// It is gone, or somebody else's.
+    Gone,
+    /// It is ours and says something else: a store restored from a backup, an edit by hand, a second host with our
+    /// public address.
+    Altered,
+}
+
+fn disturbance(own: &Lease, update: &LeaseUpdate) -> Disturbance {
+    let found = match update {
+        LeaseUpdate::Snapshot(leases) => leases.iter().find(|lease| lease.subnet == own.subnet),
         LeaseUpdate::Events(events) => {
             let last = events.iter().rev().find(|event| match event {
                 LeaseEvent::Added(lease) => lease.subnet == own.subnet,
                 LeaseEvent::Removed(subnet) => *subnet == own.subnet,
             });
             match last {
-                Some(LeaseEvent::Added(lease)) => foreign(lease),
-                Some(LeaseEvent::Removed(_)) => true,
-                None => false,
+                Some(LeaseEvent::Added(lease)) => Some(lease),
+                Some(LeaseEvent::Removed(_)) => None,
+                None => return Disturbance::None,
             }
         }
+    };
+    match found {
+        Some(lease) if says_the_same(&lease.attrs, &own.attrs) => Disturbance::None,
+        Some(lease) if lease.attrs.same_node(&own.attrs) => Disturbance::Altered,
+        Some(_) | None => Disturbance::Gone,
+    }
+}
+
+/// Whether what was told is what we said, as far as it was told: old servers leave out what they do not know, and may
+/// word JSON differently.
+fn says_the_same(told: &LeaseAttrs, said: &LeaseAttrs) -> bool {
+    let value = |data: &Option<String>| data.as_deref().map(serde_json::from_str::<serde_json::Value>);
+    let alike = |told: &Option<String>, said: &Option<String>| {
+        told.is_none()
+            || told == said
+            || matches!((value(told), value(said)), (Some(Ok(told)), Some(Ok(said))) if told == said)
+    };
+    told.same_node(said)
+        && (told.public_ipv6.is_none() || told.public_ipv6 == said.public_ipv6)
+        && told.backend_type == said.backend_type
+        && alike(&told.backend_data, &said.backend_data)
+        && alike(&told.backend_v6_data, &said.backend_v6_data)
+}
+
+/// How often our lease is put right when somebody changed it: a few times, lest two hosts overwrite each other for ever.
+#[derive(Debug, Default)]
+struct Mends(VecDeque<Instant>);
+
+impl Mends {
+    const MOST: usize = 3;
+    const WITHIN: Duration = Duration::from_secs(10 * 60);
+
+    fn allows(&mut self) -> bool {
+        self.0.retain(|at| at.elapsed() < Self::WITHIN);
+        let allowed = self.0.len() < Self::MOST;
+        if allowed {
+            self.0.push_back(Instant::now());
+        }
+        allowed
     }
 }
 

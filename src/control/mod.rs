@@ -52,6 +52,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::control::cache::Cache;
 use crate::control::config::NetworkConfig;
+use crate::control::identity::Holder;
 use crate::control::peers::PeerTable;
 use crate::control::store::{Store, StoreError, expires_in};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
@@ -63,6 +64,9 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a node that has other addresses waits for the store to take note before it goes on without. Nothing reaches it until then.
 const MOVE_PATIENCE: Duration = Duration::from_secs(1);
+/// The longest pause after the store has said no: out of subnets, an address taken twice, a right that is missing. It
+/// will say so again until somebody does something, and a hundred nodes too many must not list all leases all the time.
+const REFUSED_CAP: Duration = Duration::from_secs(15);
 
 /// How the life cycle is run.
 #[derive(Clone, Debug)]
@@ -79,6 +83,8 @@ pub struct ControlOptions {
     pub linger: Duration,
     /// How often all leases are listed anew, give or take a tenth.
     pub relist: Duration,
+    /// Who this host is, to be told from another with the same public address; without it that is not looked at.
+    pub holder: Option<Holder>,
 }
 
 impl Default for ControlOptions {
@@ -92,6 +98,7 @@ impl Default for ControlOptions {
             // Nodes register anew within 10 s of a wiped store's return.
             linger: Duration::from_secs(60),
             relist: Duration::from_secs(5 * 60),
+            holder: None,
         }
     }
 }
@@ -191,6 +198,10 @@ impl Control {
             .config
             .as_deref()
             .and_then(|text| NetworkConfig::parse(text).ok());
+        if let (Some(_), Some(cached)) = (&self.former, &cached) {
+            // The node has been running by it, and packets wait.
+            return cached.clone();
+        }
         let answered = AtomicBool::new(false);
         let fetch = async {
             let complaints = RateLimit::default();
@@ -236,15 +247,21 @@ impl Control {
         let fetch = async {
             let complaints = RateLimit::default();
             let mut backoff = Backoff::new(self.options.backoff_cap);
+            let mut refused = Backoff::new(REFUSED_CAP.max(self.options.backoff_cap));
             loop {
-                match self.store.acquire(attrs, previous).await {
+                let pause = match acquire(&*self.store, &self.options, attrs, previous).await {
                     Ok(lease) => return lease,
                     Err(error) => {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
                         complain(&complaints, &error, "waiting for a lease");
+                        if error.is_unavailable() {
+                            backoff.next_pause()
+                        } else {
+                            refused.next_pause()
+                        }
                     }
-                }
-                sleep(backoff.next_pause()).await;
+                };
+                sleep(pause).await;
             }
         };
         let lease = tokio::select! {
@@ -255,7 +272,7 @@ impl Control {
             subnet = fallback(cached, &answered) => {
                 tracing::warn!(store = self.store.place(), %subnet, "the store is away: starting with the cached lease");
                 self.source = Source::Cache;
-                Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO) }
+                Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO), created: None }
             }
         };
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));
@@ -273,7 +290,7 @@ impl Control {
         let ask = async {
             let mut backoff = Backoff::new(MOVE_PATIENCE);
             loop {
-                match self.store.readdress(&lease, &former.attrs).await {
+                match readdress(&*self.store, &self.options, &lease, &former.attrs).await {
                     Ok(lease) => return Some(lease),
                     Err(error @ StoreError::LeaseLost { .. }) => {
                         tracing::warn!(%error, "our lease is another node's by now; taking another subnet");
@@ -318,7 +335,7 @@ impl Control {
 
     /// Puts other attributes into a lease just acquired. While the store is away they wait: the next renewal carries them.
     pub async fn amend(&mut self, lease: Lease) -> Lease {
-        let lease = match self.store.renew(&lease).await {
+        let lease = match renew(&*self.store, &self.options, &lease).await {
             Ok(amended) => amended,
             Err(error) => {
                 tracing::warn!(%error, "cannot complete our lease yet; trying on");
@@ -338,6 +355,7 @@ impl Control {
             subnet: *subnet,
             attrs: attrs.clone(),
             expiration: Expiration::Never,
+            created: None,
         });
         table.apply(&LeaseUpdate::Snapshot(cached.collect()));
         let health = StoreHealth {
@@ -371,6 +389,34 @@ impl Control {
         subnet_file::previous(&self.options.subnet_file)
             .or_else(|| self.cache.own.as_ref().map(|(subnet, _)| *subnet))
     }
+}
+
+async fn acquire(
+    store: &dyn Store,
+    options: &ControlOptions,
+    attrs: &LeaseAttrs,
+    previous: Option<Subnet>,
+) -> Result<Lease, StoreError> {
+    match &options.holder {
+        Some(holder) => store.acquire_as(holder, attrs, previous).await,
+        None => store.acquire(attrs, previous).await,
+    }
+}
+
+async fn renew(store: &dyn Store, options: &ControlOptions, lease: &Lease) -> Result<Lease, StoreError> {
+    match &options.holder {
+        Some(holder) => store.renew_as(holder, lease).await,
+        None => store.renew(lease).await,
+    }
+}
+
+async fn readdress(
+    store: &dyn Store,
+    options: &ControlOptions,
+    lease: &Lease,
+    formerly: &LeaseAttrs,
+) -> Result<Lease, StoreError> {
+    store.readdress(options.holder.as_ref(), lease, formerly).await
 }
 
 /// What the cache has, once the store has not answered for [`PATIENCE`]; never if it has answered or there is nothing.

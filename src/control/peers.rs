@@ -11,8 +11,9 @@
 //!
 //! - Only a [`LeaseUpdate::Snapshot`] that lacks a lease, or a [`LeaseEvent::Removed`], removes one.
 //! - Our own subnet is never a peer, nor is anything that overlaps it.
-//! - No two peers overlap. Of two leases that do, the one of the configured subnet length wins, then the one with the
-//!   longer IPv4 prefix, then IPv6 prefix, then the lower address; so a wide claim cannot push nodes aside.
+//! - No two peers overlap. Of two leases that do, the one of the configured subnet length wins, then the one that was
+//!   claimed first if the store tells ([`Lease::created`]), then the one with the longer IPv4 prefix, then IPv6 prefix,
+//!   then the lower address; so neither a wide claim nor a late one can push a node aside, and all nodes agree.
 //! - A refused lease touches no other lease, and is counted by reason ([`PeerTable::rejected`]).
 //!
 //! Mass removal: an update that takes away more than half of the peers (and more than one) may be a store wiped or
@@ -86,13 +87,20 @@ impl PeerChanges {
 
 type Leases = BTreeMap<Subnet, Arc<LeaseAttrs>>;
 
+/// A lease as the store told of it.
+#[derive(Clone, Debug)]
+struct Told {
+    attrs: Arc<LeaseAttrs>,
+    created: Option<u64>,
+}
+
 /// The peers of one node.
 #[derive(Clone, Debug)]
 pub struct PeerTable {
     config: Arc<NetworkConfig>,
     own: Subnet,
     own_attrs: LeaseAttrs,
-    told: Leases,
+    told: BTreeMap<Subnet, Told>,
     held: Leases,
     peers: Leases,
     rejected: BTreeMap<Subnet, Reject>,
@@ -107,7 +115,7 @@ impl PeerTable {
             config,
             own: own.subnet,
             own_attrs: own.attrs.clone(),
-            told: Leases::new(),
+            told: BTreeMap::new(),
             held: Leases::new(),
             peers: Leases::new(),
             rejected: BTreeMap::new(),
@@ -131,7 +139,7 @@ impl PeerTable {
     pub fn apply(&mut self, update: &LeaseUpdate) -> PeerChanges {
         match update {
             LeaseUpdate::Snapshot(leases) => {
-                let mut told = Leases::new();
+                let mut told = BTreeMap::new();
                 for lease in leases {
                     insert(&mut told, lease, &mut self.over_cap);
                 }
@@ -232,9 +240,10 @@ impl PeerTable {
         let mut taken = Taken::default();
         self.rejected.clear();
         let mut claims: Vec<_> = self.told.iter().collect();
-        claims.sort_by_key(|(subnet, _)| self.rank(**subnet));
+        claims.sort_by_cached_key(|(subnet, told)| self.rank(**subnet, told.created));
+        let claims = claims.into_iter().map(|(subnet, told)| (subnet, &told.attrs));
         // What is held has the last word only: a live lease beats a remembered one.
-        for (subnet, attrs) in claims.into_iter().chain(&self.held) {
+        for (subnet, attrs) in claims.chain(&self.held) {
             // Whoever holds it by the store; if it is a stranger, we are about to move.
             if *subnet == self.own {
                 continue;
@@ -261,7 +270,7 @@ impl PeerTable {
     }
 
     /// Sorts the better claim first.
-    fn rank(&self, subnet: Subnet) -> impl Ord + use<> {
+    fn rank(&self, subnet: Subnet, created: Option<u64>) -> impl Ord + use<> {
         let v4_len = subnet.ipv4().map(Ipv4Prefix::len);
         let v6_len = subnet.v6.map(Ipv6Prefix::len);
         let v4_fits = self
@@ -270,7 +279,8 @@ impl PeerTable {
             .is_none_or(|range| v4_len == Some(range.subnet_len()));
         let v6_fits = v6_len.is_none_or(|len| self.config.v6.is_some_and(|range| len == range.subnet_len()));
         let usual = v4_fits && v6_fits;
-        (!usual, std::cmp::Reverse((v4_len, v6_len)), subnet)
+        let age = created.unwrap_or(u64::MAX);
+        (!usual, age, std::cmp::Reverse((v4_len, v6_len)), subnet)
     }
 
     fn check(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<(), Reject> {
@@ -323,13 +333,18 @@ impl PeerTable {
     }
 }
 
-fn insert(told: &mut Leases, lease: &Lease, over_cap: &mut u64) {
+fn insert(told: &mut BTreeMap<Subnet, Told>, lease: &Lease, over_cap: &mut u64) {
     if told.len() >= MAX_LEASES && !told.contains_key(&lease.subnet) {
         *over_cap += 1;
         return;
     }
-    if told.get(&lease.subnet).is_none_or(|attrs| **attrs != lease.attrs) {
-        told.insert(lease.subnet, Arc::new(lease.attrs.clone()));
+    let known = told.get(&lease.subnet);
+    if known.is_none_or(|known| *known.attrs != lease.attrs || known.created != lease.created) {
+        let told_of = Told {
+            attrs: Arc::new(lease.attrs.clone()),
+            created: lease.created,
+        };
+        told.insert(lease.subnet, told_of);
     }
 }
 
@@ -409,6 +424,7 @@ mod tests {
             subnet: key.parse().unwrap(),
             attrs: LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap(),
             expiration: Expiration::Never,
+            created: None,
         }
     }
 
@@ -494,6 +510,7 @@ mod tests {
             subnet: key.parse().unwrap(),
             attrs: LeaseAttrs::from_json(format!("{{\"PublicIPv6\":\"{addr}\"}}").as_bytes()).unwrap(),
             expiration: Expiration::Never,
+            created: None,
         };
         let own = six("0.0.0.0-0&fd00:0:0:1::-64", "2001:db8::1");
         let mut table = PeerTable::new(Arc::new(NetworkConfig::parse(config).unwrap()), &own);
@@ -516,6 +533,43 @@ mod tests {
                 "{bad}"
             );
         }
+    }
+
+    /// F15: the first owner keeps its subnet, in whatever order the claims are told.
+    #[test]
+    fn of_two_claims_the_older_one_holds_whatever_the_order() {
+        let at = |key: &str, ip: &str, created| Lease {
+            created: Some(created),
+            ..lease(key, ip)
+        };
+        let cases = [
+            // The same IPv4 subnet under a second name, the same IPv6 subnet, a wider claim, narrower ones.
+            ("10.0.2.0-24", "10.0.2.0-24&fd00:0:0:2::-64"),
+            ("10.0.2.0-24&fd00:0:0:2::-64", "10.0.3.0-24&fd00:0:0:2::-64"),
+            ("10.0.3.0-24&fd00:0:0:2::-64", "10.0.2.0-24&fd00:0:0:2::-64"),
+            ("10.0.2.0-24", "10.0.2.0-23"),
+            ("10.0.2.0-24", "10.0.2.0-25"),
+            ("10.0.2.0-24", "10.0.2.128-25"),
+            // Neither has the usual length.
+            ("10.0.2.0-23", "10.0.2.0-25"),
+            ("10.0.2.0-25", "10.0.2.0-23"),
+        ];
+        for (first, second) in cases {
+            let (old, new) = (at(first, "192.0.2.2", 10), at(second, "192.0.2.3", 20));
+            for told in [[old.clone(), new.clone()], [new, old]] {
+                let mut table = table();
+                for lease in told {
+                    table.apply(&added(lease));
+                }
+                assert_eq!(names(&table), [first], "{first} before {second}");
+                assert_eq!(table.rejected(), BTreeMap::from([("overlaps_peer", 1)]));
+            }
+        }
+        // A wide claim that came before the nodes does not keep them out.
+        let mut table = table();
+        table.apply(&added(at("10.0.128.0-17", "192.0.2.9", 1)));
+        table.apply(&added(at("10.0.200.0-24", "192.0.2.2", 10)));
+        assert_eq!(names(&table), ["10.0.200.0-24"]);
     }
 
     #[test]
@@ -558,6 +612,7 @@ mod tests {
                 },
                 attrs: attrs.clone(),
                 expiration: Expiration::Never,
+                created: None,
             })
             .collect();
         table.apply(&LeaseUpdate::Snapshot(leases));

@@ -55,6 +55,9 @@ pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc
                 tracing::info!("joining anew: {again}");
                 report.not_ready();
                 moving = again.lease();
+                if moving.is_some() {
+                    store.distrust();
+                }
             }
             Err(Err(error)) => return Err(error),
             Ok(()) => return Ok(()),
@@ -168,6 +171,7 @@ fn control_options(options: &RunOptions) -> ControlOptions {
         state_dir: Some(options.data_dir.clone()),
         subnet_file: options.subnet_file.clone(),
         backoff_cap: options.store.backoff_cap,
+        holder: Some(identity::holder(&options.data_dir)),
         ..ControlOptions::default()
     }
 }

@@ -183,6 +183,7 @@ impl Report {
                 .map(|(reason, n)| (reason.to_owned(), n))
                 .collect();
         }
+        status.store.resets = parts.store.as_ref().map_or(0, |store| store.resets());
         if let Some(skipped) = parts
             .store
             .as_ref()

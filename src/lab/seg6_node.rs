@@ -885,6 +885,7 @@ mod tests {
             subnet: "10.244.1.0-24&fd00:10:244:1::-64".parse().unwrap(),
             attrs: LeaseAttrs::from_json(attrs.as_bytes()).unwrap(),
             expiration: Expiration::Never,
+            created: None,
         }
     }
 }

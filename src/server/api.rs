@@ -238,7 +238,7 @@ async fn renew(
     };
     repair_backend_data(&mut lease.attrs);
     let lease = match formerly {
-        Some(formerly) => api.store.readdress(&lease, &formerly).await?,
+        Some(formerly) => api.store.readdress(None, &lease, &formerly).await?,
         None => api.store.renew(&lease).await?,
     };
     wait_until_shown(&api, &lease).await;

@@ -416,6 +416,7 @@ mod tests {
             subnet: format!("10.{n}.0.0-24").parse().unwrap(),
             attrs: LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{n}\"}}").as_bytes()).unwrap(),
             expiration: Expiration::Never,
+            created: None,
         }
     }
 

@@ -3,12 +3,16 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries as a module")]
 
-use std::net::TcpListener;
+pub mod pki;
+pub mod proxy;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use etcd_client::{Certificate, Client, ConnectOptions, TlsOptions};
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use kersey::control::store::{EtcdOptions, EtcdStore};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -22,27 +26,41 @@ pub struct Etcd {
     peer_port: u16,
     child: Child,
     tls: Option<Tls>,
+    flags: Vec<String>,
 }
 
-/// A server certificate for 127.0.0.1 and the CA that signed it; clients need none.
+/// A server certificate for 127.0.0.1 and the CA that signed it.
 #[derive(Clone)]
 pub struct Tls {
     pub ca: PathBuf,
-    certificate: PathBuf,
-    key: PathBuf,
+    pub server: pki::Identity,
+    /// What clients have to show, if anything.
+    pub client: Option<pki::Identity>,
 }
 
 /// Starts etcd. Without etcd on this machine the test is skipped, but not in CI, where it must be there.
 pub async fn start() -> Option<Etcd> {
-    start_with(None).await
+    start_with(None, &[]).await
+}
+
+/// Starts etcd with further flags.
+pub async fn start_with_flags(flags: &[&str]) -> Option<Etcd> {
+    start_with(None, flags).await
 }
 
 /// Starts etcd with a server certificate.
 pub async fn start_with_tls(dir: &Path) -> Option<Etcd> {
-    start_with(Some(make_certificates(dir))).await
+    let authority = pki::Authority::new(dir, "ca");
+    let tls = Tls {
+        ca: authority.file.clone(),
+        server: authority.server(dir, "server", &["127.0.0.1", "localhost"]),
+        client: None,
+    };
+    start_with(Some(tls), &[]).await
 }
 
-async fn start_with(tls: Option<Tls>) -> Option<Etcd> {
+/// Starts etcd with the certificates in `tls`; if there is one for clients, they need it.
+pub async fn start_with(tls: Option<Tls>, flags: &[&str]) -> Option<Etcd> {
     let found = Command::new("etcd").arg("--version").output().is_ok();
     if !found {
         assert!(std::env::var_os("CI").is_none(), "etcd is not installed");
@@ -51,13 +69,15 @@ async fn start_with(tls: Option<Tls>) -> Option<Etcd> {
     }
     let dir = tempfile::tempdir().unwrap();
     let ports = [free_port(), free_port()].map(|listener| listener.local_addr().unwrap().port());
-    let child = spawn(&dir, ports[0], ports[1], tls.as_ref());
+    let flags: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
+    let child = spawn(&dir, ports[0], ports[1], tls.as_ref(), &flags);
     let etcd = Etcd {
         dir,
         client_port: ports[0],
         peer_port: ports[1],
         child,
         tls,
+        flags,
     };
     etcd.wait_ready().await;
     Some(etcd)
@@ -73,6 +93,8 @@ impl Etcd {
         EtcdOptions {
             endpoints: vec![self.url()],
             cafile: self.tls.as_ref().map(|tls| tls.ca.clone()),
+            certfile: self.client_identity().map(|client| client.certificate.clone()),
+            keyfile: self.client_identity().map(|client| client.key.clone()),
             ..EtcdOptions::default()
         }
     }
@@ -81,10 +103,29 @@ impl Etcd {
         EtcdStore::connect(self.options()).unwrap()
     }
 
+    /// The port for clients.
+    pub fn port(&self) -> u16 {
+        self.client_port
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn client_identity(&self) -> Option<&pki::Identity> {
+        self.tls.as_ref().and_then(|tls| tls.client.as_ref())
+    }
+
     pub async fn client(&self) -> Client {
         let options = self.tls.as_ref().map(|tls| {
             let ca = Certificate::from_pem(std::fs::read(&tls.ca).unwrap());
-            ConnectOptions::new().with_tls(TlsOptions::new().ca_certificate(ca))
+            let mut options = TlsOptions::new().ca_certificate(ca);
+            if let Some(client) = &tls.client {
+                let read = |path: &PathBuf| std::fs::read(path).unwrap();
+                options = options.identity(Identity::from_pem(read(&client.certificate), read(&client.key)));
+            }
+            ConnectOptions::new().with_tls(options)
         });
         Client::connect([self.url()], options).await.unwrap()
     }
@@ -128,8 +169,51 @@ impl Etcd {
         self.dir = tempfile::tempdir().unwrap();
     }
 
+    /// Ends etcd in order, so that all it knows is on disk.
+    pub fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        self.child.wait().unwrap();
+    }
+
+    /// Copies what it keeps on disk to `to`; etcd must be down.
+    pub fn backup(&self, to: &Path) {
+        copy(self.dir.path(), to);
+    }
+
+    /// Puts back what [`backup`](Self::backup) copied; etcd must be down.
+    pub fn restore(&mut self, from: &Path) {
+        self.wipe();
+        copy(from, self.dir.path());
+    }
+
+    /// Gives it further flags from its next start on.
+    pub fn add_flags(&mut self, flags: &[&str]) {
+        self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
+    }
+
+    /// How many requests of a method, such as `Range`, etcd has taken so far.
+    pub fn requests(&self, method: &str) -> u64 {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.client_port)).unwrap();
+        stream
+            .write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            .unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let wanted = format!("grpc_method=\"{method}\"");
+        text.lines()
+            .filter(|line| line.starts_with("grpc_server_started_total") && line.contains(&wanted))
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum::<f64>() as u64
+    }
+
     pub async fn restart(&mut self) {
-        self.child = spawn(&self.dir, self.client_port, self.peer_port, self.tls.as_ref());
+        self.child = spawn(
+            &self.dir,
+            self.client_port,
+            self.peer_port,
+            self.tls.as_ref(),
+            &self.flags,
+        );
         self.wait_ready().await;
     }
 
@@ -167,29 +251,17 @@ impl Drop for Etcd {
     }
 }
 
-fn make_certificates(dir: &Path) -> Tls {
-    let script = "
-        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca \
-            -keyout ca.key -out ca.pem
-        openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=etcd \
-            -keyout key.pem -out request.pem
-        printf 'subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n' > extensions
-        openssl x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
-            -extfile extensions -out certificate.pem";
-    let made = Command::new("sh")
-        .args(["-ec", script])
-        .current_dir(dir)
-        .output()
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp")
+        .arg("-a")
+        .arg(from.join("data"))
+        .arg(to)
+        .status()
         .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    Tls {
-        ca: dir.join("ca.pem"),
-        certificate: dir.join("certificate.pem"),
-        key: dir.join("key.pem"),
-    }
+    assert!(copied.success());
 }
 
-fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>) -> Child {
+fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>, flags: &[String]) -> Child {
     let scheme = if tls.is_some() { "https" } else { "http" };
     let client = format!("{scheme}://127.0.0.1:{client_port}");
     let peer = format!("http://127.0.0.1:{peer_port}");
@@ -197,9 +269,15 @@ fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>) -> 
     if let Some(tls) = tls {
         command
             .arg("--cert-file")
-            .arg(&tls.certificate)
+            .arg(&tls.server.certificate)
             .arg("--key-file")
-            .arg(&tls.key);
+            .arg(&tls.server.key);
+        if tls.client.is_some() {
+            command
+                .arg("--client-cert-auth")
+                .arg("--trusted-ca-file")
+                .arg(&tls.ca);
+        }
     }
     command
         .args(["--name", "one", "--log-level", "error", "--logger", "zap"])
@@ -218,6 +296,7 @@ fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>) -> 
             &peer,
         ])
         .args(["--initial-cluster", &format!("one={peer}")])
+        .args(flags)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -227,4 +306,106 @@ fn spawn(dir: &TempDir, client_port: u16, peer_port: u16, tls: Option<&Tls>) -> 
 
 fn free_port() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+/// Three etcds that are one.
+pub struct Cluster {
+    members: Vec<Child>,
+    _dir: TempDir,
+    pub ports: Vec<u16>,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for member in &mut self.members {
+            let _ = member.kill();
+            let _ = member.wait();
+        }
+    }
+}
+
+impl Cluster {
+    pub async fn start() -> Option<Self> {
+        if Command::new("etcd").arg("--version").output().is_err() {
+            assert!(std::env::var_os("CI").is_none(), "etcd is not installed");
+            eprintln!("skipped: etcd is not installed");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let listeners: Vec<_> = (0..6).map(|_| free_port()).collect();
+        let ports: Vec<u16> = listeners
+            .iter()
+            .map(|listener| listener.local_addr().unwrap().port())
+            .collect();
+        drop(listeners);
+        let (ports, peer_ports) = ports.split_at(3);
+        let all: Vec<_> = (0..3)
+            .map(|i| format!("m{i}=http://127.0.0.1:{}", peer_ports[i]))
+            .collect();
+        let members = (0..3).map(|i| {
+            let client = format!("http://127.0.0.1:{}", ports[i]);
+            let peer = format!("http://127.0.0.1:{}", peer_ports[i]);
+            Command::new("etcd")
+                .args([
+                    "--name",
+                    &format!("m{i}"),
+                    "--log-level",
+                    "error",
+                    "--logger",
+                    "zap",
+                ])
+                .arg("--data-dir")
+                .arg(dir.path().join(format!("m{i}")))
+                .args([
+                    "--listen-client-urls",
+                    &client,
+                    "--advertise-client-urls",
+                    &client,
+                ])
+                .args([
+                    "--listen-peer-urls",
+                    &peer,
+                    "--initial-advertise-peer-urls",
+                    &peer,
+                ])
+                .args(["--initial-cluster", &all.join(",")])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap()
+        });
+        let cluster = Self {
+            members: members.collect(),
+            ports: ports.to_vec(),
+            _dir: dir,
+        };
+        let ready = async {
+            for i in 0..3 {
+                loop {
+                    let asked = async { cluster.client(i).await.ok()?.get("ready", None).await.ok() };
+                    if let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(1), asked).await {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), ready)
+            .await
+            .expect("the cluster does not start");
+        Some(cluster)
+    }
+
+    pub async fn client(&self, member: usize) -> Result<Client, etcd_client::Error> {
+        Client::connect([format!("http://127.0.0.1:{}", self.ports[member])], None).await
+    }
+
+    pub fn signal(&self, member: usize, signal: Signal) {
+        kill(
+            Pid::from_raw(i32::try_from(self.members[member].id()).unwrap()),
+            signal,
+        )
+        .unwrap();
+    }
 }

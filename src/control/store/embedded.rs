@@ -401,6 +401,7 @@ impl Inner {
                 None => Expiration::Never,
                 Some(end) => Expiration::At(self.clock.wall(end)),
             },
+            created: None,
         }
     }
 

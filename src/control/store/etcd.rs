@@ -1,52 +1,50 @@
 //! Leases in etcd v3, in flannel's key space.
 //!
 //! `PREFIX/config` holds the config, `PREFIX/subnets/A.B.C.D-LEN` one lease each, bound to an etcd lease of its own
-//! that makes it end. Keys and values are flannel's to the byte, because flanneld reads them; nothing else is ever
-//! written under `PREFIX`. Claims are transactions: create if the key has version 0, update and delete if it still has
-//! the mod revision read.
+//! that makes it end. Keys and values there are flannel's to the byte, because flanneld reads them; nothing else is ever
+//! written under `PREFIX/subnets`. Claims are transactions: create if the key has version 0, update and delete if it
+//! still has the mod revision read. The etcd lease that a renewal leaves behind without a key is revoked.
 //!
-//! A watch lists first, page by page at one revision, then watches from the next revision on, so that nothing between
-//! is missed. Four things end or restart it:
+//! [`following`] is the watch, [`connection`] the way to etcd and what its refusals mean, [`tls`] the certificates, and
+//! [`presence`] how two hosts with one public address find out, with keys under `PREFIX/kersey`.
 //!
-//! - The stream breaks: the watch ends with an error, and the caller watches anew, from a list.
-//! - The revision was compacted away, or etcd's history is shorter than the cursor (restored from a backup): it lists
-//!   again by itself and goes on with a snapshot.
-//! - Nothing comes. HTTP/2 pings find a dead connection; a server that answers pings but has lost its
-//!   leader or hangs is found by asking for a progress notice and by `require-leader`.
-//! - A key or value cannot be read: it is skipped, counted and told once a minute, and the watch goes on. It stands
-//!   for nothing, not for a removal.
+//! A key or value that cannot be read is skipped, counted and told once a minute. It stands for nothing, not for a
+//! removal.
 //!
 //! Limits: how much time other nodes' leases have left is asked for only with [`Expirations::Ask`], one round trip per
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
 
 mod connection;
+mod following;
 mod networks;
+mod presence;
+mod tls;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{
-    Compare, CompareOp, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, WatchOptions, WatchResponse,
-    WatchStream,
+    Client, Compare, CompareOp, GetOptions, KeyValue, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp,
+    TxnOpResponse,
 };
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio::time::timeout;
 
-use self::connection::{Connection, refused};
+use self::connection::{Connection, Right, refused};
+use self::following::Progress;
 pub use self::networks::EtcdNetworks;
+use self::presence::Presence;
 use crate::control::RateLimit;
+use crate::control::identity::Holder;
 use crate::control::store::{
-    Cursor, Entry, LEASE_TTL, Lifetime, LocalStore, Registry, StoreError, WatchItem, expires_in,
+    Cursor, Entry, LEASE_TTL, Lifetime, LocalStore, Registry, Rival, StoreError, WatchItem, expires_in,
 };
-use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
 /// Flannel's default for `--etcd-prefix`.
 pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
-
-/// How long a watch may be quiet before it is asked for a progress notice; after as long again it is given up.
-const QUIET: Duration = Duration::from_secs(15);
 
 /// Keys per page of a list: about 200 kB of flannel's values.
 const PAGE: i64 = 1000;
@@ -128,13 +126,14 @@ impl EtcdStore {
 
 /// One network's keys in etcd.
 pub struct EtcdRegistry {
-    connection: Connection,
+    connection: Arc<Connection>,
     /// Clean: no trailing or double slash.
     prefix: String,
     ttl: Duration,
     expirations: Expirations,
     skipped: AtomicU64,
     complaints: RateLimit,
+    presence: Presence,
 }
 
 impl std::fmt::Debug for EtcdRegistry {
@@ -148,8 +147,11 @@ impl std::fmt::Debug for EtcdRegistry {
 impl EtcdRegistry {
     fn new(options: EtcdOptions) -> Result<Self, StoreError> {
         let prefix = clean(&options.prefix);
+        let place = format!("etcd {} {prefix}", options.endpoints.join(","));
+        let connection = Arc::new(Connection::new(&options, place, format!("{prefix}/config"))?);
         Ok(Self {
-            connection: Connection::new(&options, format!("etcd {} {prefix}", options.endpoints.join(",")))?,
+            presence: Presence::new(Arc::clone(&connection), format!("{prefix}/kersey/nodes/")),
+            connection,
             prefix,
             ttl: options.ttl,
             expirations: options.expirations,
@@ -178,14 +180,20 @@ impl EtcdRegistry {
             .max_decoding_message_size(MAX_ANSWER);
         let prefix = self.subnets();
         let end = prefix_end(&prefix);
+        let right = Right::ReadAll(prefix.clone());
+        let floor = self.connection.floor();
         let (mut from, mut revision, mut entries) = (prefix.into_bytes(), 0, Vec::new());
         loop {
             let page = GetOptions::new()
                 .with_range(end.clone())
                 .with_limit(PAGE)
                 .with_revision(revision);
-            let mut answer = self.connection.ask(DOING, kv.get(from, Some(page))).await?;
+            let mut answer = self
+                .connection
+                .ask(DOING, &right, kv.get(from, Some(page)))
+                .await?;
             if revision == 0 {
+                self.connection.check_history(answer.header(), floor);
                 revision = answer.header().map_or(0, |header| header.revision());
             }
             let (more, kvs) = (answer.more(), answer.take_kvs());
@@ -230,6 +238,7 @@ impl EtcdRegistry {
             subnet,
             attrs,
             expiration,
+            created: Some(kv.create_revision().unsigned_abs()),
         };
         let revision = kv.mod_revision().unsigned_abs();
         Some((Entry { lease, revision }, kv.lease()))
@@ -267,7 +276,7 @@ impl EtcdRegistry {
             let left = async {
                 let mut client = self.connection.client(DOING).await?;
                 self.connection
-                    .ask(DOING, client.lease_time_to_live(id, None))
+                    .ask(DOING, &Right::None, client.lease_time_to_live(id, None))
                     .await
             };
             let left = left.await.map_or(0, |answer| answer.ttl().max(0));
@@ -285,6 +294,8 @@ impl EtcdRegistry {
         attrs: &LeaseAttrs,
         lifetime: Lifetime,
     ) -> Result<Option<Entry>, StoreError> {
+        let key = self.key(subnet);
+        let right = Right::Write(key.clone());
         let mut client = self.connection.client(doing).await?;
         let grant = match lifetime {
             Lifetime::Forever => None,
@@ -292,149 +303,78 @@ impl EtcdRegistry {
                 let seconds = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
                 Some(
                     self.connection
-                        .ask(doing, client.lease_grant(seconds, None))
+                        .ask(doing, &Right::None, client.lease_grant(seconds, None))
                         .await?,
                 )
             }
         };
         let id = grant.as_ref().map_or(0, |grant| grant.id());
-        let put = TxnOp::put(
-            self.key(subnet),
-            attrs.to_json(),
-            Some(PutOptions::new().with_lease(id)),
-        );
+        // Before the put: its event may be here before its answer.
+        self.presence.wrote(subnet, attrs, id);
+        let options = PutOptions::new().with_lease(id).with_prev_key();
+        let put = TxnOp::put(key, attrs.to_json(), Some(options));
         let txn = Txn::new().when([condition]).and_then([put]);
-        let answer = self.connection.ask(doing, client.txn(txn)).await?;
-        if !answer.succeeded() {
-            if id != 0 {
-                // Nothing hangs on it; if this fails, it runs out by itself.
-                let _ = self.connection.ask(doing, client.lease_revoke(id)).await;
+        let answer = match self.connection.ask(doing, &right, client.txn(txn)).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                if !error.is_unavailable() {
+                    self.abandon(&mut client, id).await;
+                }
+                return Err(error);
             }
+        };
+        if !answer.succeeded() {
+            self.abandon(&mut client, id).await;
             return Ok(None);
+        }
+        let revision = answer.header().map_or(0, |header| header.revision());
+        self.connection.saw(revision);
+        let before = answer
+            .op_responses()
+            .into_iter()
+            .find_map(|response| match response {
+                TxnOpResponse::Put(put) => put.prev_key().cloned(),
+                TxnOpResponse::Get(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+            });
+        if let Some(before) = &before
+            && before.lease() != id
+        {
+            self.abandon(&mut client, before.lease()).await;
         }
         let expiration = match grant {
             None => Expiration::Never,
             Some(grant) => expires_in(Duration::from_secs(grant.ttl().unsigned_abs())),
         };
+        let created = before.map_or(revision, |before| before.create_revision());
         Ok(Some(Entry {
             lease: Lease {
                 subnet,
                 attrs: attrs.clone(),
                 expiration,
+                created: Some(created.unsigned_abs()),
             },
-            revision: answer
-                .header()
-                .map_or(0, |header| header.revision())
-                .unsigned_abs(),
+            revision: revision.unsigned_abs(),
         }))
     }
 
-    async fn open_watch(&self, revision: u64) -> Result<Box<Following>, StoreError> {
-        const DOING: &str = "watch the leases";
-        let mut watch = self
-            .connection
-            .client(DOING)
-            .await?
-            .watch_client()
-            .max_decoding_message_size(MAX_ANSWER);
-        let from = i64::try_from(revision).unwrap_or(i64::MAX).saturating_add(1);
-        let prefix = self.subnets();
-        let options = WatchOptions::new()
-            .with_range(prefix_end(&prefix))
-            .with_start_revision(from)
-            .with_progress_notify();
-        let stream = self
-            .connection
-            .ask(DOING, watch.watch(prefix, Some(options)))
-            .await?;
-        Ok(Box::new(Following { stream, revision }))
-    }
-
-    /// The next state of a watch, and what it tells on the way there.
-    async fn advance(&self, progress: Progress) -> Result<(WatchItem, Progress), StoreError> {
-        let mut following = match progress {
-            Progress::List => return self.snapshot().await,
-            Progress::From(revision) => self.open_watch(revision).await?,
-            Progress::Following(following) => following,
-        };
-        loop {
-            let answer = self.next_answer(&mut following.stream).await?;
-            let current = answer
-                .header()
-                .map_or(0, |header| header.revision())
-                .unsigned_abs();
-            if answer.compact_revision() != 0 || (answer.created() && current < following.revision) {
-                return self.snapshot().await;
-            }
-            if answer.canceled() {
-                let cause = format!("etcd ended the watch: {}", answer.cancel_reason());
-                return Err(self.connection.unavailable("watch the leases", cause));
-            }
-            let events = self.events(&answer).await;
-            match answer
-                .events()
-                .iter()
-                .filter_map(|event| event.kv())
-                .map(KeyValue::mod_revision)
-                .max()
-            {
-                Some(revision) => following.revision = revision.unsigned_abs(),
-                None if answer.created() => {}
-                // A progress notice: everything up to its revision has been told.
-                None => following.revision = following.revision.max(current),
-            }
-            if !events.is_empty() {
-                let item = WatchItem {
-                    update: LeaseUpdate::Events(events),
-                    cursor: Cursor(following.revision.to_string()),
-                };
-                return Ok((item, Progress::Following(following)));
-            }
+    /// Revokes an etcd lease on which nothing hangs any more; if this fails, it runs out by itself.
+    async fn abandon(&self, client: &mut Client, id: i64) {
+        const DOING: &str = "revoke an etcd lease without keys";
+        if id == 0 {
+            return;
         }
-    }
-
-    async fn snapshot(&self) -> Result<(WatchItem, Progress), StoreError> {
-        let (entries, revision) = self.list_at_revision().await?;
-        let item = WatchItem {
-            update: LeaseUpdate::Snapshot(entries.into_iter().map(|entry| entry.lease).collect()),
-            cursor: Cursor(revision.to_string()),
-        };
-        Ok((item, Progress::From(revision)))
-    }
-
-    async fn next_answer(&self, stream: &mut WatchStream) -> Result<WatchResponse, StoreError> {
-        const DOING: &str = "watch the leases";
-        for _ in 0..2 {
-            match timeout(QUIET, stream.message()).await {
-                Ok(Ok(Some(answer))) => return Ok(answer),
-                Ok(Ok(None)) => {
-                    return Err(self.connection.unavailable(DOING, "the stream ended".to_owned()));
-                }
-                Ok(Err(error)) => return Err(self.connection.error(DOING, &error)),
-                Err(_) => self.connection.ask(DOING, stream.request_progress()).await?,
-            }
-        }
-        Err(self
+        let with_keys = Some(LeaseTimeToLiveOptions::new().with_keys());
+        let asked = self
             .connection
-            .unavailable(DOING, "the watch fell silent".to_owned()))
-    }
-
-    async fn events(&self, answer: &WatchResponse) -> Vec<LeaseEvent> {
-        let mut events = Vec::with_capacity(answer.events().len());
-        for event in answer.events() {
-            let Some(kv) = event.kv() else { continue };
-            match event.event_type() {
-                EventType::Put => {
-                    let Some(mut entry) = self.entry(kv) else { continue };
-                    if self.expirations == Expirations::Ask {
-                        entry = self.with_expiration(entry).await;
-                    }
-                    events.push(LeaseEvent::Added(entry.0.lease));
-                }
-                EventType::Delete => events.extend(self.subnet(kv).map(LeaseEvent::Removed)),
-            }
+            .ask(DOING, &Right::None, client.lease_time_to_live(id, with_keys))
+            .await;
+        // Whoever wrote it may have hung more on it than we know.
+        if asked.is_ok_and(|answer| answer.keys().is_empty()) {
+            let _ = self
+                .connection
+                .ask(DOING, &Right::None, client.lease_revoke(id))
+                .await;
         }
-        events
     }
 }
 
@@ -443,12 +383,20 @@ impl Registry for EtcdRegistry {
         self.connection.place().to_owned()
     }
 
+    fn distrust(&self) {
+        self.connection.distrust();
+    }
+
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
         const DOING: &str = "read the network config";
         Box::pin(async move {
             let mut client = self.connection.client(DOING).await?;
             let key = format!("{}/config", self.prefix);
-            let answer = self.connection.ask(DOING, client.get(key.as_str(), None)).await?;
+            let right = Right::Read(key.clone());
+            let answer = self
+                .connection
+                .ask(DOING, &right, client.get(key.as_str(), None))
+                .await?;
             match answer.kvs().first() {
                 Some(kv) => Ok(String::from_utf8_lossy(kv.value()).into_owned()),
                 None => Err(refused(DOING, &format!("the key {key} does not exist"))),
@@ -458,6 +406,24 @@ impl Registry for EtcdRegistry {
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>> {
         Box::pin(async move { Ok(self.list_at_revision().await?.0) })
+    }
+
+    fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
+        const DOING: &str = "look at a lease";
+        Box::pin(async move {
+            let key = self.key(subnet);
+            let right = Right::Read(key.clone());
+            let mut client = self.connection.client(DOING).await?;
+            let answer = self
+                .connection
+                .ask(DOING, &right, client.get(key.as_str(), None))
+                .await?;
+            Ok(answer
+                .kvs()
+                .first()
+                .and_then(|kv| self.entry(kv))
+                .map(|(entry, _)| entry))
+        })
     }
 
     fn create<'a>(
@@ -485,11 +451,21 @@ impl Registry for EtcdRegistry {
         const DOING: &str = "delete a lease";
         Box::pin(async move {
             let key = self.key(subnet);
+            let right = Right::Write(key.clone());
             let delete = TxnOp::delete(key.as_str(), None);
             let txn = Txn::new().when([unchanged(key, revision)]).and_then([delete]);
             let mut client = self.connection.client(DOING).await?;
-            Ok(self.connection.ask(DOING, client.txn(txn)).await?.succeeded())
+            let answer = self.connection.ask(DOING, &right, client.txn(txn)).await?;
+            Ok(answer.succeeded())
         })
+    }
+
+    fn claim<'a>(
+        &'a self,
+        holder: &'a Holder,
+        attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
+        Box::pin(self.presence.claim(holder, attrs))
     }
 
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
@@ -509,22 +485,10 @@ impl Registry for EtcdRegistry {
     fn skipped(&self) -> u64 {
         self.skipped.load(Ordering::Relaxed)
     }
-}
 
-/// Where a watch stands.
-enum Progress {
-    /// It lists next.
-    List,
-    /// It follows the changes after this revision next.
-    From(u64),
-    /// It follows the changes.
-    Following(Box<Following>),
-}
-
-struct Following {
-    stream: WatchStream,
-    /// Everything up to here has been told.
-    revision: u64,
+    fn resets(&self) -> u64 {
+        self.connection.resets()
+    }
 }
 
 fn unchanged(key: String, revision: u64) -> Compare {

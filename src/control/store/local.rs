@@ -11,6 +11,7 @@ use futures_util::stream::BoxStream;
 
 use crate::control::allocate::{self, OwnLease};
 use crate::control::config::NetworkConfig;
+use crate::control::identity::Holder;
 use crate::control::store::{Cursor, Entry, Lifetime, Registry, Store, StoreError, WatchItem};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -100,11 +101,11 @@ impl<R: Registry> LocalStore<R> {
                 holder.lease.subnet, holder.lease.attrs.public_ip
             ),
         };
-        let entries = self.registry.list().await?;
-        if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet == subnet) {
-            let holder = &entry.lease.attrs;
-            if !holder.same_node(&lease.attrs) && !formerly.is_some_and(|old| holder.same_node(old)) {
-                return Err(lost(entry));
+        // One key, not all: a thousand nodes renew at once when a store comes back.
+        if let Some(entry) = self.registry.get(subnet).await? {
+            let held_by = &entry.lease.attrs;
+            if !held_by.same_node(&lease.attrs) && !formerly.is_some_and(|old| held_by.same_node(old)) {
+                return Err(lost(&entry));
             }
             let lifetime = lifetime(&entry.lease);
             let updated = self
@@ -114,6 +115,7 @@ impl<R: Registry> LocalStore<R> {
             return Ok(updated.map(|entry| entry.lease));
         }
         // It ran out while nobody renewed it. It is ours again unless someone moved in.
+        let entries = self.registry.list().await?;
         if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet.overlaps(subnet)) {
             return Err(lost(entry));
         }
@@ -122,9 +124,27 @@ impl<R: Registry> LocalStore<R> {
         Ok(created.map(|entry| entry.lease))
     }
 
-    async fn find(&self, subnet: Subnet) -> Result<Option<Entry>, StoreError> {
-        let entries = self.registry.list().await?;
-        Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
+    /// Fails if another live host has the public address in `attrs`.
+    async fn be_the_only(
+        &self,
+        doing: &'static str,
+        holder: &Holder,
+        attrs: &LeaseAttrs,
+    ) -> Result<(), StoreError> {
+        let Some(rival) = self.registry.claim(holder, attrs).await? else {
+            return Ok(());
+        };
+        let address = attrs
+            .address()
+            .map_or_else(String::new, |address| format!(" {address}"));
+        Err(StoreError::Refused {
+            doing,
+            cause: format!(
+                "two nodes have the public address{address}: {:?} has it and is alive, and this one is {:?}; give each \
+                 its own with --iface or --public-ip (if {:?} is gone for good, wait half a minute)",
+                rival.host, holder.host, rival.host
+            ),
+        })
     }
 
     async fn try_reserve(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<()>, StoreError> {
@@ -137,7 +157,7 @@ impl<R: Registry> LocalStore<R> {
         if !right_len {
             return Err(refuse(format!("{subnet} is no subnet of the network")));
         }
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             let created = self.registry.create(subnet, attrs, Lifetime::Forever).await?;
             return Ok(created.map(|_| ()));
         };
@@ -155,7 +175,7 @@ impl<R: Registry> LocalStore<R> {
     }
 
     async fn try_unreserve(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             return Err(StoreError::Refused {
                 doing: "end a reservation",
                 cause: format!("there is no lease of {subnet}"),
@@ -169,7 +189,7 @@ impl<R: Registry> LocalStore<R> {
     }
 
     async fn try_revoke(&self, subnet: Subnet) -> Result<Option<()>, StoreError> {
-        let Some(entry) = self.find(subnet).await? else {
+        let Some(entry) = self.registry.get(subnet).await? else {
             return Err(StoreError::Refused {
                 doing: "revoke a lease",
                 cause: format!("there is no lease of {subnet}"),
@@ -216,21 +236,57 @@ impl<R: Registry> Store for LocalStore<R> {
 
     fn readdress<'a>(
         &'a self,
+        holder: Option<&'a Holder>,
         lease: &'a Lease,
         formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        const DOING: &str = "give our lease another address";
         Box::pin(async move {
+            if let Some(holder) = holder {
+                self.be_the_only(DOING, holder, &lease.attrs).await?;
+            }
             for _ in 0..ATTEMPTS {
                 if let Some(lease) = self.try_renew(lease, Some(formerly)).await? {
                     return Ok(lease);
                 }
             }
-            Err(races_lost("give a lease another address"))
+            Err(races_lost(DOING))
+        })
+    }
+
+    fn acquire_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            self.be_the_only("acquire a lease", holder, attrs).await?;
+            self.acquire(attrs, previous).await
+        })
+    }
+
+    fn renew_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        lease: &'a Lease,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            self.be_the_only("renew a lease", holder, &lease.attrs).await?;
+            self.renew(lease).await
         })
     }
 
     fn skipped(&self) -> u64 {
         self.registry.skipped()
+    }
+
+    fn distrust(&self) {
+        self.registry.distrust();
+    }
+
+    fn resets(&self) -> u64 {
+        self.registry.resets()
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {

@@ -15,8 +15,9 @@ pub mod remote;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
-use futures_util::stream::BoxStream;
+use futures_util::stream::{BoxStream, StreamExt};
 
+use crate::control::identity::Holder;
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 
 pub use embedded::{EmbeddedNetworks, EmbeddedStore};
@@ -99,19 +100,48 @@ pub trait Store: Send + Sync {
     /// Renews a lease this node holds; compare-and-swap, never overwrites somebody else's.
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>>;
 
-    /// Renews a lease that the store knows this node to hold under other public addresses, those of `formerly`: the node has moved.
+    /// [`acquire`](Self::acquire), refused if another live host has the same public address and the store can tell.
+    fn acquire_as<'a>(
+        &'a self,
+        _holder: &'a Holder,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.acquire(attrs, previous)
+    }
+
+    /// [`renew`](Self::renew), refused if another live host has the same public address and the store can tell.
+    fn renew_as<'a>(
+        &'a self,
+        _holder: &'a Holder,
+        lease: &'a Lease,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.renew(lease)
+    }
+
+    /// Renews a lease that the store knows this node to hold under other public addresses, those of `formerly`: the node has moved. Refused
+    /// if another live host has the new address and the store can tell.
     ///
     /// Where renewals are taken from anybody, it is one like any other.
     fn readdress<'a>(
         &'a self,
+        _holder: Option<&'a Holder>,
         lease: &'a Lease,
         _formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
         self.renew(lease)
     }
 
+    /// This host has other addresses: connections made before may lead nowhere, and are not to be waited for.
+    fn distrust(&self) {}
+
     /// How many keys or values under this network were skipped so far because they could not be read.
     fn skipped(&self) -> u64 {
+        0
+    }
+
+    /// How often the store was found wiped, restored from a backup or exchanged for another.
+    fn resets(&self) -> u64 {
         0
     }
 
@@ -172,6 +202,14 @@ pub trait Registry: Send + Sync {
     /// All entries at one revision. It is complete or fails; entries that cannot be read are skipped and counted.
     fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>>;
 
+    /// The entry of one subnet, if there is one that can be read.
+    fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
+        Box::pin(async move {
+            let entries = self.list().await?;
+            Ok(entries.into_iter().find(|entry| entry.lease.subnet == subnet))
+        })
+    }
+
     /// Creates an entry unless there is one already; `None` if there is.
     fn create<'a>(
         &'a self,
@@ -192,12 +230,58 @@ pub trait Registry: Send + Sync {
     /// Deletes the entry of `subnet` if it still has `revision`; tells whether it had.
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>>;
 
+    /// See [`Store::distrust`].
+    fn distrust(&self) {}
+
     /// See [`Store::watch`].
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;
 
     /// See [`Store::skipped`].
     fn skipped(&self) -> u64 {
         0
+    }
+
+    /// See [`Store::resets`].
+    fn resets(&self) -> u64 {
+        0
+    }
+
+    /// Notes that `holder` is alive and has the public address in `attrs`, until it no longer gives a sign of life; or
+    /// tells which other host is and has. `None` as well where that cannot be told.
+    fn claim<'a>(
+        &'a self,
+        _holder: &'a Holder,
+        _attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
+        Box::pin(async { Ok(None) })
+    }
+}
+
+/// Another live host with our public address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rival {
+    /// Its name.
+    pub host: String,
+}
+
+/// All leases as they are.
+///
+/// # Errors
+/// The store cannot be reached, or refuses.
+pub async fn leases(store: &dyn Store) -> Result<Vec<Lease>, StoreError> {
+    let unavailable = |cause: &str| StoreError::Unavailable {
+        doing: "list the leases",
+        place: store.place(),
+        cause: cause.to_owned(),
+    };
+    match store.watch(None).next().await {
+        Some(Ok(WatchItem {
+            update: LeaseUpdate::Snapshot(leases),
+            ..
+        })) => Ok(leases),
+        Some(Ok(_)) => Err(unavailable("a watch that does not begin with a list")),
+        Some(Err(error)) => Err(error),
+        None => Err(unavailable("the watch ended")),
     }
 }
 

@@ -34,6 +34,7 @@ pub use self::networks::RemoteNetworks;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
 use super::{Cursor, Store, StoreError, WatchItem};
 use crate::addr::NetworkName;
+use crate::control::identity::Holder;
 use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use crate::options::ServerAddress;
 
@@ -368,6 +369,7 @@ impl Store for RemoteStore {
                 subnet: read.subnet,
                 attrs: attrs.clone(),
                 expiration: read.expiration,
+                created: None,
             })
         })
     }
@@ -378,6 +380,7 @@ impl Store for RemoteStore {
 
     fn readdress<'a>(
         &'a self,
+        _holder: Option<&'a Holder>,
         lease: &'a Lease,
         formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {

@@ -1,71 +1,148 @@
-//! The connection to etcd: which member, how it is secured, how long it is waited for.
+//! The connection to etcd: which member, how it is secured, how long it is waited for, and what its refusals mean.
 //!
 //! One member is spoken to at a time, the one that answers first when all are asked at once: an endpoint that is dead or
-//! hangs costs nothing beside one that lives (flannel's default names two, of which one is always dead). After a
-//! failure the next request asks all again. Certificates are read once.
+//! hangs costs nothing beside one that lives (flannel's default names two, of which one is always dead). What they are
+//! asked takes a quorum to answer, so a member that is cut off from the others is not chosen. After a failure the next
+//! request asks all again, and certificates are read again.
+//!
+//! *Login.* A token is got for each connection, over verified TLS if it is TLS, and a new one when etcd has forgotten
+//! it. An etcd whose authentication is off is spoken to without, as flannel does.
+//!
+//! *History.* Etcd's revision only grows, and a cluster keeps its id. If either is not so, the store was wiped, restored
+//! from a backup, or is another one: that is said loudly and counted ([`Connection::resets`]); whoever lists next sees
+//! the rest.
+//!
+//! Limits: endpoints are all `https://` or all `http://`; one that is not would be the way around the others.
 
-use std::path::PathBuf;
+use std::error::Error as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
+use etcd_client::{Client, ConnectOptions, Error, GetOptions, ResponseHeader};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::timeout;
 
+use super::EtcdOptions;
+use super::tls::TlsFiles;
+use crate::control::RateLimit;
 use crate::control::store::StoreError;
-use crate::control::store::etcd::EtcdOptions;
 
-/// Ping interval and ping timeout of a connection, idle or not: a black hole is noticed after both, in 10 s.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Ping interval of a connection in use. Etcd ends connections that are pinged more often than every 5 s.
+const PING: Duration = Duration::from_secs(6);
+
+/// How long a ping may go unanswered: a black hole is noticed in 10 to 11 s.
+const PONG: Duration = Duration::from_secs(5);
 
 /// One request; etcd answers in milliseconds, and in a second or two while it elects a leader.
 const REQUEST: Duration = Duration::from_secs(5);
 
-/// Where the system keeps its root certificates, by distribution.
-const SYSTEM_ROOTS: [&str; 3] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/cert.pem",
-];
+/// What a request needs etcd's permission for; named if etcd refuses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Right {
+    /// Nothing that roles are about.
+    None,
+    /// To read one key.
+    Read(String),
+    /// To read all keys that begin so.
+    ReadAll(String),
+    /// To read and write one key.
+    Write(String),
+}
+
+impl Right {
+    /// What to do about its lack.
+    fn lacking(&self) -> String {
+        match self {
+            Self::None => "the request".to_owned(),
+            Self::Read(key) => format!("to read {key} (etcdctl role grant-permission ROLE read {key})"),
+            Self::ReadAll(prefix) => format!(
+                "to read what begins with {prefix} (etcdctl role grant-permission --prefix ROLE read {prefix})"
+            ),
+            Self::Write(key) => {
+                format!("to read and write {key} (etcdctl role grant-permission ROLE readwrite {key})")
+            }
+        }
+    }
+}
+
+/// A member's URL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Endpoint {
+    url: String,
+    tls: bool,
+}
+
+/// What is known of etcd's history.
+#[derive(Debug, Default)]
+struct History {
+    cluster: Option<u64>,
+    revision: i64,
+}
 
 /// A way to etcd.
 pub(super) struct Connection {
     /// Endpoints and prefix, for errors.
     place: String,
-    endpoints: Vec<String>,
+    endpoints: Vec<Endpoint>,
     options: ConnectOptions,
+    login: Option<(String, String)>,
+    tls: Option<TlsFiles>,
+    /// The key that is asked for to see whether a member answers.
+    probe: String,
     /// Speaks to one member; `None` before the first request and after a failure.
     client: Mutex<Option<Client>>,
+    history: Mutex<History>,
+    resets: AtomicU64,
+    login_notes: RateLimit,
 }
 
 impl Connection {
-    pub(super) fn new(options: &EtcdOptions, place: String) -> Result<Self, StoreError> {
-        let mut connect = ConnectOptions::new()
-            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE)
-            .with_keep_alive_while_idle(true)
+    pub(super) fn new(options: &EtcdOptions, place: String, probe: String) -> Result<Self, StoreError> {
+        let connect = ConnectOptions::new()
+            .with_keep_alive(PING, PONG)
+            // Without a request under way etcd takes a ping every two hours only; the next request will tell.
+            .with_keep_alive_while_idle(false)
             .with_timeout(REQUEST)
             .with_connect_timeout(REQUEST)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        if !options.username.is_empty() && !options.password.is_empty() {
-            connect = connect.with_user(options.username.as_str(), options.password.as_str());
-        }
-        if options.endpoints.iter().any(|url| url.starts_with("https://")) {
-            connect = connect.with_tls(tls(options)?);
-        }
-        if options.endpoints.is_empty() {
-            return Err(refused("open the store", "no etcd endpoint is given"));
+        let endpoints = endpoints(options)?;
+        let tls = match endpoints.iter().any(|endpoint| endpoint.tls) {
+            true => Some(TlsFiles::open(options)?),
+            false => None,
+        };
+        let login = (!options.username.is_empty() && !options.password.is_empty())
+            .then(|| (options.username.clone(), options.password.clone()));
+        if tls.is_none() {
+            warn_of_plain_text(options, login.is_some(), &endpoints);
         }
         Ok(Self {
             place,
-            endpoints: options.endpoints.clone(),
+            endpoints,
             options: connect,
+            login,
+            tls,
+            probe,
             client: Mutex::new(None),
+            history: Mutex::default(),
+            resets: AtomicU64::new(0),
+            login_notes: RateLimit::default(),
         })
     }
 
     pub(super) fn place(&self) -> &str {
         &self.place
+    }
+
+    /// How often etcd was found wiped, restored or exchanged.
+    /// Has the next request look for a member that answers, over a connection of its own.
+    pub(super) fn distrust(&self) {
+        *self.slot() = None;
+    }
+
+    pub(super) fn resets(&self) -> u64 {
+        self.resets.load(Ordering::Relaxed)
     }
 
     /// The client in use, or a new one for the member that answers first.
@@ -76,66 +153,178 @@ impl Connection {
         let mut members: FuturesUnordered<_> = self
             .endpoints
             .iter()
-            .map(|endpoint| self.connect(doing, endpoint))
+            .map(|endpoint| async move { (endpoint, self.connect(doing, endpoint).await) })
             .collect();
-        let mut failure = None;
-        while let Some(connected) = members.next().await {
+        let (mut refusal, mut causes) = (None, Vec::new());
+        while let Some((endpoint, connected)) = members.next().await {
             match connected {
                 Ok(client) => {
                     *self.slot() = Some(client.clone());
                     return Ok(client);
                 }
+                Err(StoreError::Unavailable { cause, .. }) => {
+                    causes.push(format!("{}: {cause}", endpoint.url))
+                }
                 // What a member that answers says is worth more than that another one does not.
-                Err(error) if error.is_unavailable() && failure.is_some() => {}
-                Err(error) => failure = Some(error),
+                Err(error) => refusal = Some(error),
             }
         }
-        Err(failure.unwrap_or_else(|| self.unavailable(doing, "there is no endpoint".to_owned())))
+        Err(refusal.unwrap_or_else(|| self.unavailable(doing, causes.join("; "))))
     }
 
-    async fn connect(&self, doing: &'static str, endpoint: &str) -> Result<Client, StoreError> {
-        let options = Some(self.options.clone());
-        let mut client = self.ask(doing, Client::connect([endpoint], options)).await?;
-        // Connecting proves nothing; an answer does, even a refusal.
-        match self.ask(doing, client.status()).await {
-            Err(error) if error.is_unavailable() => Err(error),
-            Ok(_) | Err(_) => Ok(client),
+    async fn connect(&self, doing: &'static str, endpoint: &Endpoint) -> Result<Client, StoreError> {
+        let mut options = self.options.clone();
+        if let Some(tls) = self.tls.as_ref().filter(|_| endpoint.tls) {
+            options = options.with_tls(tls.current());
         }
+        let url = [endpoint.url.as_str()];
+        let connected = match &self.login {
+            None => timeout(REQUEST, Client::connect(url, Some(options))).await,
+            Some((user, password)) => {
+                let with_user = options.clone().with_user(user.as_str(), password.as_str());
+                match timeout(REQUEST, Client::connect(url, Some(with_user))).await {
+                    Ok(Err(Error::GRpcStatus(status)))
+                        if status.message().contains("authentication is not enabled") =>
+                    {
+                        if self.login_notes.allows() {
+                            tracing::warn!(
+                                endpoint = endpoint.url,
+                                user,
+                                "etcd's authentication is off: user and password are not needed"
+                            );
+                        }
+                        timeout(REQUEST, Client::connect(url, Some(options))).await
+                    }
+                    connected => connected,
+                }
+            }
+        };
+        let mut client = self.settle(doing, &Right::None, connected)?;
+        let floor = self.history().revision;
+        // Connecting proves nothing; an answer does, even a refusal. This one takes a quorum.
+        let count = Some(GetOptions::new().with_count_only());
+        match self
+            .ask(doing, &Right::None, client.get(self.probe.as_str(), count))
+            .await
+        {
+            Err(error) if error.is_unavailable() => return Err(error),
+            Err(_) => {}
+            Ok(answer) => self.check_history(answer.header(), floor),
+        }
+        Ok(client)
     }
 
     fn slot(&self) -> MutexGuard<'_, Option<Client>> {
         self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs one request, never longer than [`REQUEST`].
     pub(super) async fn ask<T>(
         &self,
         doing: &'static str,
+        right: &Right,
         request: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, StoreError> {
-        match timeout(REQUEST, request).await {
+        self.settle(doing, right, timeout(REQUEST, request).await)
+    }
+
+    fn settle<T>(
+        &self,
+        doing: &'static str,
+        right: &Right,
+        answer: Result<Result<T, Error>, tokio::time::error::Elapsed>,
+    ) -> Result<T, StoreError> {
+        match answer {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(self.error(doing, &error)),
+            Ok(Err(error)) => Err(self.error(doing, right, &error)),
             Err(_) => Err(self.unavailable(doing, format!("no answer within {} s", REQUEST.as_secs()))),
         }
     }
 
-    pub(super) fn error(&self, doing: &'static str, error: &Error) -> StoreError {
-        if let Error::GRpcStatus(status) = error {
-            // The words of gRPC's code, since etcd-client does not show the type: an answer, and a no.
-            let code = format!("{:?}", status.code());
-            let answers = [
-                "InvalidArgument",
-                "Unauthenticated",
-                "PermissionDenied",
-                "FailedPrecondition",
-            ];
-            if answers.contains(&code.as_str()) {
-                return refused(doing, &format!("etcd says: {}", status.message()));
+    /// Notes the revision that an answer was given at.
+    pub(super) fn saw(&self, revision: i64) {
+        let mut history = self.history();
+        history.revision = history.revision.max(revision);
+    }
+
+    /// The highest revision seen: what is asked from here on, with a quorum, has this one at least.
+    pub(super) fn floor(&self) -> i64 {
+        self.history().revision
+    }
+
+    /// Looks whether the answer to a question asked after [`floor`](Self::floor) was `floor` goes on with the history known.
+    pub(super) fn check_history(&self, header: Option<&ResponseHeader>, floor: i64) {
+        let Some(header) = header else { return };
+        let (cluster, revision) = (header.cluster_id(), header.revision());
+        let mut history = self.history();
+        let other = history.cluster.is_some_and(|known| known != cluster);
+        if other || revision < floor {
+            // Two requests may find out; one tells.
+            if other || history.revision >= floor {
+                self.resets.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    store = self.place,
+                    cluster = format!("{cluster:x}"),
+                    cluster_before = history.cluster.map(|id| format!("{id:x}")),
+                    revision,
+                    revision_before = history.revision,
+                    "etcd is not the one it was: wiped, restored from a backup, or another cluster; \
+                     peers stay for a while, and every node registers anew"
+                );
             }
-            return self.unavailable(doing, format!("{code}: {}", status.message()));
+            history.revision = revision;
         }
-        self.unavailable(doing, error.to_string())
+        history.cluster = Some(cluster);
+        history.revision = history.revision.max(revision);
+    }
+
+    pub(super) fn error(&self, doing: &'static str, right: &Right, error: &Error) -> StoreError {
+        let Error::GRpcStatus(status) = error else {
+            return self.unavailable(doing, words(error));
+        };
+        // The words of gRPC's code, since etcd-client does not show the type: an answer, and a no.
+        let code = format!("{:?}", status.code());
+        let answers = [
+            "InvalidArgument",
+            "Unauthenticated",
+            "PermissionDenied",
+            "FailedPrecondition",
+        ];
+        if answers.contains(&code.as_str()) {
+            return self.refusal(doing, right, status.message());
+        }
+        self.unavailable(doing, format!("{code}: {}", words(error)))
+    }
+
+    /// Says in full what etcd's refusal `says` means.
+    pub(super) fn refusal(&self, doing: &'static str, right: &Right, says: &str) -> StoreError {
+        let who = match &self.login {
+            Some((user, _)) => format!("the user {user:?}"),
+            None if self.tls.is_some() => "the user of the client certificate".to_owned(),
+            None => "nobody in particular".to_owned(),
+        };
+        let about_login = ["auth token", "auth store is old", "user name is empty"];
+        if about_login.iter().any(|words| says.contains(words)) {
+            // The next request logs in again.
+            *self.slot() = None;
+        }
+        let cause = if says.contains("permission denied") {
+            format!("etcd says: {says}; {who} lacks the right {}", right.lacking())
+        } else if says.contains("authentication failed") {
+            format!("etcd says: {says}; check {who} and the password")
+        } else if says.contains("user name is empty") {
+            format!(
+                "etcd says: {says}; it wants a user: give --etcd-username and --etcd-password, or a client certificate \
+                 whose common name is one"
+            )
+        } else {
+            format!("etcd says: {says}")
+        };
+        refused(doing, &cause)
     }
 
     /// Reports a failure, and has the next request look for a member that answers.
@@ -156,25 +345,140 @@ pub(super) fn refused(doing: &'static str, cause: &str) -> StoreError {
     }
 }
 
-fn tls(options: &EtcdOptions) -> Result<TlsOptions, StoreError> {
-    let read = |path: &PathBuf| {
-        std::fs::read(path).map_err(|error| {
-            refused(
-                "open the store",
-                &format!("cannot read {}: {error}", path.display()),
-            )
-        })
-    };
-    let roots = match &options.cafile {
-        Some(path) => read(path)?,
-        None => match SYSTEM_ROOTS.map(PathBuf::from).iter().find(|path| path.exists()) {
-            Some(path) => read(path)?,
-            None => Vec::new(),
-        },
-    };
-    let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(roots));
-    if let (Some(certificate), Some(key)) = (&options.certfile, &options.keyfile) {
-        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
+/// Reads the endpoints; without a scheme they are as the certificates given suggest.
+fn endpoints(options: &EtcdOptions) -> Result<Vec<Endpoint>, StoreError> {
+    const DOING: &str = "open the store";
+    let files = options.cafile.is_some() || options.certfile.is_some();
+    let mut endpoints = Vec::new();
+    for text in &options.endpoints {
+        let (tls, rest) = match text.split_once("://") {
+            Some(("https", rest)) => (true, rest),
+            Some(("http", rest)) => (false, rest),
+            Some((scheme, _)) => {
+                let cause = format!("the etcd endpoint is {scheme}://...: must be http:// or https://");
+                return Err(refused(DOING, &cause));
+            }
+            None => (files, text.as_str()),
+        };
+        if rest.contains('@') {
+            let cause = "an etcd endpoint has a user in it; give --etcd-username and --etcd-password instead";
+            return Err(refused(DOING, cause));
+        }
+        let scheme = if tls { "https" } else { "http" };
+        endpoints.push(Endpoint {
+            url: format!("{scheme}://{rest}"),
+            tls,
+        });
     }
-    Ok(tls)
+    let Some(first) = endpoints.first() else {
+        return Err(refused(DOING, "no etcd endpoint is given"));
+    };
+    if let Some(other) = endpoints.iter().find(|other| other.tls != first.tls) {
+        let cause = format!(
+            "of the etcd endpoints {} and {} one is encrypted and one is not; make them all https://, or all http://",
+            first.url, other.url
+        );
+        return Err(refused(DOING, &cause));
+    }
+    Ok(endpoints)
+}
+
+fn warn_of_plain_text(options: &EtcdOptions, login: bool, endpoints: &[Endpoint]) {
+    let urls = || {
+        let urls: Vec<_> = endpoints.iter().map(|endpoint| endpoint.url.as_str()).collect();
+        urls.join(",")
+    };
+    if options.cafile.is_some() || options.certfile.is_some() {
+        tracing::warn!(
+            endpoints = urls(),
+            "certificates are given, but the endpoints are http://: nothing is encrypted or verified"
+        );
+    }
+    let local = |url: &str| {
+        ["http://127.", "http://localhost", "http://[::1]"]
+            .iter()
+            .any(|start| url.starts_with(start))
+    };
+    if login && !endpoints.iter().all(|endpoint| local(&endpoint.url)) {
+        tracing::warn!(
+            endpoints = urls(),
+            "the password for etcd crosses the network in plain text; use https://"
+        );
+    }
+}
+
+/// What an error says, and its causes, which say more.
+fn words(error: &Error) -> String {
+    let (mut text, mut source) = match error {
+        Error::TransportError(inner) => (inner.to_string(), inner.source()),
+        Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+        Error::InvalidArgs(_)
+        | Error::InvalidUri(_)
+        | Error::IoError(_)
+        | Error::WatchError(_)
+        | Error::Utf8Error(_)
+        | Error::LeaseKeepAliveError(_)
+        | Error::ElectError(_)
+        | Error::InvalidMetadataValue(_)
+        | Error::EndpointError(_)
+        | Error::EndpointsNotManaged
+        | Error::Internal(_) => (error.to_string(), None),
+    };
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.contains(&more) && more != "transport error" {
+            text = format!("{text}: {more}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn urls(endpoints: &[&str], cafile: Option<&str>) -> Result<Vec<String>, String> {
+        let options = EtcdOptions {
+            endpoints: endpoints.iter().map(|&url| url.to_owned()).collect(),
+            cafile: cafile.map(Into::into),
+            ..EtcdOptions::default()
+        };
+        match super::endpoints(&options) {
+            Ok(endpoints) => Ok(endpoints.into_iter().map(|endpoint| endpoint.url).collect()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn an_endpoint_without_a_scheme_is_encrypted_if_there_is_a_root_to_verify_by() {
+        assert_eq!(urls(&["a:1"], None).unwrap(), ["http://a:1"]);
+        assert_eq!(
+            urls(&["a:1", "https://b:2"], Some("ca.pem")).unwrap(),
+            ["https://a:1", "https://b:2"]
+        );
+    }
+
+    #[test]
+    fn no_plain_way_around_an_encrypted_one() {
+        for bad in [
+            vec!["https://a:1", "http://b:1"],
+            vec!["http://a:1", "https://b:1"],
+            vec!["https://a:1", "b:1"],
+        ] {
+            let error = urls(&bad, None).unwrap_err();
+            assert!(error.contains("all https://"), "{error}");
+        }
+    }
+
+    #[test]
+    fn strange_endpoints_are_refused_and_their_secrets_not_repeated() {
+        assert!(urls(&[], None).unwrap_err().contains("no etcd endpoint"));
+        assert!(urls(&["unix:///run/etcd"], None).unwrap_err().contains("unix://"));
+        let error = urls(&["https://root:hunter2@a:1"], None).unwrap_err();
+        assert!(
+            !error.contains("hunter2") && error.contains("--etcd-username"),
+            "{error}"
+        );
+    }
 }

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions, WatchResponse};
 use futures_util::stream::{self, BoxStream};
 
-use super::connection::refused;
-use super::{EtcdOptions, EtcdRegistry, EtcdStore, Following, MAX_ANSWER, Progress, clean, prefix_end};
+use super::connection::{Right, refused};
+use super::following::{Following, Progress};
+use super::{EtcdOptions, EtcdRegistry, EtcdStore, MAX_ANSWER, clean, prefix_end};
 use crate::addr::NetworkName;
 use crate::control::store::{Cursor, NetworkEvent, NetworkItem, NetworkUpdate, Networks, Store, StoreError};
 
@@ -75,6 +76,7 @@ impl EtcdNetworks {
         let mut kv = connection.client(DOING).await?.kv_client();
         let root = self.root();
         let end = prefix_end(&root);
+        let right = Right::ReadAll(root.clone());
         let (mut from, mut revision, mut names) = (root.into_bytes(), 0, BTreeSet::new());
         loop {
             let first = GetOptions::new()
@@ -82,7 +84,7 @@ impl EtcdNetworks {
                 .with_limit(1)
                 .with_keys_only()
                 .with_revision(revision);
-            let answer = connection.ask(DOING, kv.get(from, Some(first))).await?;
+            let answer = connection.ask(DOING, &right, kv.get(from, Some(first))).await?;
             if revision == 0 {
                 revision = answer.header().map_or(0, |header| header.revision());
             }
@@ -98,7 +100,7 @@ impl EtcdNetworks {
             from = prefix_end(&format!("{network}/"));
             let here = GetOptions::new().with_keys_only().with_revision(revision);
             let answer = connection
-                .ask(DOING, kv.get(format!("{network}{CONFIG}"), Some(here)))
+                .ask(DOING, &right, kv.get(format!("{network}{CONFIG}"), Some(here)))
                 .await?;
             names.extend(answer.kvs().first().and_then(|kv| self.network(kv)));
         }
@@ -117,7 +119,10 @@ impl EtcdNetworks {
             .with_range(prefix_end(&root))
             .with_start_revision(from)
             .with_progress_notify();
-        let stream = connection.ask(DOING, watch.watch(root, Some(options))).await?;
+        let right = Right::ReadAll(root.clone());
+        let stream = connection
+            .ask(DOING, &right, watch.watch(root, Some(options)))
+            .await?;
         Ok(Box::new(Following { stream, revision }))
     }
 
@@ -129,7 +134,11 @@ impl EtcdNetworks {
             Progress::Following(following) => following,
         };
         loop {
-            let answer = self.unnamed.next_answer(&mut following.stream).await?;
+            let right = Right::ReadAll(self.root());
+            let answer = self
+                .unnamed
+                .next_answer(DOING, &right, &mut following.stream)
+                .await?;
             let current = answer
                 .header()
                 .map_or(0, |header| header.revision())
@@ -138,8 +147,7 @@ impl EtcdNetworks {
                 return self.snapshot().await;
             }
             if answer.canceled() {
-                let cause = format!("etcd ended the watch: {}", answer.cancel_reason());
-                return Err(self.unnamed.connection.unavailable(DOING, cause));
+                return Err(self.unnamed.ended(DOING, &right, answer.cancel_reason()));
             }
             let newest = answer
                 .events()

@@ -96,6 +96,7 @@ impl ApiLease {
             subnet: self.subnet,
             attrs: self.attrs?,
             expiration: self.expiration,
+            created: None,
         })
     }
 }
@@ -369,6 +370,7 @@ mod tests {
             subnet: "10.1.0.0-24&fd00::-64".parse().unwrap(),
             attrs: LeaseAttrs::from_json(br#"{"PublicIP":"10.0.0.1","PublicIPv6":"fd50::1"}"#).unwrap(),
             expiration: Expiration::Never,
+            created: None,
         };
         assert_eq!(
             parse_lease(&lease_json(&lease)).unwrap().into_lease(),

@@ -1,0 +1,268 @@
+//! Two hosts with one public address, over a real etcd: B3 and B4 of the list of upstream bugs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test says what went wrong by panicking"
+)]
+
+mod etcd_server;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{LeaseTimeToLiveOptions, PutOptions};
+use etcd_server::{Etcd, PREFIX};
+use kersey::control::identity::Holder;
+use kersey::control::store::{Store, StoreError};
+use kersey::control::{Control, ControlOptions};
+use kersey::lease::LeaseAttrs;
+use tokio::time::{sleep, timeout};
+
+const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
+/// What Vagrant gives every machine.
+const VAGRANT: &str = "10.0.2.15";
+
+#[tokio::test]
+async fn the_second_host_with_an_address_gets_no_lease_and_an_error_that_names_both() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let (one, two) = (etcd.store(), etcd.store());
+    let lease = one
+        .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+        .await
+        .unwrap();
+    let before = etcd.dump().await;
+    let error = two
+        .acquire_as(&holder("beta"), &node(VAGRANT), None)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+    for named in ["\"alpha\"", "\"beta\"", VAGRANT, "--public-ip"] {
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    assert_eq!(etcd.dump().await, before, "the second host wrote something");
+    // The first one goes on, and may restart as it likes.
+    assert_eq!(
+        one.renew_as(&holder("alpha"), &lease).await.unwrap().subnet,
+        lease.subnet
+    );
+    drop(one);
+    let again = etcd
+        .store()
+        .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+        .await
+        .unwrap();
+    assert_eq!(again.subnet, lease.subnet);
+    // With an address of its own the second is welcome.
+    let other = two
+        .acquire_as(&holder("beta"), &node("192.0.2.2"), None)
+        .await
+        .unwrap();
+    assert_ne!(other.subnet, lease.subnet);
+}
+
+#[tokio::test]
+async fn of_hosts_that_start_together_one_gets_the_address() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    for round in 0..10 {
+        let address = format!("192.0.2.{}", round + 1);
+        let claims = (0..4).map(|i| {
+            let (store, attrs) = (etcd.store(), node(&address));
+            tokio::spawn(async move {
+                let who = holder(&format!("host {i} of round {round}"));
+                let got = store.acquire_as(&who, &attrs, None).await;
+                (got, store)
+            })
+        });
+        let claimed: Vec<_> = futures_util::future::join_all(claims)
+            .await
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(
+            claimed.iter().filter(|(got, _)| got.is_ok()).count(),
+            1,
+            "{round}"
+        );
+    }
+    let leases = etcd
+        .dump()
+        .await
+        .into_iter()
+        .filter(|(key, ..)| key.contains("/subnets/"))
+        .count();
+    assert_eq!(leases, 10);
+}
+
+/// B4: flannel, back from a long pause, overwrites the key that is somebody else's by then.
+#[tokio::test]
+async fn a_host_back_from_a_long_pause_does_not_take_its_lease_from_the_new_owner() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let (old, new) = (etcd.store(), etcd.store());
+    let lease = old
+        .acquire_as(&holder("old"), &node("192.0.2.1"), None)
+        .await
+        .unwrap();
+    // Its sign of life runs out, and the machine that replaces it takes over.
+    etcd.delete("kersey/nodes/192.0.2.1").await;
+    let mut attrs = node("192.0.2.1");
+    attrs.backend_data = Some(r#"{"VtepMAC":"02:00:00:00:00:02"}"#.to_owned());
+    let taken = new.acquire_as(&holder("new"), &attrs, None).await.unwrap();
+    assert_eq!(taken.subnet, lease.subnet);
+    let error = old.renew_as(&holder("old"), &lease).await.unwrap_err();
+    assert!(error.to_string().contains("\"new\""), "{error}");
+    assert!(
+        old.acquire_as(&holder("old"), &node("192.0.2.1"), None)
+            .await
+            .is_err()
+    );
+    assert_eq!(value(&etcd, &lease.subnet.to_string()).await, attrs.to_json());
+}
+
+/// B0: flanneld drops all its peers when it sees a key under `subnets` that it cannot read.
+#[tokio::test]
+async fn nothing_new_is_written_where_flanneld_reads() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let store = etcd.store();
+    let lease = store
+        .acquire_as(&holder("alpha"), &node("192.0.2.1"), None)
+        .await
+        .unwrap();
+    let dump = etcd.dump().await;
+    let keys: Vec<_> = dump
+        .iter()
+        .map(|(key, ..)| key.strip_prefix(PREFIX).unwrap())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "/config",
+            "/kersey/nodes/192.0.2.1",
+            &format!("/subnets/{}", lease.subnet)
+        ]
+    );
+    assert_eq!(dump[2].1, node("192.0.2.1").to_json());
+}
+
+#[tokio::test]
+async fn the_sign_of_life_is_kept_up_and_made_anew_after_etcd_forgot_it() {
+    let Some(mut etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let store = etcd.store();
+    store
+        .acquire_as(&holder("alpha"), &node("192.0.2.1"), None)
+        .await
+        .unwrap();
+    sleep(Duration::from_secs(13)).await;
+    let id = etcd
+        .dump()
+        .await
+        .iter()
+        .find(|(key, ..)| key.contains("/nodes/"))
+        .unwrap()
+        .2;
+    let left = etcd
+        .client()
+        .await
+        .lease_time_to_live(id, Some(LeaseTimeToLiveOptions::new()))
+        .await
+        .unwrap();
+    assert_eq!(left.granted_ttl(), 30);
+    assert!(left.ttl() > 24, "{left:?}");
+    etcd.crash();
+    etcd.wipe();
+    etcd.restart().await;
+    let back = async {
+        while !etcd.dump().await.iter().any(|(key, ..)| key.contains("/nodes/")) {
+            sleep(Duration::from_millis(200)).await;
+        }
+    };
+    timeout(Duration::from_secs(25), back)
+        .await
+        .expect("the sign of life stays away");
+}
+
+/// A flanneld with our address overwrites our lease. We put it right a few times and say so, then leave it: two that
+/// correct each other for ever help nobody.
+#[tokio::test]
+async fn a_lease_that_somebody_changes_is_put_right_but_not_for_ever() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let store = Arc::new(etcd.store());
+    let options = ControlOptions {
+        subnet_file: "/nonexistent/subnet.env".into(),
+        holder: Some(holder("alpha")),
+        ..ControlOptions::default()
+    };
+    let mut control = Control::new(store, options);
+    let config = control.network_config().await;
+    let lease = control.acquire(&node("192.0.2.1")).await;
+    let (publish, published) = control.channels(&config, &lease);
+    let maintain = tokio::spawn(control.maintain(publish));
+    let (key, ours) = (lease.subnet.to_string(), node("192.0.2.1").to_json());
+    let mut health = published.health.clone();
+    health.wait_for(|health| health.connected).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let theirs = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
+    for round in 0..3 {
+        flannel_puts(&etcd, &key, theirs).await;
+        let right = async {
+            while value(&etcd, &key).await != ours {
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(Duration::from_secs(5), right)
+            .await
+            .unwrap_or_else(|_| panic!("round {round}"));
+    }
+    flannel_puts(&etcd, &key, theirs).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(value(&etcd, &key).await, theirs);
+    assert_eq!(published.lease.borrow().subnet, lease.subnet, "the node moved");
+    maintain.abort();
+}
+
+/// Puts a lease as flanneld does: under an etcd lease of its own, whatever is there.
+async fn flannel_puts(etcd: &Etcd, subnet: &str, value: &str) {
+    let mut client = etcd.client().await;
+    let lease = client.lease_grant(86_400, None).await.unwrap().id();
+    let options = PutOptions::new().with_lease(lease);
+    client
+        .put(format!("{PREFIX}/subnets/{subnet}"), value, Some(options))
+        .await
+        .unwrap();
+}
+
+async fn value(etcd: &Etcd, subnet: &str) -> String {
+    let key = format!("{PREFIX}/subnets/{subnet}");
+    let found = etcd.dump().await.into_iter().find(|(found, ..)| *found == key);
+    found.map(|(_, value, _)| value).unwrap_or_default()
+}
+
+fn holder(host: &str) -> Holder {
+    Holder {
+        id: format!("id of {host}"),
+        host: host.to_owned(),
+        boot: "boot".to_owned(),
+    }
+}
+
+fn node(ip: &str) -> LeaseAttrs {
+    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap()
+}

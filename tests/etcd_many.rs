@@ -1,0 +1,397 @@
+//! F9: a thousand nodes in one etcd. Nodes see every change in time, whatever storm it comes in, and stay small.
+//!
+//! The thousand are simulated with the product's own store, and so are two nodes that look on; a third is a daemon,
+//! whose memory is looked at. `KERSEY_SOAK=1` churns for a minute and adds a hundred thousand hostile keys (B3).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a test says what went wrong by panicking, and measures"
+)]
+
+mod etcd_server;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use etcd_client::{Txn, TxnOp};
+use etcd_server::{Etcd, PREFIX};
+use futures_util::stream::{self, StreamExt};
+use kersey::control::store::{EtcdStore, Lifetime, Registry, Store};
+use kersey::control::{Control, ControlOptions, Published};
+use kersey::lease::{Expiration, Lease, LeaseAttrs, Subnet};
+use kersey::status::Status;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio::time::{interval, sleep, timeout};
+
+const CONFIG: &str = r#"{"Network":"10.0.0.0/12","Backend":{"Type":"alloc"}}"#;
+const NODES: u32 = 1000;
+
+#[tokio::test]
+async fn a_thousand_nodes_churn_storm_and_vanish() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let mut daemon = Daemon::start(&etcd);
+    let sim = Arc::new(etcd.store());
+    let started = Instant::now();
+    each(0..NODES, |i| {
+        let sim = Arc::clone(&sim);
+        async move {
+            let created = sim.registry().create(subnet(i), &node(i, 0), Lifetime::Ttl).await;
+            assert!(created.unwrap().is_some(), "{i}");
+        }
+    })
+    .await;
+    eprintln!("{NODES} nodes registered in {:?}", started.elapsed());
+    let watchers = [Watcher::start(&etcd, 1).await, Watcher::start(&etcd, 2).await];
+    for watcher in &watchers {
+        watcher.wait("all", |table| table.len() == NODES as usize).await;
+    }
+    daemon.wait_peers(NODES as usize + 2).await;
+
+    // Fifty changes a second.
+    let seconds = if soak() { 60 } else { 8 };
+    let written: Written = Arc::default();
+    let judges: Vec<_> = watchers
+        .iter()
+        .map(|watcher| watcher.judge(Arc::clone(&written)))
+        .collect();
+    let mut ticks = interval(Duration::from_millis(20));
+    for change in 0..seconds * 50 {
+        ticks.tick().await;
+        let (i, round) = (change * 37 % NODES, change / NODES + 1);
+        let lease = lease(i, round);
+        sim.renew(&lease).await.unwrap();
+        written.lock().unwrap().insert(i, (round, Instant::now()));
+    }
+    sleep(Duration::from_secs(2)).await;
+    for judge in judges {
+        let mut took = judge.stop().await;
+        assert!(took.len() >= (seconds * 50) as usize / 2, "{}", took.len());
+        took.sort();
+        let p99 = took[took.len() * 99 / 100];
+        eprintln!(
+            "{} changes seen, p99 {p99:?}, longest {:?}",
+            took.len(),
+            took[took.len() - 1]
+        );
+        assert!(p99 <= Duration::from_secs(1), "{p99:?}");
+    }
+
+    // All register anew at once.
+    let storm = Instant::now();
+    each(0..NODES, |i| {
+        let sim = Arc::clone(&sim);
+        async move {
+            sim.renew(&lease(i, 1_000)).await.unwrap();
+        }
+    })
+    .await;
+    let over = Instant::now();
+    for watcher in &watchers {
+        watcher
+            .wait("the storm's end", |table| {
+                table.values().filter(|attrs| round_of(attrs) == 1_000).count() == NODES as usize
+            })
+            .await;
+    }
+    eprintln!("a storm of {:?} settled after {:?}", over - storm, over.elapsed());
+    assert!(over.elapsed() <= Duration::from_secs(5), "{:?}", over.elapsed());
+
+    // Half of them vanish.
+    let mut client = etcd.client().await;
+    for batch in 0..10 {
+        let gone = (0..50)
+            .map(|i| TxnOp::delete(key(batch * 50 + i), None))
+            .collect::<Vec<_>>();
+        client.txn(Txn::new().and_then(gone)).await.unwrap();
+    }
+    let vanished = Instant::now();
+    for watcher in &watchers {
+        watcher
+            .wait("half", |table| table.len() == NODES as usize / 2)
+            .await;
+    }
+    daemon.wait_peers(NODES as usize / 2 + 2).await;
+    assert!(
+        vanished.elapsed() <= Duration::from_secs(5),
+        "{:?}",
+        vanished.elapsed()
+    );
+    let rss = daemon.rss_mib();
+    eprintln!("the daemon takes {rss} MiB");
+    assert!(rss <= 64, "{rss} MiB");
+    assert!(daemon.child.try_wait().unwrap().is_none());
+}
+
+/// B3: a hundred thousand keys, as many as are taken, and then some.
+#[tokio::test]
+async fn a_hundred_thousand_hostile_leases_are_kept_small() {
+    if !soak() {
+        eprintln!("skipped: KERSEY_SOAK is not set");
+        return;
+    }
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put(
+        "config",
+        r#"{"Network":"10.0.0.0/8","SubnetLen":28,"Backend":{"Type":"alloc"}}"#,
+    )
+    .await;
+    let mut client = etcd.client().await;
+    let total: u32 = 100_500;
+    for first in (0..total).step_by(100) {
+        let puts = (first..total.min(first + 100)).map(|i| {
+            let addr = std::net::Ipv4Addr::from(0x0a00_0000 + i * 16);
+            TxnOp::put(
+                format!("{PREFIX}/subnets/{addr}-28"),
+                node(i % 60_000, 0).to_json(),
+                None,
+            )
+        });
+        client
+            .txn(Txn::new().and_then(puts.collect::<Vec<_>>()))
+            .await
+            .unwrap();
+    }
+    let mut daemon = Daemon::start(&etcd);
+    let refused = async {
+        loop {
+            let status = daemon.status();
+            if status
+                .as_ref()
+                .is_some_and(|status| status.rejected_leases.contains_key("table_full"))
+            {
+                return;
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+    };
+    timeout(Duration::from_secs(120), refused).await.unwrap();
+    let rss = daemon.rss_mib();
+    eprintln!("{rss} MiB with {total} leases");
+    assert!(rss <= 128, "{rss} MiB");
+    assert!(daemon.child.try_wait().unwrap().is_none());
+}
+
+/// The round a node was last written in, and when that was done.
+type Written = Arc<Mutex<BTreeMap<u32, (u32, Instant)>>>;
+
+/// A node that looks on.
+struct Watcher {
+    published: Published,
+    maintain: JoinHandle<()>,
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.maintain.abort();
+    }
+}
+
+type Table = BTreeMap<Subnet, LeaseAttrs>;
+
+impl Watcher {
+    async fn start(etcd: &Etcd, number: u32) -> Self {
+        let store: Arc<EtcdStore> = Arc::new(etcd.store());
+        let options = ControlOptions {
+            subnet_file: "/nonexistent/subnet.env".into(),
+            ..ControlOptions::default()
+        };
+        let mut control = Control::new(store.clone(), options);
+        let config = control.network_config().await;
+        let attrs =
+            LeaseAttrs::from_json(format!("{{\"PublicIP\":\"198.51.100.{number}\"}}").as_bytes()).unwrap();
+        let lease = control.acquire(&attrs).await;
+        let (publish, published) = control.channels(&config, &lease);
+        Self {
+            published,
+            maintain: tokio::spawn(control.maintain(publish)),
+        }
+    }
+
+    /// The simulated nodes in its table.
+    fn table(&self) -> Table {
+        let peers = self.published.peers.borrow().clone();
+        let simulated = peers
+            .iter()
+            .filter(|(_, attrs)| attrs.public_ip.octets()[0] == 172);
+        simulated.map(|(subnet, attrs)| (subnet, attrs.clone())).collect()
+    }
+
+    async fn wait(&self, what: &str, good: impl Fn(&Table) -> bool) {
+        let waited = async {
+            while !good(&self.table()) {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(Duration::from_secs(60), waited)
+            .await
+            .unwrap_or_else(|_| panic!("{what}: {} in the table", self.table().len()));
+    }
+
+    /// Notes how long after a change was written it is in the table.
+    fn judge(&self, written: Written) -> Judge {
+        let mut peers = self.published.peers.clone();
+        let took = Arc::new(Mutex::new(Vec::new()));
+        let notes = Arc::clone(&took);
+        let task = tokio::spawn(async move {
+            let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
+            loop {
+                // Also without news: a change may be seen before its writer knows that it is made.
+                let _ = timeout(Duration::from_millis(20), peers.changed()).await;
+                let (table, now) = (peers.borrow_and_update().clone(), Instant::now());
+                for (i, (round, at)) in written.lock().unwrap().iter() {
+                    let there = table
+                        .get(subnet(*i))
+                        .is_some_and(|attrs| round_of(attrs) >= *round);
+                    if there {
+                        seen.insert(*i, *round);
+                        notes.lock().unwrap().push(now.saturating_duration_since(*at));
+                    }
+                }
+            }
+        });
+        Judge { task, took }
+    }
+}
+
+struct Judge {
+    task: JoinHandle<()>,
+    took: Arc<Mutex<Vec<Duration>>>,
+}
+
+impl Judge {
+    async fn stop(self) -> Vec<Duration> {
+        self.task.abort();
+        let took = self.took.lock().unwrap().clone();
+        took
+    }
+}
+
+/// A daemon without a tunnel, on loopback.
+struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    _dir: TempDir,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Daemon {
+    fn start(etcd: &Etcd) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("status.sock");
+        let log = fs::File::create(dir.path().join("log")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_kersey"))
+            .args(["run", "--iface", "lo", "--public-ip", "127.0.0.1"])
+            .args(["--etcd-endpoints", &etcd.url()])
+            .arg("--data-dir")
+            .arg(dir.path().join("data"))
+            .arg("--subnet-file")
+            .arg(dir.path().join("subnet.env"))
+            .arg("--status-socket")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Self {
+            child,
+            socket,
+            _dir: dir,
+        }
+    }
+
+    fn status(&self) -> Option<Status> {
+        let mut text = String::new();
+        UnixStream::connect(&self.socket)
+            .ok()?
+            .read_to_string(&mut text)
+            .ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    async fn wait_peers(&mut self, count: usize) {
+        let mut last = None;
+        let there = async {
+            loop {
+                last = self.status().map(|status| status.peers.len());
+                if last == Some(count) {
+                    return;
+                }
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        if timeout(Duration::from_secs(60), there).await.is_err() {
+            let log = fs::read_to_string(self.socket.with_file_name("log")).unwrap();
+            panic!("{last:?} peers instead of {count}\n{log}");
+        }
+    }
+
+    fn rss_mib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib / 1024
+    }
+}
+
+/// Does something for each, fifty at a time.
+async fn each<F: Future<Output = ()>>(range: std::ops::Range<u32>, act: impl Fn(u32) -> F) {
+    stream::iter(range)
+        .map(act)
+        .buffer_unordered(50)
+        .collect::<Vec<()>>()
+        .await;
+}
+
+fn subnet(i: u32) -> Subnet {
+    format!("10.{}.{}.0-24", 8 + i / 256, i % 256).parse().unwrap()
+}
+
+fn key(i: u32) -> String {
+    format!("{PREFIX}/subnets/{}", subnet(i))
+}
+
+fn lease(i: u32, round: u32) -> Lease {
+    Lease {
+        subnet: subnet(i),
+        attrs: node(i, round),
+        expiration: Expiration::Never,
+        created: None,
+    }
+}
+
+fn node(i: u32, round: u32) -> LeaseAttrs {
+    let ip = format!("172.16.{}.{}", i / 250, i % 250 + 1);
+    let data = format!(r#"{{"PublicIP":"{ip}","BackendType":"host-gw","BackendData":{{"round":{round}}}}}"#);
+    LeaseAttrs::from_json(data.as_bytes()).unwrap()
+}
+
+fn round_of(attrs: &LeaseAttrs) -> u32 {
+    let data = attrs.backend_data.as_deref().unwrap_or_default();
+    let number = data.trim_start_matches(r#"{"round":"#).trim_end_matches('}');
+    number.parse().unwrap_or(0)
+}
+
+fn soak() -> bool {
+    std::env::var_os("KERSEY_SOAK").is_some()
+}
