@@ -709,7 +709,7 @@ fn host(overlay: &Overlay, nth: usize) -> Vec<(&'static str, Vec<String>)> {
         ("routes", lines("ip", "route show table all")),
         ("IPv6 routes", lines("ip", "-6 route show table all")),
         ("links", lines("ip", "-o -br link")),
-        ("addresses", lines("ip", "-br addr")),
+        ("addresses", lines("ip", "-o addr")),
     ]
 }
 

@@ -197,8 +197,7 @@ fn a_default_route_that_moves_takes_the_node_along() {
     assert_eq!(overlay.status(2).node.interface, INTERFACE);
     ip(&overlay, 2, "route replace default via 198.51.100.254 dev eth1");
     followed(&mut overlay, "198.51.100.2:8285");
-    assert_eq!(overlay.status(2).node.interface, "eth1");
-    overlay.wait(2, READY, |status| status.ready);
+    overlay.wait(2, READY, |status| status.ready && status.node.interface == "eth1");
     assert_eq!(overlay.subnet(2), subnet);
     wait_for("traffic flows", within(FOLLOWED), || {
         let ping = kersey::lab::traffic::ping::Ping::default();
