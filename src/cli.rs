@@ -20,6 +20,7 @@ mod firewall;
 mod go_flags;
 pub mod lab;
 mod logging;
+mod process;
 mod progress;
 pub mod reserve;
 mod run;
@@ -48,7 +49,8 @@ use self::server::ServerArgs;
 use self::status::StatusArgs;
 use crate::options::{CleanupOptions, LogOptions, ReserveOptions, RunOptions, ServerOptions, StatusOptions};
 
-/// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only.
+/// What the process tells its parent; supervisors should restart on [`FAILED`](exit::FAILED) only. 5 and 6 are never given: a store that is
+/// away is waited for, and a lease that is lost is taken anew.
 pub mod exit {
     /// All went well, or the daemon was asked to stop.
     pub const OK: u8 = 0;
@@ -60,6 +62,8 @@ pub mod exit {
     pub const ENVIRONMENT: u8 = 3;
     /// The network config is invalid.
     pub const CONFIG: u8 = 4;
+    /// Another daemon runs: it answers on the status socket, or holds the data directory.
+    pub const INSTANCE: u8 = 7;
 }
 
 /// A subcommand and its options.
@@ -645,7 +649,7 @@ mod tests {
                 &["FLANNELD_IP_MASQ", "\"perhaps\""],
             ),
             (&["--kube-subnet-mgr"], &[], &["not supported", "--remote"]),
-            (&["--healthz-port=8081"], &[], &["not supported", "kersey status"]),
+            (&["--healthz-port=70000"], &[], &["--healthz-port", "0 to 65535"]),
             (&["--networks=a,b"], &[], &["not supported", "--etcd-prefix"]),
             (&["--remote-cafile=x"], &[], &["not supported"]),
             (&["--use-multi-cluster-cidr"], &[], &["not supported"]),

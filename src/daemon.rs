@@ -15,15 +15,20 @@
 //!
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
+mod confine;
 mod direct;
 mod firewall;
+mod health;
+mod instance;
 mod kernel_routes;
+mod metrics;
 mod network;
 mod node;
 mod paths;
 mod plain;
 mod report;
 mod underlay_watch;
+mod watchdog;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -33,23 +38,31 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
+use crate::daemon::health::Health;
+use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::report::Report;
+use crate::host::sandbox;
 use crate::host::tun::TunError;
 use crate::options::RunOptions;
 use crate::server;
-use crate::server::status::StatusSocket;
+use crate::server::status::{StatusSocket, StatusSocketError};
 
 /// Exit statuses: `cli::exit` documents them.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
 const ENVIRONMENT: u8 = 3;
 const CONFIG: u8 = 4;
+const INSTANCE: u8 = 7;
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
     raise_open_files();
+    if let Err(error) = confine::confine(&options) {
+        tracing::error!("{:#}", anyhow::Error::from(error));
+        return ExitCode::from(ENVIRONMENT);
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -110,6 +123,14 @@ fn exit_status(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<Denied>().is_some() {
         return ENVIRONMENT;
     }
+    if error.downcast_ref::<Held>().is_some()
+        || matches!(
+            error.downcast_ref::<StatusSocketError>(),
+            Some(StatusSocketError::AlreadyServed(_))
+        )
+    {
+        return INSTANCE;
+    }
     match error.downcast_ref::<TunError>() {
         Some(TunError::Missing { .. } | TunError::Denied { .. }) => ENVIRONMENT,
         Some(TunError::Busy { .. } | TunError::Other { .. }) | None => FAILED,
@@ -140,10 +161,21 @@ impl StopSignals {
 
 /// Starts a node and keeps it up; returns only with an error nothing can mend.
 async fn start(options: &RunOptions) -> Result<()> {
+    let health = Arc::new(Health::new(kernel_release()));
     let report = Arc::new(Report::new(options));
+    health.add("_", Arc::clone(&report));
     let socket = StatusSocket::bind(&options.status_socket)?;
     let shown = Arc::clone(&report);
     tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    let _instance = Instance::lock(&options.data_dir)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = kernel_release(),
+        sandbox = sandbox_line(),
+        "kersey starts"
+    );
+    health::serve(&options.process.monitor, &health);
+    tokio::spawn(watchdog::tend(Arc::clone(&health)));
 
     let expirations = if options.listen.is_some() {
         Expirations::Ask
@@ -161,13 +193,7 @@ async fn start(options: &RunOptions) -> Result<()> {
             std::future::pending(),
         ));
     }
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        kernel = kernel_release(),
-        store = store.place(),
-        "kersey starts"
-    );
-
+    tracing::info!(store = store.place(), "store opened");
     node::run(options, store, report).await
 }
 
@@ -176,4 +202,13 @@ fn kernel_release() -> String {
         |_| "unknown".to_owned(),
         |name| name.release().to_string_lossy().into_owned(),
     )
+}
+
+/// What was given up, in one line.
+fn sandbox_line() -> String {
+    let parts: Vec<_> = sandbox::report()
+        .into_iter()
+        .map(|(part, state)| format!("{part} {state}"))
+        .collect();
+    parts.join(", ")
 }

@@ -4,6 +4,7 @@
 //! refused never gets this far.
 
 mod firewall;
+mod process;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,6 +17,10 @@ use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 use crate::lease::Subnet;
 pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
+pub use process::{
+    Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, SandboxPart, UnknownPart,
+    metrics_address,
+};
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +45,8 @@ pub struct RunOptions {
     pub firewall: FirewallOptions,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
+    /// The process around the node.
+    pub process: ProcessOptions,
     /// Logging.
     pub log: LogOptions,
 }

@@ -36,6 +36,9 @@ pub struct Status {
     pub drops: BTreeMap<String, u64>,
     /// Leases refused, by reason.
     pub rejected_leases: BTreeMap<String, u64>,
+    /// What the process has given up of its privileges: `capabilities`, `seccomp`, `landlock`, `user`, each with what came of it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sandbox: BTreeMap<String, String>,
 }
 
 /// This node's own lease and underlay.
@@ -53,6 +56,9 @@ pub struct Node {
     pub link_mtu: u16,
     /// MTU inside, bytes.
     pub inner_mtu: u16,
+    /// End of the lease, seconds since 1970; absent before there is one, and for a reservation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_expires_unix_s: Option<u64>,
 }
 
 /// The backend in use.

@@ -131,7 +131,7 @@ fn a_second_daemon_refuses_and_leaves_the_first_alone() {
     let same = overlay.command(2);
     let mut same = overlay.run("same socket", 2, same);
     let ended = same.wait_end(Duration::from_secs(5)).unwrap();
-    assert_eq!(ended.code(), Some(1), "{}", same.log_end());
+    assert_eq!(ended.code(), Some(7), "{}", same.log_end());
     assert!(
         same.log_end().contains("another daemon is running") && same.log_end().contains("2.sock"),
         "{}",

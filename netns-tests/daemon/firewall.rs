@@ -529,14 +529,15 @@ fn a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on() {
     let mut overlay = Blueprint::embedded("failing", 1).build();
     let mut kersey = overlay.command(1);
     kersey.args(["--ip-masq", "--firewall=nft", "--iptables-resync=1"]);
-    let broken = overlay.file("nft");
-    fs::write(
-        &broken,
-        format!("#!/bin/sh\n[ ! -e {0}.mended ] || exec {0}.real \"$@\"\necho 'no such thing as netfilter' >&2\nexit 1\n", broken.display()),
-    )
-    .unwrap();
+    let (broken, mended_by) = (overlay.file("nft"), overlay.file("mended"));
+    let script = format!(
+        "#!/bin/sh\n[ ! -e {} ] || exec /usr/local/sbin/nft.real \"$@\"\necho 'no such thing as netfilter' >&2\nexit 1\n",
+        mended_by.display()
+    );
+    fs::write(&broken, script).unwrap();
     let hide = format!(
-        "cp /usr/sbin/nft {0}.real; chmod 755 {0}; mount --bind {0} /usr/sbin/nft; exec \"$@\"",
+        "mount -t tmpfs none /usr/local/sbin; cp /usr/sbin/nft /usr/local/sbin/nft.real; chmod 755 {0}; \
+         mount --bind {0} /usr/sbin/nft; exec \"$@\"",
         broken.display()
     );
     let mut command = Command::new("unshare");
@@ -554,7 +555,7 @@ fn a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on() {
         status.firewall,
         "failing: nft refuses: no such thing as netfilter"
     );
-    fs::write(format!("{}.mended", broken.display()), "").unwrap();
+    fs::write(&mended_by, "").unwrap();
     let mended = || ready().filter(|status| status.firewall == "nft");
     child.wait(within(PUT_RIGHT), mended).unwrap();
     let log = fs::read_to_string(child.log()).unwrap();

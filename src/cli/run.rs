@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::firewall::FirewallArgs;
 use super::go_flags::parse_bool;
 use super::logging::LogArgs;
+use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
 use crate::addr::Ipv6Prefix;
@@ -41,6 +42,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     firewall: FirewallArgs,
     #[command(flatten)]
+    process: ProcessArgs,
+    #[command(flatten)]
     log: LogArgs,
     #[command(flatten)]
     other: OtherArgs,
@@ -50,11 +53,11 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--kube-subnet-mgr, --healthz-port, --networks and more) are refused with a sentence that says what to do \
+(--kube-subnet-mgr, --networks and more) are refused with a sentence that says what to do \
 instead; those that do not matter here (--logtostderr, --kube-api-url and more) are accepted.
 
 Exit status: 0 stopped on request, 1 failed, 2 misused, 3 this machine lacks something, 4 the network config is \
-invalid.";
+invalid, 7 another daemon runs.";
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Node (flannel's flags)")]
@@ -254,8 +257,8 @@ hidden_flags! {
     UnservedArgs {
         booleans: kube_subnet_mgr
             set_node_network_unavailable use_multi_cluster_cidr watch_networks logtostderr alsologtostderr;
-        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path healthz_ip
-            healthz_port networks subnet_dir remote_keyfile remote_certfile remote_cafile stderrthreshold
+        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path
+            networks subnet_dir remote_keyfile remote_certfile remote_cafile stderrthreshold
             vmodule;
         underscored: log_dir log_backtrace_at
     }
@@ -281,11 +284,6 @@ fn judge(flag: &str, value: &str) -> Verdict {
         "kube-subnet-mgr" if asks => Verdict::Refuse(
             "Kersey does not read Kubernetes nodes yet; use etcd, or --remote with a Kersey server",
         ),
-        "healthz-port" => match int_within(value, 0..=65_535) {
-            Ok(0) => Verdict::Accept,
-            Ok(_) => Verdict::Refuse("Kersey has no health port yet; drop the flag and ask `kersey status`"),
-            Err(_) => Verdict::Refuse("a port is a whole number from 0 to 65535"),
-        },
         "networks" | "watch-networks" if asks => Verdict::Refuse(
             "Kersey serves one network a process; start one for each, with its own --etcd-prefix and --subnet-file",
         ),
@@ -419,6 +417,7 @@ impl RunArgs {
             },
             firewall: self.firewall.options(),
             status_socket: self.other.status_socket,
+            process: self.process.into_options(),
             log: self.log.options(),
         })
     }

@@ -112,6 +112,8 @@ pub struct StoreHealth {
     pub since: Instant,
     /// The last error, while it does not.
     pub last_error: Option<String>,
+    /// Errors so far.
+    pub errors: u64,
 }
 
 /// Where [`Control::maintain`] puts what it finds out.
@@ -362,6 +364,7 @@ impl Control {
             connected: self.source == Source::Store,
             since: Instant::now(),
             last_error: None,
+            errors: 0,
         };
         let (peers, peers_rx) = watch::channel(Arc::new(table));
         let (lease, lease_rx) = watch::channel(lease.clone());
@@ -440,6 +443,7 @@ impl StoreHealth {
             // A refusal is an answer, too.
             let connected = result.err().is_none_or(|error| !error.is_unavailable());
             let last_error = result.err().map(ToString::to_string);
+            health.errors += u64::from(result.is_err());
             if health.connected != connected {
                 health.since = Instant::now();
             } else if health.last_error == last_error {

@@ -28,6 +28,7 @@ use crate::host::firewall::Guard;
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
+use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
 use crate::host::raw::{RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
@@ -372,6 +373,30 @@ impl<B: Backend> DataPlane<B> {
             .stats()
             .iter()
             .chain(&self.others)
+            .map(Arc::clone)
+            .collect()
+    }
+
+    /// The same, each with the direction its packets take.
+    pub(super) fn directed_stats(&self) -> Vec<(&'static str, Arc<WorkerStats>)> {
+        let queues = ["outbound", "inbound"]
+            .into_iter()
+            .cycle()
+            .zip(self.queues.stats());
+        let others = self.others.iter().map(|others| ("inbound", others));
+        queues
+            .chain(others)
+            .map(|(direction, stats)| (direction, Arc::clone(stats)))
+            .collect()
+    }
+
+    /// Signs of life of all threads.
+    pub(super) fn pulses(&self) -> Vec<Arc<Pulse>> {
+        let endpoint = self.endpoint.as_ref().map(Endpoint::pulse);
+        self.queues
+            .pulses()
+            .iter()
+            .chain(endpoint)
             .map(Arc::clone)
             .collect()
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, interval, sleep, sleep_until};
 
 use crate::addr::{MacAddr, Mtu};
 use crate::backend::srv6::Srv6Node;
@@ -17,6 +17,7 @@ use crate::control::store::Store;
 use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::firewall::Keeper;
+use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
@@ -314,8 +315,11 @@ async fn stay<B: Backend>(
             report,
         );
         let mut look_due = None;
+        let mut turns = interval(TURN);
         loop {
+            report.set_turned();
             tokio::select! {
+                _ = turns.tick() => {}
                 // The sender lives as long as the daemon: an error here would be the end of the process anyway.
                 Ok(()) = published.peers.changed() => {
                     table = published.peers.borrow_and_update().clone();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use futures_util::StreamExt;
+use tokio::time::interval;
 
 use crate::addr::Prefix;
 use crate::backend::{NoTunnel, Underlay};
@@ -16,6 +17,7 @@ use crate::control::peers::PeerTable;
 use crate::control::store::Store;
 use crate::control::{Control, Published};
 use crate::daemon::firewall::Keeper;
+use crate::daemon::health::TURN;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
 use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, families, rules_name, underlay_interface};
@@ -140,8 +142,11 @@ impl<B: NoTunnel> Node<'_, B> {
                 announce(self.options, self.config, own, mtu, ip_masq, report);
                 announced = Some(own);
             }
+            let mut turns = interval(TURN);
             loop {
+                report.set_turned();
                 tokio::select! {
+                    _ = turns.tick() => {}
                     // The sender lives as long as the daemon: an error here would be the end of the process anyway.
                     Ok(()) = published.peers.changed() => {
                         self.routes.peers_changed();

@@ -1,8 +1,9 @@
 //! What the daemon tells of itself: gathers the status document from the running parts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use tokio::time::Instant;
 
@@ -14,7 +15,8 @@ use crate::control::store::Store;
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::host::interface::UnderlayInterface;
-use crate::lease::Subnet;
+use crate::host::pulse::Pulse;
+use crate::lease::{Expiration, Subnet};
 use crate::options::RunOptions;
 use crate::status::{self, Status};
 
@@ -32,12 +34,34 @@ struct Parts {
     peers: BTreeMap<Subnet, InstalledPeer>,
     kernel_routes: BTreeMap<Subnet, String>,
     workers: Vec<Arc<WorkerStats>>,
+    directed: Vec<(&'static str, Arc<WorkerStats>)>,
+    pulses: Vec<Arc<Pulse>>,
+    /// When the loop that keeps the node up last turned; `None` while it starts or rebuilds.
+    turned: Option<Instant>,
+    route_updates: u64,
+}
+
+/// What metrics are made from.
+#[derive(Debug)]
+pub(super) struct Sample {
+    pub(super) status: Status,
+    /// Packets dropped, by reason and direction.
+    pub(super) drops: Vec<(DropReason, &'static str, u64)>,
+    pub(super) store_errors: u64,
+    pub(super) route_updates: u64,
+}
+
+/// The parts that should run, and when the loop that looks after them last turned.
+pub(super) struct Vitals {
+    pub(super) pulses: Vec<Arc<Pulse>>,
+    pub(super) turned: Option<Instant>,
 }
 
 impl Report {
     pub(super) fn new(options: &RunOptions) -> Self {
         let fixed = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            sandbox: crate::host::sandbox::report(),
             device: status::DeviceStatus {
                 name: options.packet_path.device.clone(),
                 ..Default::default()
@@ -137,6 +161,9 @@ impl Report {
                 .collect();
             parts.peers = plane.peers.clone();
             parts.workers = plane.stats();
+            parts.directed = plane.directed_stats();
+            parts.pulses = plane.pulses();
+            parts.route_updates += 1;
         });
     }
 
@@ -145,12 +172,75 @@ impl Report {
         self.edit(|parts| state.clone_into(&mut parts.fixed.firewall));
     }
 
+    /// The loop that keeps the node up has turned.
+    pub(super) fn set_turned(&self) {
+        self.edit(|parts| parts.turned = Some(Instant::now()));
+    }
+
     pub(super) fn set_ready(&self) {
         self.edit(|parts| parts.fixed.ready = true);
     }
 
     pub(super) fn not_ready(&self) {
-        self.edit(|parts| parts.fixed.ready = false);
+        self.edit(|parts| {
+            parts.fixed.ready = false;
+            parts.turned = None;
+            parts.pulses.clear();
+        });
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .fixed
+            .ready
+    }
+
+    #[cfg(test)]
+    pub(super) fn for_tests() -> Self {
+        Self {
+            started: Instant::now(),
+            parts: Mutex::default(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_pulses(&self, pulses: Vec<Arc<Pulse>>) {
+        self.edit(|parts| parts.pulses = pulses);
+    }
+
+    /// What should run as of now.
+    pub(super) fn vitals(&self) -> Vitals {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        Vitals {
+            pulses: parts.pulses.clone(),
+            turned: parts.turned,
+        }
+    }
+
+    /// What metrics are made from, as of now.
+    pub(super) fn sample(&self) -> Sample {
+        let status = self.status();
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let directions = parts.directed.iter().map(|(direction, _)| *direction);
+        let directions: BTreeSet<_> = directions.collect();
+        let drops = directions.into_iter().flat_map(|direction| {
+            let workers = parts.directed.iter().filter(move |(way, _)| *way == direction);
+            DropReason::ALL.iter().map(move |&reason| {
+                let dropped = workers.clone().map(|(_, stats)| stats.dropped(reason)).sum();
+                (reason, direction, dropped)
+            })
+        });
+        Sample {
+            drops: drops.collect(),
+            store_errors: parts
+                .published
+                .as_ref()
+                .map_or(0, |published| published.health.borrow().errors),
+            route_updates: parts.route_updates,
+            status,
+        }
     }
 
     /// The document as of now.
@@ -173,6 +263,10 @@ impl Report {
         if let Some(published) = &parts.published {
             let lease = published.lease.borrow();
             status.node.subnets = prefixes(lease.subnet).map(|prefix| prefix.to_string()).collect();
+            status.node.lease_expires_unix_s = match lease.expiration {
+                Expiration::Never => None,
+                Expiration::At(end) => end.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
+            };
             let health = published.health.borrow();
             status.store.connected = health.connected;
             status.store.since_s = health.since.elapsed().as_secs_f64();
@@ -231,6 +325,7 @@ fn node(config: &NetworkConfig, interface: &UnderlayInterface, inner_mtu: Mtu) -
         public_ips: public_v4.into_iter().chain(public_v6).collect(),
         link_mtu: interface.mtu.bytes(),
         inner_mtu: inner_mtu.bytes(),
+        lease_expires_unix_s: None,
     }
 }
 

@@ -354,6 +354,11 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         &mut self.device
     }
 
+    /// The underlay edge, to look at.
+    pub fn underlay_ref(&self) -> &U {
+        &self.underlay
+    }
+
     /// The underlay edge.
     pub fn underlay(&mut self) -> &mut U {
         &mut self.underlay

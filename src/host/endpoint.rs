@@ -25,7 +25,9 @@ use crate::dataplane::forward::ErrorLimiter;
 use crate::dataplane::route::{Hop, SharedRoutes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
+use crate::host::pulse::Pulse;
 use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, clear_errors, receiver, sender};
+use crate::host::sandbox::{self, Role};
 use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::{IpHeader, Scope, V4_LEN, decrement_ttl, scope};
@@ -53,6 +55,7 @@ pub struct Endpoint {
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
     stats: Arc<WorkerStats>,
+    pulse: Arc<Pulse>,
 }
 
 impl Endpoint {
@@ -70,19 +73,35 @@ impl Endpoint {
         let out = Outlet::raw(raw.source, Arc::clone(&stats)).map_err(io::Error::other)?;
         let sids = SidWorker::new(options, routes, out);
         let mut worker = Receiver::open(raw, sids).map_err(io::Error::other)?;
+        let pulse = Pulse::new("endpoint", Vec::new());
+        let living = pulse.living();
         let thread = std::thread::Builder::new()
             .name("endpoint".to_owned())
-            .spawn(move || worker.run(&stopped))?;
+            .spawn(move || {
+                let _living = living;
+                match sandbox::enter_thread(Role::Sids) {
+                    Ok(()) => worker.run(&stopped),
+                    Err(error) => {
+                        tracing::error!(%error, "the endpoint thread ends: it cannot enter the sandbox")
+                    }
+                }
+            })?;
         Ok(Self {
             stop: Some(stop),
             thread: Some(thread),
             stats,
+            pulse,
         })
     }
 
     /// Its counters.
     pub fn stats(&self) -> &Arc<WorkerStats> {
         &self.stats
+    }
+
+    /// Its sign of life.
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 }
 

@@ -21,6 +21,7 @@
 //!
 //! Limits: firewalld drops by rules, not by a policy, which is not noticed. Two daemons must not look after one network.
 
+pub mod helper;
 mod nft;
 mod rules;
 pub mod tool;
@@ -401,12 +402,8 @@ fn present_tables(
             Ok(present)
         }
         Flavour::Legacy => {
-            let list = match family {
-                Family::V4 => "/proc/net/ip_tables_names",
-                Family::V6 => "/proc/net/ip6_tables_names",
-            };
             // Not there: nobody has used that iptables since the kernel started.
-            let names = fs::read_to_string(list).unwrap_or_default();
+            let names = Invocation::new(Tool::LegacyTables(family), &[]).execute()?.text;
             let has = |table: &&str| names.lines().any(|line| line == *table);
             Ok(TABLES.into_iter().filter(has).collect())
         }

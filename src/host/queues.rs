@@ -20,6 +20,8 @@ use crate::dataplane::Encap;
 use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
+use crate::host::pulse::Pulse;
+use crate::host::sandbox::{self, Role};
 use crate::host::sys::{self, Ready};
 use crate::host::tun::{Tun, TunQueue};
 use crate::host::underlay::AnyUnderlay;
@@ -47,8 +49,10 @@ impl Layout {
 pub struct Queues {
     stop: Option<PipeWriter>,
     threads: Vec<JoinHandle<()>>,
-    /// Counters, one set a queue and direction.
+    /// Counters, one set a queue and direction: outbound and inbound by turns.
     stats: Vec<Arc<WorkerStats>>,
+    /// One a thread.
+    pulses: Vec<Arc<Pulse>>,
 }
 
 impl Queues {
@@ -74,21 +78,20 @@ impl Queues {
             stop: Some(stop),
             threads: Vec::new(),
             stats: Vec::new(),
+            pulses: Vec::new(),
         };
         for (index, ((tun_out, tun_in), underlay)) in
             tun.into_queues()?.into_iter().zip(underlays).enumerate()
         {
             let now = now();
-            let mut stats = || {
-                let stats = Arc::<WorkerStats>::default();
-                queues.stats.push(Arc::clone(&stats));
-                (index, stats)
-            };
+            let counters = [Arc::<WorkerStats>::default(), Arc::default()];
+            queues.stats.extend(counters.iter().map(Arc::clone));
+            let [counting_out, counting_in] = &counters;
             let mut outbound = Outbound::new(
                 encap.clone(),
                 (tun_out, underlay.try_clone()?),
                 routes.reader(),
-                stats(),
+                (index, Arc::clone(counting_out)),
                 now,
             );
             outbound.set_clamp_mss(options.clamp_mss);
@@ -96,7 +99,7 @@ impl Queues {
                 encap.clone(),
                 (tun_in, underlay),
                 routes.reader(),
-                stats(),
+                (index, Arc::clone(counting_in)),
                 options,
                 now,
             );
@@ -106,7 +109,7 @@ impl Queues {
             match layout {
                 Layout::Joined => {
                     queues.spawn(
-                        format!("queue-{index}"),
+                        Pulse::new(format!("queue-{index}"), counters.to_vec()),
                         Joined { outbound, inbound },
                         busy_poll,
                         (&stopped, &failed),
@@ -114,13 +117,13 @@ impl Queues {
                 }
                 Layout::Split => {
                     queues.spawn(
-                        format!("outbound-{index}"),
+                        Pulse::new(format!("outbound-{index}"), vec![Arc::clone(counting_out)]),
                         outbound,
                         busy_poll,
                         (&stopped, &failed),
                     )?;
                     queues.spawn(
-                        format!("inbound-{index}"),
+                        Pulse::new(format!("inbound-{index}"), vec![Arc::clone(counting_in)]),
                         inbound,
                         busy_poll,
                         (&stopped, &failed),
@@ -133,15 +136,21 @@ impl Queues {
 
     fn spawn(
         &mut self,
-        name: String,
+        pulse: Arc<Pulse>,
         mut work: impl Work + Send + 'static,
         busy_poll: Duration,
         (stopped, failed): (&PipeReader, &mpsc::Sender<io::Error>),
     ) -> io::Result<()> {
         let stopped = stopped.try_clone()?;
         let failed = failed.clone();
+        let living = pulse.living();
+        let role = work.role();
+        let name = pulse.name().to_owned();
+        self.pulses.push(pulse);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            if let Err(error) = run(&mut work, Watch::new(busy_poll), &stopped) {
+            let _living = living;
+            let confined = sandbox::enter_thread(role).map_err(io::Error::other);
+            if let Err(error) = confined.and_then(|()| run(&mut work, Watch::new(busy_poll), &stopped)) {
                 // Full or closed: the daemon is already rebuilding or stopping.
                 let _ = failed.try_send(error);
             }
@@ -150,7 +159,7 @@ impl Queues {
         Ok(())
     }
 
-    /// Counters, one set a queue and direction.
+    /// Counters, one set a queue and direction: outbound and inbound by turns.
     pub fn stats(&self) -> &[Arc<WorkerStats>] {
         &self.stats
     }
@@ -158,6 +167,11 @@ impl Queues {
     /// Number of threads.
     pub fn threads(&self) -> usize {
         self.threads.len()
+    }
+
+    /// Signs of life, one a thread.
+    pub fn pulses(&self) -> &[Arc<Pulse>] {
+        &self.pulses
     }
 }
 
@@ -178,6 +192,8 @@ trait Work {
     fn stats(&self) -> &WorkerStats;
     /// Bytes moved so far.
     fn moved(&self) -> u64;
+    /// What the thread is for.
+    fn role(&self) -> Role;
     /// Waits until there may be something to do, or `stopped` says that there never will be: then the first is ready.
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready>;
 }
@@ -193,6 +209,10 @@ impl<E: Encap> Work for Outbound<E, TunQueue, AnyUnderlay> {
 
     fn moved(&self) -> u64 {
         Outbound::stats(self).counted(Count::OutboundBytes)
+    }
+
+    fn role(&self) -> Role {
+        Role::Queue
     }
 
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
@@ -211,6 +231,10 @@ impl<E: Encap> Work for Inbound<E, TunQueue, AnyUnderlay> {
 
     fn moved(&self) -> u64 {
         Inbound::stats(self).counted(Count::InboundBytes)
+    }
+
+    fn role(&self) -> Role {
+        Inbound::underlay_ref(self).role()
     }
 
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {
@@ -241,6 +265,10 @@ impl<E: Encap> Work for Joined<E> {
 
     fn moved(&self) -> u64 {
         self.outbound.moved().wrapping_add(self.inbound.moved())
+    }
+
+    fn role(&self) -> Role {
+        self.inbound.role()
     }
 
     fn wait(&mut self, stopped: BorrowedFd<'_>) -> io::Result<Ready> {

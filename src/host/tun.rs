@@ -241,7 +241,7 @@ impl TunQueue {
                 tcp: offloads.tso.is_on(),
                 udp: offloads.uso.is_on(),
             },
-            raw: RawSockets::default(),
+            raw: RawSockets::open(),
             scratch: sys::ReadScratch::default(),
         }
     }
@@ -315,33 +315,39 @@ impl Device for TunQueue {
     }
 }
 
-/// Raw sockets for ICMP errors of our own, opened when first needed.
+/// Raw sockets for ICMP errors of our own; none where they are not granted. They are opened with the queue: the thread that uses it
+/// may open nothing.
 ///
-/// They go through a socket, not into the TUN: there, a packet with a local source address is a martian (net/ipv4/fib_frontend.c).
-#[derive(Default)]
+/// Errors go through a socket, not into the TUN: there, a packet with a local source address is a martian (net/ipv4/fib_frontend.c).
 struct RawSockets {
-    v4: Option<Socket>,
-    v6: Option<Socket>,
+    v4: io::Result<Socket>,
+    v6: io::Result<Socket>,
 }
 
 impl RawSockets {
-    fn send(&mut self, packet: &[u8], to: IpAddr) -> io::Result<()> {
-        let (slot, domain) = match to {
-            IpAddr::V4(_) => (&mut self.v4, Domain::IPV4),
-            IpAddr::V6(_) => (&mut self.v6, Domain::IPV6),
+    fn open() -> Self {
+        // IPPROTO_RAW: the packet carries its own IP header, and nothing is received.
+        let open = |domain| {
+            Socket::new(
+                domain,
+                Type::RAW.nonblocking().cloexec(),
+                Some(Protocol::from(libc::IPPROTO_RAW)),
+            )
         };
-        let socket = match slot {
-            Some(socket) => socket,
-            None => {
-                // IPPROTO_RAW: the packet carries its own IP header, and nothing is received.
-                let socket = Socket::new(
-                    domain,
-                    Type::RAW.nonblocking().cloexec(),
-                    Some(Protocol::from(libc::IPPROTO_RAW)),
-                )?;
-                slot.insert(socket)
-            }
+        Self {
+            v4: open(Domain::IPV4),
+            v6: open(Domain::IPV6),
+        }
+    }
+
+    fn send(&self, packet: &[u8], to: IpAddr) -> io::Result<()> {
+        let socket = match to {
+            IpAddr::V4(_) => &self.v4,
+            IpAddr::V6(_) => &self.v6,
         };
-        socket.send_to(packet, &SocketAddr::new(to, 0).into()).map(drop)
+        match socket {
+            Ok(socket) => socket.send_to(packet, &SocketAddr::new(to, 0).into()).map(drop),
+            Err(error) => Err(error.kind().into()),
+        }
     }
 }

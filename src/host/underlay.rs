@@ -10,6 +10,7 @@ use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{SendFailure, Underlay};
 use crate::host::outer_tun::OuterTun;
 use crate::host::raw::RawUnderlay;
+use crate::host::sandbox::Role;
 use crate::host::socket::UdpUnderlay;
 
 /// What one queue sends and receives by.
@@ -32,6 +33,15 @@ impl AnyUnderlay {
             Self::Udp(underlay) => underlay.try_clone().map(Self::Udp),
             Self::Raw(underlay) => underlay.try_clone().map(Self::Raw),
             Self::Tun(underlay) => underlay.try_clone().map(Self::Tun),
+        }
+    }
+
+    /// What the thread that receives by it is for.
+    pub fn role(&self) -> Role {
+        match self {
+            Self::Udp(_) | Self::Raw(_) => Role::Queue,
+            // Its reader deals with what SIDs say, too.
+            Self::Tun(_) => Role::Sids,
         }
     }
 

@@ -1,7 +1,7 @@
 //! A store served to other nodes, and what a daemon tells of itself.
 //!
 //! [`serve`] speaks flannel's client/server HTTP API (`api`) over any [`Store`], from one shared watch of it (`feed`).
-//! [`status`] hands the daemon's status document to `kersey status` over a unix socket.
+//! [`status`] hands the daemon's status document to `kersey status` over a unix socket, [`monitor`] answers health probes and Prometheus.
 //!
 //! # Limits
 //!
@@ -16,6 +16,7 @@
 
 mod api;
 mod feed;
+pub mod monitor;
 pub mod status;
 
 use std::future::Future;

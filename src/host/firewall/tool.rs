@@ -1,17 +1,12 @@
-//! The programs firewall rules are made with: the only place in Kersey that starts a program.
+//! The programs firewall rules are made with: the only place in the daemon that starts programs, beside the start of the
+//! [`helper`](super::helper) that does it once the daemon has given that up.
 //!
 //! An [`Invocation`] is a tool, arguments that are fixed texts but for names of tables and chains (see [`Invocation::with`]), and a text
 //! for its standard input. [`Invocation::execute`] finds the program in [`FOLDERS`] and nowhere else, starts it without a shell and with an
 //! environment of two variables, and waits. It blocks, so it runs on a thread that does nothing else; it needs no runtime.
 //!
-//! What a sandbox has to allow the thread, or a process that does this in its place:
-//!
-//! - `clone`/`vfork`, `execve` of files in [`FOLDERS`], `wait4`/`waitid`, `pidfd` calls, `kill` of its own child, `memfd_create`.
-//! - The child needs `CAP_NET_ADMIN`, which a daemon that is not root hands on as an *ambient* capability; `no_new_privs` does not harm.
-//! - The child of its own opens netlink sockets, raw sockets (iptables-legacy: `SO_GET_INFO` and the like, which asks for `CAP_NET_ADMIN`,
-//!   and `socket(AF_INET, SOCK_RAW)`, which asks for `CAP_NET_RAW`), and the lock file `/run/xtables.lock`.
-//!
-//! An [`Invocation`] and its [`Output`] hold nothing but text, so they can travel over a pipe to a helper process and back.
+//! The tools need `CAP_NET_ADMIN`, and the old iptables `CAP_NET_RAW` and the lock file `/run/xtables.lock`; whoever is not root hands
+//! capabilities on as *ambient* ones. An [`Invocation`] and its [`Output`] hold nothing but text, so that they can travel.
 //!
 //! Bounds: [`TIMEOUT`] a call, after which the program is killed; [`MAX_OUTPUT`] bytes of each output.
 
@@ -24,6 +19,9 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
+
+use super::helper;
 
 /// Where programs are looked for, in this order.
 pub const FOLDERS: [&str; 6] = [
@@ -43,7 +41,7 @@ pub const MAX_OUTPUT: u64 = 4 * 1024 * 1024;
 const LOOK: Duration = Duration::from_millis(1);
 
 /// A program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Tool {
     /// `nft`.
     Nft,
@@ -51,10 +49,12 @@ pub enum Tool {
     Iptables(Family, Flavour),
     /// `iptables-restore` or `ip6tables-restore`, of a flavour.
     Restore(Family, Flavour),
+    /// No program, but a file that only root reads: which tables the old iptables has in this namespace, a line each.
+    LegacyTables(Family),
 }
 
 /// An address family, as firewall tools tell them apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Family {
     /// IPv4.
     V4,
@@ -63,7 +63,7 @@ pub enum Family {
 }
 
 /// Which iptables: hosts may have two, with separate rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Flavour {
     /// The one called `iptables`, whichever it is.
     Default,
@@ -90,6 +90,8 @@ impl Tool {
             Self::Restore(Family::V6, Flavour::Default) => "ip6tables-restore",
             Self::Restore(Family::V6, Flavour::Nft) => "ip6tables-nft-restore",
             Self::Restore(Family::V6, Flavour::Legacy) => "ip6tables-legacy-restore",
+            Self::LegacyTables(Family::V4) => "/proc/net/ip_tables_names",
+            Self::LegacyTables(Family::V6) => "/proc/net/ip6_tables_names",
         }
     }
 
@@ -106,7 +108,7 @@ impl Tool {
 }
 
 /// One call of a tool.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invocation {
     tool: Tool,
     args: Vec<String>,
@@ -114,7 +116,7 @@ pub struct Invocation {
 }
 
 /// What a tool said, and whether it succeeded.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
     /// Whether its exit status was 0.
     pub success: bool,
@@ -176,12 +178,37 @@ impl Invocation {
         self
     }
 
-    /// Runs the tool, and waits for its end.
+    pub(super) fn tool(&self) -> Tool {
+        self.tool
+    }
+
+    pub(super) fn args(&self) -> &[String] {
+        &self.args
+    }
+
+    pub(super) fn input(&self) -> &str {
+        &self.input
+    }
+
+    /// Has the tool run, by the helper if there is one, and waits for its end.
     ///
     /// # Errors
     /// It could not be run to its end; that it refused is told by [`Output::success`].
     pub fn execute(&self) -> Result<Output, ToolError> {
+        helper::ask(self).unwrap_or_else(|| self.execute_here())
+    }
+
+    /// Runs the tool from this process.
+    pub(super) fn execute_here(&self) -> Result<Output, ToolError> {
         let program = self.tool.name();
+        if let Tool::LegacyTables(_) = self.tool {
+            let read = std::fs::read_to_string(program);
+            return Ok(Output {
+                success: read.is_ok(),
+                text: read.unwrap_or_default(),
+                error: String::new(),
+            });
+        }
         let path = self.tool.path().ok_or(ToolError::Missing(program))?;
         let failed = |source| ToolError::Start { program, source };
         // Files and not pipes: a program that neither reads nor is read cannot block, nor block us.

@@ -1,0 +1,307 @@
+//! Which files this process needs, and everything else given up: what [`sandbox`](crate::host::sandbox) is told to leave.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{Gid, Uid, User};
+
+use crate::host::firewall;
+use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
+use crate::options::{FirewallTool, NetworkConfigSource, RunOptions, SandboxPart, StoreKind};
+
+/// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
+/// replaced as networks come and go.
+const RESOLVER: [&str; 8] = [
+    "/etc",
+    "/run/systemd/resolve",
+    "/run/resolvconf",
+    "/run/NetworkManager",
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+];
+/// Where the system keeps whom it trusts.
+const TRUST: [&str; 6] = [
+    "/etc/ssl",
+    "/etc/pki",
+    "/etc/ca-certificates",
+    "/usr/share/ca-certificates",
+    "/usr/local/share/ca-certificates",
+    "/usr/lib/ssl",
+];
+/// What the standard library asks for the number of processors.
+const PROCESSORS: [&str; 4] = [
+    "/proc/self/cgroup",
+    "/proc/self/mountinfo",
+    "/sys/fs/cgroup",
+    "/sys/devices/system/cpu",
+];
+/// Switches of devices and interfaces.
+const SWITCHES: &str = "/proc/sys/net";
+const TUN: &str = "/dev/net/tun";
+
+/// Why the process cannot be confined.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConfineError {
+    /// There is no such user.
+    #[error("there is no user {0:?} (--user)")]
+    NoUser(String),
+    /// The user could not write where it must.
+    #[error("user {user} may not write to {}, which belongs to user {owner}; chown it", .folder.display())]
+    Foreign {
+        /// Whom we should become.
+        user: Uid,
+        /// The folder.
+        folder: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// A folder cannot be given to the user.
+    #[error("cannot give {} to user {user}", .path.display())]
+    Give {
+        /// What.
+        path: PathBuf,
+        /// To whom.
+        user: Uid,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refuses.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+}
+
+/// Makes the folders that are written to, becomes the user asked for, and enters the sandbox. To be called before there are threads.
+pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
+    let account = options.process.user.as_deref().map(account).transpose()?;
+    let folders = folders(options);
+    for (folder, mode) in &folders {
+        prepare(folder, *mode, account)?;
+    }
+    if let Some(account) = account {
+        give_contents(&options.data_dir, account)?;
+    }
+    let parts: Vec<Part> = options
+        .process
+        .sandbox
+        .0
+        .iter()
+        .map(|part| part_of(*part))
+        .collect();
+    if options.firewall.tool != FirewallTool::Off
+        && let Err(error) = firewall::helper::start(&parts)
+    {
+        // Without a sandbox the daemon runs the tools itself; inside, it will say that it cannot.
+        tracing::warn!(%error, "cannot start the process that runs firewall tools");
+    }
+    let mut plan = Plan::new(parts.into_iter().collect(), account);
+    for (folder, _) in folders {
+        plan.write(folder);
+    }
+    plan.write(SWITCHES);
+    plan.device(TUN);
+    for path in PROCESSORS {
+        plan.read(path);
+    }
+    for file in files(options) {
+        plan.read_file(&file);
+    }
+    if resolves_names(options) {
+        for path in RESOLVER {
+            plan.read(path);
+        }
+    }
+    if speaks_tls(options) {
+        for path in TRUST {
+            plan.read(path);
+        }
+        for variable in ["SSL_CERT_FILE", "SSL_CERT_DIR"] {
+            if let Some(path) = std::env::var_os(variable) {
+                plan.read_file(Path::new(&path));
+            }
+        }
+    }
+    sandbox::enter(&plan)?;
+    Ok(())
+}
+
+fn part_of(part: SandboxPart) -> Part {
+    match part {
+        SandboxPart::Capabilities => Part::Capabilities,
+        SandboxPart::Landlock => Part::Landlock,
+        SandboxPart::Seccomp => Part::Seccomp,
+    }
+}
+
+/// The folders written to, and the mode each is made with.
+fn folders(options: &RunOptions) -> Vec<(PathBuf, u32)> {
+    let mut folders = vec![(options.data_dir.clone(), 0o700)];
+    let files = [&options.subnet_file, &options.status_socket];
+    folders.extend(files.into_iter().map(|file| (folder_of(file), 0o755)));
+    folders
+}
+
+fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        Some(_) | None => PathBuf::from("."),
+    }
+}
+
+/// The files the options name.
+fn files(options: &RunOptions) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = options.srv6.hmac_keys.iter().cloned().collect();
+    match &options.store.kind {
+        StoreKind::Etcd(etcd) => {
+            files.extend(etcd.ca_file.clone());
+            if let Some(cert) = &etcd.client_cert {
+                files.extend([cert.cert_file.clone(), cert.key_file.clone()]);
+            }
+        }
+        StoreKind::Embedded(embedded) => {
+            for source in embedded.network_configs.iter().map(|(_, source)| source) {
+                if let NetworkConfigSource::File(file) = source {
+                    files.push(file.clone());
+                }
+            }
+        }
+        StoreKind::Remote(_) => {}
+    }
+    files
+}
+
+/// Whether the store or the address to listen on is given by name.
+fn resolves_names(options: &RunOptions) -> bool {
+    let named = |host: &str| {
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        !bare.is_empty() && bare.parse::<std::net::IpAddr>().is_err()
+    };
+    let store = match &options.store.kind {
+        StoreKind::Etcd(etcd) => etcd.endpoints.iter().any(|endpoint| named(host_of(endpoint))),
+        StoreKind::Embedded(_) => false,
+        StoreKind::Remote(servers) => servers.iter().any(|server| named(&server.host)),
+    };
+    store || options.listen.as_ref().is_some_and(|listen| named(&listen.host))
+}
+
+/// The host of a URL, or of `host:port`.
+fn host_of(endpoint: &str) -> &str {
+    let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
+    let rest = rest.split('/').next().unwrap_or(rest);
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    match rest.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or(v6),
+        None => rest.split(':').next().unwrap_or(rest),
+    }
+}
+
+fn speaks_tls(options: &RunOptions) -> bool {
+    match &options.store.kind {
+        StoreKind::Etcd(etcd) => etcd
+            .endpoints
+            .iter()
+            .any(|endpoint| endpoint.starts_with("https:")),
+        StoreKind::Embedded(_) => false,
+        StoreKind::Remote(_) => true,
+    }
+}
+
+fn account(name: &str) -> Result<Account, ConfineError> {
+    let found = match name.parse::<u32>() {
+        Ok(uid) => match User::from_uid(Uid::from_raw(uid)) {
+            Ok(Some(user)) => Some((user.uid, user.gid)),
+            // A number needs no entry in any database.
+            Ok(None) | Err(_) => Some((Uid::from_raw(uid), Gid::from_raw(uid))),
+        },
+        Err(_) => User::from_name(name)
+            .ok()
+            .flatten()
+            .map(|user| (user.uid, user.gid)),
+    };
+    let (uid, gid) = found.ok_or_else(|| ConfineError::NoUser(name.to_owned()))?;
+    Ok(Account { uid, gid })
+}
+
+/// Makes a folder, for the account if there is one. One that cannot be made is told by whoever uses it, who also knows what for.
+fn prepare(folder: &Path, mode: u32, account: Option<Account>) -> Result<(), ConfineError> {
+    let new = !folder.exists();
+    if new {
+        let made = DirBuilder::new().recursive(true).mode(mode).create(folder);
+        if let Err(error) = made.and_then(|()| fs::set_permissions(folder, Permissions::from_mode(mode))) {
+            tracing::debug!(%error, folder = %folder.display(), "cannot make a folder");
+            return Ok(());
+        }
+    }
+    let Some(account) = account else { return Ok(()) };
+    if new {
+        return give(folder, account);
+    }
+    let Ok(meta) = fs::metadata(folder) else {
+        return Ok(());
+    };
+    let mode = meta.mode();
+    let writable = meta.uid() == account.uid.as_raw()
+        || (meta.gid() == account.gid.as_raw() && mode & 0o020 != 0)
+        || mode & 0o002 != 0;
+    if writable {
+        return Ok(());
+    }
+    Err(ConfineError::Foreign {
+        user: account.uid,
+        folder: folder.to_owned(),
+        owner: meta.uid(),
+    })
+}
+
+/// Gives the account what an earlier life as another user left in the data directory.
+fn give_contents(folder: &Path, account: Account) -> Result<(), ConfineError> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        // A link is not followed: what it leads to may be anybody's.
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            give(&entry.path(), account)?;
+        }
+    }
+    Ok(())
+}
+
+fn give(path: &Path, account: Account) -> Result<(), ConfineError> {
+    let given = chown(path, Some(account.uid.as_raw()), Some(account.gid.as_raw()));
+    given.map_err(|source| ConfineError::Give {
+        path: path.to_owned(),
+        user: account.uid,
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_found_in_every_form_of_endpoint() {
+        for (endpoint, host) in [
+            ("http://127.0.0.1:2379", "127.0.0.1"),
+            ("https://etcd.example:2379/x", "etcd.example"),
+            ("http://[::1]:2379", "::1"),
+            ("etcd:2379", "etcd"),
+            ("https://user@host", "host"),
+        ] {
+            assert_eq!(host_of(endpoint), host, "{endpoint}");
+        }
+    }
+
+    #[test]
+    fn a_user_is_a_name_or_a_number() {
+        assert_eq!(account("0").unwrap().uid, Uid::from_raw(0));
+        assert_eq!(account("root").unwrap().gid, Gid::from_raw(0));
+        assert_eq!(account("4242424").unwrap().gid, Gid::from_raw(4_242_424));
+        assert!(matches!(account("no such user"), Err(ConfineError::NoUser(_))));
+    }
+}

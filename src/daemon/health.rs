@@ -1,0 +1,305 @@
+//! Whether the daemon lives and is ready, and what it counts: what [`monitor`](crate::server::monitor) and the watchdog ask.
+//!
+//! It lives while every thread that moves packets does ([`pulse`](crate::host::pulse)) and the loop that looks after each network turns.
+//! A store that is away, a lease still waited for or a device in use elsewhere are no illness: nothing would be better after a restart.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::Instant;
+
+use crate::daemon::metrics::{self, Process};
+use crate::daemon::report::Report;
+use crate::options::MonitorOptions;
+use crate::server::monitor::{self, Audience, Monitored};
+
+/// How often the loop of a network turns when nothing happens.
+pub(super) const TURN: Duration = Duration::from_secs(1);
+/// A loop that has not turned for so long is stuck: its longest work, a dump of all routes, takes milliseconds.
+const LOOP_STUCK: Duration = Duration::from_secs(20);
+/// A thread without a pulse for so long is stuck: it sleeps a second at the most.
+const THREAD_STUCK: Duration = Duration::from_secs(10);
+
+/// How a reload went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "reloads are counted once there are some")]
+pub(super) enum Reload {
+    /// What could change has changed.
+    Applied,
+    /// All stayed as it was.
+    Refused,
+}
+
+/// The networks of the process, and what is known of their health.
+pub(super) struct Health {
+    started: SystemTime,
+    kernel: String,
+    networks: Mutex<BTreeMap<String, Arc<Report>>>,
+    /// Network and thread → its last known pulse, and since when.
+    seen: Mutex<BTreeMap<(String, String), (u64, Instant)>>,
+    applied: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Health {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a shell: when the process started is told in metrics"
+    )]
+    pub(super) fn new(kernel: String) -> Self {
+        Self {
+            started: SystemTime::now(),
+            kernel,
+            networks: Mutex::default(),
+            seen: Mutex::default(),
+            applied: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
+    }
+
+    /// Watches over a network from now on; `_` is the one without a name.
+    pub(super) fn add(&self, network: &str, report: Arc<Report>) {
+        lock(&self.networks).insert(network.to_owned(), report);
+    }
+
+    /// Watches over it no more.
+    #[allow(dead_code, reason = "networks come and go in a process of several")]
+    pub(super) fn remove(&self, network: &str) {
+        lock(&self.networks).remove(network);
+        lock(&self.seen).retain(|(of, _), _| of != network);
+    }
+
+    #[allow(dead_code, reason = "reloads are counted once there are some")]
+    pub(super) fn count_reload(&self, reload: Reload) {
+        let counter = match reload {
+            Reload::Applied => &self.applied,
+            Reload::Refused => &self.refused,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether all that should run does, as of `now`.
+    fn judge(&self, now: Instant) -> Result<(), String> {
+        for (network, report) in &*lock(&self.networks) {
+            let vitals = report.vitals();
+            let still = vitals.turned.map(|turned| now.saturating_duration_since(turned));
+            if let Some(still) = still.filter(|still| *still > LOOP_STUCK) {
+                let seconds = still.as_secs();
+                return Err(format!(
+                    "the loop of network {network} has not turned for {seconds} s"
+                ));
+            }
+            let mut seen = lock(&self.seen);
+            for pulse in &vitals.pulses {
+                let name = pulse.name();
+                if pulse.has_ended() {
+                    return Err(format!("thread {name} of network {network} has ended"));
+                }
+                let Some(beats) = pulse.beats() else { continue };
+                let last = seen
+                    .entry((network.clone(), name.to_owned()))
+                    .or_insert((beats, now));
+                if last.0 != beats {
+                    *last = (beats, now);
+                }
+                let still = now.saturating_duration_since(last.1);
+                if still > THREAD_STUCK {
+                    let seconds = still.as_secs();
+                    return Err(format!(
+                        "thread {name} of network {network} has not moved for {seconds} s"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What there is to say in one line, for whoever reads `systemctl status`.
+    pub(super) fn summary(&self) -> String {
+        let networks = lock(&self.networks);
+        let lines = networks.iter().map(|(network, report)| {
+            let status = report.status();
+            let name = if network == "_" {
+                String::new()
+            } else {
+                format!("{network}: ")
+            };
+            if !status.ready {
+                return format!("{name}not ready");
+            }
+            let store = if status.store.connected {
+                ""
+            } else {
+                ", store away"
+            };
+            format!(
+                "{name}{} by {}, {} peers{store}",
+                status.node.subnets.join(" "),
+                status.backend.name,
+                status.peers.len()
+            )
+        });
+        lines.collect::<Vec<_>>().join("; ")
+    }
+}
+
+impl Monitored for Health {
+    fn alive(&self) -> Result<(), String> {
+        self.judge(Instant::now())
+    }
+
+    fn ready(&self) -> bool {
+        let networks = lock(&self.networks);
+        !networks.is_empty() && networks.values().all(|report| report.is_ready())
+    }
+
+    fn metrics(&self) -> String {
+        let networks = lock(&self.networks);
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let process = Process {
+            started_unix_s: started.as_secs_f64(),
+            kernel: self.kernel.clone(),
+            reloads: [&self.applied, &self.refused].map(|counter| counter.load(Ordering::Relaxed)),
+            sandbox: crate::host::sandbox::report().into_iter().collect(),
+        };
+        let samples = networks
+            .iter()
+            .map(|(network, report)| (network.clone(), report.sample()));
+        metrics::render(process, samples.collect())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Answers probes and Prometheus at the addresses that were asked for, for as long as the runtime lives.
+pub(super) fn serve(options: &MonitorOptions, health: &Arc<Health>) {
+    for (address, audience) in listeners(options) {
+        tokio::spawn(monitor::serve(address, audience, Arc::clone(health)));
+    }
+}
+
+/// Where to listen, and for whom.
+fn listeners(options: &MonitorOptions) -> Vec<(SocketAddr, Audience)> {
+    let probes = options
+        .healthz_port
+        .map(|port| SocketAddr::new(options.healthz_ip, port.get()));
+    let mut listeners: Vec<_> = probes
+        .map(|address| (address, Audience::ThisMachine))
+        .into_iter()
+        .collect();
+    if let Some(metrics) = options.metrics_address {
+        // One listener has a port for every address; a second for one of them could not be had.
+        let covered = |probes: &SocketAddr| {
+            probes.port() == metrics.port()
+                && (probes.ip() == metrics.ip() || probes.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+        };
+        match listeners.iter_mut().find(|(address, _)| covered(address)) {
+            Some((address, audience)) if *address == metrics => *audience = Audience::Everybody,
+            // The port for probes answers this machine as it is.
+            Some(_) if metrics.ip().is_loopback() => {}
+            Some((_, audience)) => *audience = Audience::Everybody,
+            None => listeners.push((metrics, Audience::Everybody)),
+        }
+    }
+    listeners
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::pulse::Pulse;
+
+    #[test]
+    fn a_thread_that_ended_or_stands_still_is_an_illness() {
+        let health = Health::new("6.1".to_owned());
+        let report = Arc::new(Report::for_tests());
+        health.add("_", Arc::clone(&report));
+        let start = Instant::now();
+        assert_eq!(health.judge(start), Ok(()), "nothing runs yet");
+
+        let stats = Arc::<crate::dataplane::stats::WorkerStats>::default();
+        let pulse = Pulse::new("queue-0", vec![Arc::clone(&stats)]);
+        let living = pulse.living();
+        report.set_pulses(vec![pulse, Pulse::new("endpoint", Vec::new())]);
+        assert_eq!(health.judge(start), Ok(()));
+        assert_eq!(health.judge(start + THREAD_STUCK), Ok(()));
+        let stuck = health
+            .judge(start + THREAD_STUCK + Duration::from_secs(1))
+            .unwrap_err();
+        assert_eq!(stuck, "thread queue-0 of network _ has not moved for 11 s");
+        stats.count(crate::dataplane::stats::Count::Sleeps, 1);
+        assert_eq!(health.judge(start + THREAD_STUCK * 2), Ok(()));
+        drop(living);
+        assert!(health.judge(start).unwrap_err().contains("has ended"));
+        health.remove("_");
+        assert_eq!(health.judge(start), Ok(()));
+    }
+
+    #[test]
+    fn a_loop_that_does_not_turn_is_an_illness() {
+        let health = Health::new("6.1".to_owned());
+        let report = Arc::new(Report::for_tests());
+        health.add("blue", Arc::clone(&report));
+        report.set_turned();
+        let now = Instant::now();
+        assert_eq!(health.judge(now + LOOP_STUCK), Ok(()));
+        let stuck = health
+            .judge(now + LOOP_STUCK + Duration::from_secs(2))
+            .unwrap_err();
+        assert!(
+            stuck.starts_with("the loop of network blue has not turned"),
+            "{stuck}"
+        );
+        report.not_ready();
+        assert_eq!(health.judge(now + LOOP_STUCK * 9), Ok(()), "it starts again");
+    }
+
+    #[test]
+    fn it_is_ready_when_all_networks_are() {
+        let health = Health::new("6.1".to_owned());
+        assert!(!health.ready(), "there is none");
+        let reports = [Arc::new(Report::for_tests()), Arc::new(Report::for_tests())];
+        health.add("a", Arc::clone(&reports[0]));
+        health.add("b", Arc::clone(&reports[1]));
+        reports[0].set_ready();
+        assert!(!health.ready());
+        reports[1].set_ready();
+        assert!(health.ready());
+    }
+
+    #[test]
+    fn one_port_for_probes_and_metrics_is_one_listener() {
+        let options = |ip: &str, port: u16, metrics: Option<&str>| MonitorOptions {
+            healthz_ip: ip.parse().unwrap(),
+            healthz_port: std::num::NonZeroU16::new(port),
+            metrics_address: metrics.map(|text| text.parse().unwrap()),
+        };
+        let listen = |text: &str, audience| (text.parse::<SocketAddr>().unwrap(), audience);
+        use Audience::{Everybody, ThisMachine};
+        assert_eq!(listeners(&options("0.0.0.0", 0, None)), []);
+        assert_eq!(
+            listeners(&options("0.0.0.0", 0, Some("127.0.0.1:9100"))),
+            [listen("127.0.0.1:9100", Everybody)]
+        );
+        assert_eq!(
+            listeners(&options("0.0.0.0", 8081, Some("127.0.0.1:9100"))),
+            [
+                listen("0.0.0.0:8081", ThisMachine),
+                listen("127.0.0.1:9100", Everybody)
+            ]
+        );
+        assert_eq!(
+            listeners(&options("0.0.0.0", 8081, Some("127.0.0.1:8081"))),
+            [listen("0.0.0.0:8081", ThisMachine)]
+        );
+        assert_eq!(
+            listeners(&options("0.0.0.0", 8081, Some("0.0.0.0:8081"))),
+            [listen("0.0.0.0:8081", Everybody)]
+        );
+    }
+}

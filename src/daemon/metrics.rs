@@ -1,0 +1,453 @@
+//! The counters as OpenMetrics text, for Prometheus.
+//!
+//! Nothing is kept for it: each scrape samples what the status document is made from. Names have the prefix `kersey_`, base units, and
+//! `_total` on what only grows. Every series of a node carries `network`; `_` is the network that has no name. A peer is named by its
+//! subnet, so a thousand peers make about four thousand series. After a device was made anew its counters begin at 0, as Prometheus expects.
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::daemon::report::Sample;
+use crate::dataplane::stats::Count;
+use crate::status::{Peer, Status};
+
+/// What is told of the process as a whole.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Process {
+    /// Seconds since 1970 at which it started.
+    pub(super) started_unix_s: f64,
+    /// The kernel's release.
+    pub(super) kernel: String,
+    /// Reloads that went well, and that did not.
+    pub(super) reloads: [u64; 2],
+    /// What it has given up of its privileges: part, and what came of it.
+    pub(super) sandbox: Vec<(String, String)>,
+}
+
+/// One scrape.
+#[derive(Debug)]
+struct Scrape {
+    process: Process,
+    networks: Vec<(String, Sample)>,
+}
+
+/// Renders one scrape.
+pub(super) fn render(process: Process, networks: Vec<(String, Sample)>) -> String {
+    let mut registry = Registry::with_prefix("kersey");
+    registry.register_collector(Box::new(Scrape { process, networks }));
+    let mut text = String::new();
+    // Writing to a string cannot fail; what a collector refuses would be a mistake in the names below, which the test finds.
+    match encode(&mut text, &registry) {
+        Ok(()) => text,
+        Err(fmt::Error) => "# EOF\n".to_owned(),
+    }
+}
+
+/// Labels of a series: name and value.
+type Labels = Vec<(&'static str, String)>;
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Families(&mut encoder);
+        self.process(&mut out)?;
+        self.node(&mut out)?;
+        self.peers(&mut out)?;
+        self.packets(&mut out)?;
+        self.store(&mut out)
+    }
+}
+
+impl Scrape {
+    fn process(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        let build = vec![
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("arch", std::env::consts::ARCH.to_owned()),
+            ("kernel", self.process.kernel.clone()),
+        ];
+        out.gauges("build_info", "Which build runs, on what", [(build, 1.0)])?;
+        out.gauges(
+            "process_start_time_seconds",
+            "When the process started, since 1970",
+            [(Vec::new(), self.process.started_unix_s)],
+        )?;
+        let [applied, refused] = self.process.reloads;
+        let reloads = [("applied", applied), ("refused", refused)];
+        out.counters(
+            "config_reloads",
+            "Reloads by SIGHUP",
+            reloads.map(|(result, n)| (vec![("result", result.to_owned())], n)),
+        )?;
+        let parts = self.process.sandbox.iter();
+        out.gauges(
+            "sandbox_enabled",
+            "Whether a part of the sandbox holds",
+            parts.map(|(part, state)| (vec![("part", part.clone())], holds(state))),
+        )
+    }
+
+    fn node(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        out.gauges(
+            "ready",
+            "Whether the subnet file is written and packets flow",
+            self.each(|_, sample| Some((Vec::new(), truth(sample.status.ready)))),
+        )?;
+        out.gauges(
+            "backend_info",
+            "The backend in use, and why",
+            self.each(|_, sample| {
+                let backend = &sample.status.backend;
+                let labels = vec![
+                    ("backend", backend.name.clone()),
+                    ("reason", backend.reason.clone()),
+                ];
+                (!backend.name.is_empty()).then_some((labels, 1.0))
+            }),
+        )?;
+        out.gauges(
+            "lease_expiry_timestamp_seconds",
+            "When our lease ends unless it is renewed, since 1970; absent for a reservation",
+            self.each(|_, sample| {
+                let end = sample.status.node.lease_expires_unix_s?;
+                Some((Vec::new(), end as f64))
+            }),
+        )?;
+        out.gauges(
+            "inner_mtu_bytes",
+            "MTU inside",
+            self.each(|_, sample| Some((Vec::new(), f64::from(sample.status.node.inner_mtu)))),
+        )?;
+        out.gauges(
+            "tun_offload_enabled",
+            "Whether an offload is in use",
+            self.rows(|status| {
+                let offloads = status.device.offloads.iter();
+                offloads
+                    .map(|(kind, state)| (vec![("kind", kind.clone())], holds(state)))
+                    .collect()
+            }),
+        )?;
+        out.gauges(
+            "worker_threads",
+            "Threads that move packets",
+            self.each(|_, sample| Some((Vec::new(), sample.status.device.threads as f64))),
+        )
+    }
+
+    fn peers(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        out.gauges(
+            "peers",
+            "Other nodes, by whether packets can be sent to them",
+            self.rows(|status| {
+                let reachable = status.peers.iter().filter(|peer| !peer.endpoints.is_empty());
+                let reachable = reachable.count();
+                let counted = [
+                    ("reachable", reachable),
+                    ("unreachable", status.peers.len() - reachable),
+                ];
+                counted
+                    .map(|(state, n)| (vec![("state", state.to_owned())], n as f64))
+                    .to_vec()
+            }),
+        )?;
+        out.gauges(
+            "routes",
+            "Prefixes that lead to peers",
+            self.rows(|status| {
+                let prefixes = status.peers.iter().map(|peer| peer.subnets.len()).sum::<usize>();
+                vec![(Vec::new(), prefixes as f64)]
+            }),
+        )?;
+        out.counters(
+            "route_updates",
+            "Route tables handed to the threads",
+            self.each(|_, sample| Some((Vec::new(), sample.route_updates))),
+        )?;
+        let figures: [(&str, &str, fn(&Peer) -> u64); 4] = [
+            ("peer_tx_packets", "Inner packets sent to a peer", |peer| {
+                peer.outbound_packets
+            }),
+            ("peer_tx_bytes", "Their bytes", |peer| peer.outbound_bytes),
+            ("peer_rx_packets", "Inner packets received from a peer", |peer| {
+                peer.inbound_packets
+            }),
+            ("peer_rx_bytes", "Their bytes", |peer| peer.inbound_bytes),
+        ];
+        for (name, help, figure) in figures {
+            let of = |peer: &Peer| (vec![peer_label(peer)], figure(peer));
+            out.counters(
+                name,
+                help,
+                self.rows(|status| status.peers.iter().map(of).collect()),
+            )?;
+        }
+        out.gauges(
+            "peer_path_mtu_bytes",
+            "The largest packet a peer can be sent, where the path carries less than the link",
+            self.rows(|status| {
+                let narrow = status.peers.iter().filter_map(|peer| {
+                    let mtu = peer.narrow_mtu?;
+                    Some((vec![peer_label(peer)], f64::from(mtu)))
+                });
+                narrow.collect()
+            }),
+        )
+    }
+
+    fn packets(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        let drops = self.networks.iter().flat_map(|(network, sample)| {
+            sample.drops.iter().map(move |(reason, direction, n)| {
+                let labels = vec![
+                    ("network", network.clone()),
+                    ("reason", reason.name().to_owned()),
+                    ("direction", (*direction).to_owned()),
+                ];
+                (labels, *n)
+            })
+        });
+        out.counters("drops", "Packets dropped", drops)?;
+        for count in Count::ALL {
+            let name = match count {
+                Count::ReceiveOverflows => "socket_overflow",
+                other => other.name(),
+            };
+            out.counters(
+                name,
+                help(*count),
+                self.each(|_, sample| {
+                    let n = sample.status.counters.get(count.name())?;
+                    Some((Vec::new(), *n))
+                }),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn store(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        out.gauges(
+            "store_up",
+            "Whether the store answered last time",
+            self.each(|_, sample| Some((Vec::new(), truth(sample.status.store.connected)))),
+        )?;
+        out.counters(
+            "store_errors",
+            "Errors of the store",
+            self.each(|_, sample| Some((Vec::new(), sample.store_errors))),
+        )?;
+        out.gauges(
+            "rejected_leases",
+            "Leases of others that are not believed",
+            self.rows(|status| {
+                let rejected = status.rejected_leases.iter();
+                rejected
+                    .map(|(reason, n)| (vec![("reason", reason.clone())], *n as f64))
+                    .collect()
+            }),
+        )
+    }
+
+    /// One series a network, if it has one.
+    fn each<V>(&self, of: impl Fn(&str, &Sample) -> Option<(Labels, V)>) -> Vec<(Labels, V)> {
+        let series = self.networks.iter().filter_map(|(network, sample)| {
+            let (mut labels, value) = of(network, sample)?;
+            labels.insert(0, ("network", network.clone()));
+            Some((labels, value))
+        });
+        series.collect()
+    }
+
+    /// Several series a network.
+    fn rows<V>(&self, of: impl Fn(&Status) -> Vec<(Labels, V)>) -> Vec<(Labels, V)> {
+        let mut all = Vec::new();
+        for (network, sample) in &self.networks {
+            for (mut labels, value) in of(&sample.status) {
+                labels.insert(0, ("network", network.clone()));
+                all.push((labels, value));
+            }
+        }
+        all
+    }
+}
+
+/// Writes families of metrics; one without series is left out.
+struct Families<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+
+impl Families<'_, '_> {
+    fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = (Labels, u64)>,
+    ) -> fmt::Result {
+        self.write(name, help, MetricType::Counter, series, |n, encoder| {
+            prometheus_client::metrics::counter::ConstCounter::new(n).encode(encoder)
+        })
+    }
+
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = (Labels, f64)>,
+    ) -> fmt::Result {
+        self.write(name, help, MetricType::Gauge, series, |value, encoder| {
+            prometheus_client::metrics::gauge::ConstGauge::new(value).encode(encoder)
+        })
+    }
+
+    fn write<V>(
+        &mut self,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        series: impl IntoIterator<Item = (Labels, V)>,
+        put: impl Fn(V, MetricEncoder<'_>) -> fmt::Result,
+    ) -> fmt::Result {
+        let mut series = series.into_iter().peekable();
+        if series.peek().is_none() {
+            return Ok(());
+        }
+        let mut family = self.0.encode_descriptor(name, help, None, kind)?;
+        for (labels, value) in series {
+            put(value, family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+fn peer_label(peer: &Peer) -> (&'static str, String) {
+    ("peer", peer.subnets.join(","))
+}
+
+fn truth(value: bool) -> f64 {
+    if value { 1.0 } else { 0.0 }
+}
+
+/// Whether a state in words says that the thing is in use.
+fn holds(state: &str) -> f64 {
+    truth(!state.starts_with("off"))
+}
+
+fn help(count: Count) -> &'static str {
+    match count {
+        Count::OutboundPackets => "Inner packets sent to peers",
+        Count::OutboundBytes => "Their bytes",
+        Count::OutboundSuperPackets => "Super-packets received from the device",
+        Count::OutboundRuns => "Messages handed to the underlay",
+        Count::OutboundMoved => "Super-packets whose bytes had to be moved",
+        Count::OutboundBatches => "Batches sent",
+        Count::InboundPackets => "Inner packets received from peers and accepted",
+        Count::InboundBytes => "Their bytes",
+        Count::InboundFrames => "Frames written to the device",
+        Count::InboundSuperPackets => "Frames made of two or more packets",
+        Count::InboundBatches => "Batches received",
+        Count::InboundDatagrams => "Messages received",
+        Count::IcmpSent => "ICMP errors sent to inner senders",
+        Count::IcmpLimited => "ICMP errors held back by the rate limit",
+        Count::DeviceFallbacks => "Frames the device refused and that were written segment by segment",
+        Count::GsoFallbacks => "Messages the kernel would not segment and that were sent one by one",
+        Count::PathTooBig => "Datagrams larger than their path carries",
+        Count::ReceiveOverflows => "Datagrams the kernel dropped for want of room in our socket",
+        Count::SendWaits => "Waits for room in a full send socket",
+        Count::SegmentsForwarded => "SRv6 packets sent on towards their next segment",
+        Count::SegmentEchoes => "SRv6 pings answered",
+        Count::Sleeps => "Times a thread went to sleep",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::dataplane::stats::DropReason;
+
+    fn sample() -> Sample {
+        let mut status = Status {
+            ready: true,
+            ..Status::default()
+        };
+        status.backend.name = "vxlan".to_owned();
+        status.backend.reason = "say \"why\"\n".to_owned();
+        status.node.lease_expires_unix_s = Some(1_900_000_000);
+        status.device.offloads = [("tun_tso", "on"), ("udp_gso", "off (kernel)")]
+            .map(|(kind, state)| (kind.to_owned(), state.to_owned()))
+            .into();
+        status.counters = Count::ALL
+            .iter()
+            .map(|count| (count.name().to_owned(), 3))
+            .collect();
+        status.peers = vec![Peer {
+            subnets: vec!["10.244.7.0/24".to_owned()],
+            endpoints: vec!["192.0.2.7:8472".to_owned()],
+            outbound_packets: 41,
+            ..Peer::default()
+        }];
+        Sample {
+            status,
+            drops: DropReason::ALL
+                .iter()
+                .map(|reason| (*reason, "inbound", 5))
+                .collect(),
+            store_errors: 2,
+            route_updates: 9,
+        }
+    }
+
+    #[test]
+    fn every_counter_and_every_drop_reason_is_there() {
+        let process = Process {
+            reloads: [4, 1],
+            sandbox: vec![("seccomp".to_owned(), "on".to_owned())],
+            ..Process::default()
+        };
+        let text = render(process, vec![("_".to_owned(), sample())]);
+        for line in [
+            r#"kersey_ready{network="_"} 1.0"#,
+            r#"kersey_backend_info{network="_",backend="vxlan",reason="say \"why\"\n"} 1.0"#,
+            r#"kersey_lease_expiry_timestamp_seconds{network="_"} 1900000000.0"#,
+            r#"kersey_peer_tx_packets_total{network="_",peer="10.244.7.0/24"} 41"#,
+            r#"kersey_peers{network="_",state="reachable"} 1.0"#,
+            r#"kersey_tun_offload_enabled{network="_",kind="udp_gso"} 0.0"#,
+            r#"kersey_socket_overflow_total{network="_"} 3"#,
+            r#"kersey_gso_fallbacks_total{network="_"} 3"#,
+            r#"kersey_store_up{network="_"} 0.0"#,
+            r#"kersey_store_errors_total{network="_"} 2"#,
+            r#"kersey_config_reloads_total{result="refused"} 1"#,
+            r#"kersey_sandbox_enabled{part="seccomp"} 1.0"#,
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line}\n{text}");
+        }
+        for reason in DropReason::ALL {
+            let name = reason.name();
+            let line = format!(r#"kersey_drops_total{{network="_",reason="{name}",direction="inbound"}} 5"#);
+            assert!(text.contains(&line), "{line}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn names_are_unique_described_and_well_formed() {
+        let text = render(Process::default(), vec![("_".to_owned(), sample())]);
+        let mut names = BTreeSet::new();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let name = rest.split(' ').next().unwrap();
+                assert!(names.insert(name.to_owned()), "{name} twice");
+                assert!(text.contains(&format!("# HELP {name} ")), "{name}");
+                assert!(name.starts_with("kersey_") && !name.ends_with("_total"), "{name}");
+            }
+        }
+        assert!(names.len() > 30, "{names:?}");
+    }
+
+    #[test]
+    fn a_process_without_a_network_still_has_metrics() {
+        let text = render(Process::default(), Vec::new());
+        assert!(text.contains("kersey_build_info{version="), "{text}");
+    }
+}

@@ -1,0 +1,49 @@
+//! What the service manager is told: that we live, and in one line how we are.
+//!
+//! The watchdog is fed only while [`Health`] finds nothing wrong, so a stuck loop or a dead thread ends in a restart. This runs on the
+//! control loop's own thread: if that hangs, nobody feeds. Without a service manager nobody is told.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::daemon::health::Health;
+use crate::server::monitor::Monitored;
+
+/// How often the line is looked at, if there is no watchdog to feed sooner.
+const STATUS: Duration = Duration::from_secs(5);
+
+/// Tells of the daemon for as long as it runs.
+pub(super) async fn tend(health: Arc<Health>) -> Infallible {
+    let watchdog = sd_notify::watchdog_enabled().filter(|period| !period.is_zero());
+    // Thrice in a period: one of them may be late.
+    let every = watchdog.map_or(STATUS, |period| (period / 3).min(STATUS));
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = String::new();
+    let mut hungry = false;
+    loop {
+        ticks.tick().await;
+        if watchdog.is_some() {
+            match health.alive() {
+                Ok(()) => {
+                    let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+                    hungry = false;
+                }
+                Err(why) if !hungry => {
+                    tracing::error!(why, "the watchdog is not fed");
+                    hungry = true;
+                }
+                Err(_) => {}
+            }
+        }
+        let line = health.summary();
+        if line != told {
+            let _ = sd_notify::notify(&[NotifyState::Status(&line)]);
+            told = line;
+        }
+    }
+}

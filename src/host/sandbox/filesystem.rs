@@ -1,0 +1,90 @@
+//! Landlock: which files can be reached.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope,
+};
+
+use super::SandboxError;
+use crate::host::socket::Probed;
+
+/// The newest set of rules known here; an older kernel enforces what it knows of them.
+const NEWEST: ABI = ABI::V6;
+
+/// Restricts this thread, and those it spawns, to the given paths; gives how much of that the kernel enforces. A path that is not there is
+/// left out.
+pub(super) fn restrict(
+    reads: &BTreeSet<PathBuf>,
+    writes: &BTreeSet<PathBuf>,
+    devices: &BTreeSet<PathBuf>,
+) -> Result<String, SandboxError> {
+    let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(|rules| rules.scope(Scope::Signal))
+        .and_then(Ruleset::create)
+        .map_err(failed)?;
+    let own = AccessFs::from_all(NEWEST)
+        & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev);
+    let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
+    let granted = reads
+        .iter()
+        .map(|path| (path, reading))
+        .chain(writes.iter().map(|path| (path, own)))
+        .chain(devices.iter().map(|path| (path, device)));
+    for (path, access) in granted {
+        let Some(rule) = rule(path, access) else { continue };
+        rules = rules.add_rule(rule).map_err(failed)?;
+    }
+    let status = rules.restrict_self().map_err(failed)?;
+    Ok(match status.ruleset {
+        RulesetStatus::FullyEnforced => Probed::On.describe(),
+        RulesetStatus::PartiallyEnforced => "on (in part: an older kernel)",
+        RulesetStatus::NotEnforced => Probed::Missing.describe(),
+    }
+    .to_owned())
+}
+
+/// Restricts this thread, and those and programs it starts, to running what lies below `programs`, reading that and `reads`, and
+/// writing `writes`.
+pub(super) fn restrict_to_programs(
+    programs: &[&str],
+    reads: &[&str],
+    writes: &[&str],
+) -> Result<(), SandboxError> {
+    let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(Ruleset::create)
+        .map_err(failed)?;
+    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
+    let writing = reading | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate;
+    let granted = programs
+        .iter()
+        .map(|path| (path, reading | AccessFs::Execute))
+        .chain(reads.iter().map(|path| (path, reading)))
+        .chain(writes.iter().map(|path| (path, writing)));
+    for (path, access) in granted {
+        let Some(rule) = rule(Path::new(path), access) else {
+            continue;
+        };
+        rules = rules.add_rule(rule).map_err(failed)?;
+    }
+    rules.restrict_self().map(drop).map_err(failed)
+}
+
+/// Access below a path; a file has no access of folders.
+fn rule(path: &Path, access: BitFlags<AccessFs>) -> Option<PathBeneath<PathFd>> {
+    let access = if path.is_dir() {
+        access
+    } else {
+        access & AccessFs::from_file(NEWEST)
+    };
+    let opened = PathFd::new(path).ok()?;
+    Some(PathBeneath::new(opened, access))
+}
