@@ -15,6 +15,7 @@
 //!
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
+mod claims;
 mod confine;
 mod direct;
 mod firewall;
@@ -27,8 +28,10 @@ mod node;
 mod paths;
 mod plain;
 mod report;
+mod supervisor;
 mod underlay_watch;
 mod watchdog;
+mod withdraw;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -41,8 +44,9 @@ use crate::control::store::{self, OpenError};
 use crate::daemon::health::Health;
 use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
+pub use crate::daemon::node::unusable;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
-use crate::daemon::report::Report;
+use crate::daemon::report::{Report, Reports};
 use crate::host::sandbox;
 use crate::host::tun::TunError;
 use crate::options::RunOptions;
@@ -163,10 +167,16 @@ impl StopSignals {
 async fn start(options: &RunOptions) -> Result<()> {
     let health = Arc::new(Health::new(kernel_release()));
     let report = Arc::new(Report::new(options));
-    health.add("_", Arc::clone(&report));
+    let reports = Arc::new(Reports::new(Arc::clone(&health)));
     let socket = StatusSocket::bind(&options.status_socket)?;
-    let shown = Arc::clone(&report);
-    tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    if options.networks.is_some() {
+        let shown = Arc::clone(&reports);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    } else {
+        health.add("_", Arc::clone(&report));
+        let shown = Arc::clone(&report);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    }
     let _instance = Instance::lock(&options.data_dir)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -182,8 +192,10 @@ async fn start(options: &RunOptions) -> Result<()> {
     } else {
         Expirations::Assume
     };
-    let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
+    let networks = store::open_networks(&options.store.kind, options.lease.ttl, expirations).await?;
+    let store = networks.open(None)?;
     report.set_store(store.place());
+    reports.set_place(networks.place());
     if let Some(listen) = &options.listen {
         let listener = server::listen(listen).await?;
         tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
@@ -194,7 +206,13 @@ async fn start(options: &RunOptions) -> Result<()> {
         ));
     }
     tracing::info!(store = store.place(), "store opened");
-    node::run(options, store, report).await
+    match &options.networks {
+        None => node::run(options.clone(), store, report, None).await,
+        Some(choice) => {
+            supervisor::run(options, choice, networks, reports).await;
+            Ok(())
+        }
+    }
 }
 
 fn kernel_release() -> String {

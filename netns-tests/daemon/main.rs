@@ -19,12 +19,15 @@
 
 mod auto;
 mod cleanup;
+mod expiry;
 mod faults;
 mod firewall;
+mod hostile_data;
 mod icmp;
 mod ingress;
 mod leases;
 mod mtu;
+mod networks;
 mod nodes;
 mod offloads;
 mod outage;

@@ -8,18 +8,23 @@ use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval, sleep, sleep_until};
+use tracing::Instrument;
 
-use crate::addr::{MacAddr, Mtu};
+use crate::addr::{MacAddr, Mtu, NetworkName};
 use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::control::{
+    Backoff, Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file,
+};
+use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
+use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::{ENVIRONMENT, exit_status, plain};
 use crate::host::interface::{Families, UnderlayInterface};
@@ -36,6 +41,8 @@ const RETRY_PORT: Duration = Duration::from_secs(5);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
 /// changing it against us should not keep us busy.
 const GATHER: Duration = Duration::from_millis(100);
+/// A file of keys has a line a key, of up to some hundred bytes.
+const MAX_KEYS_BYTES: u64 = 1 << 20;
 
 /// What tells the rules of the network without a name from those of another daemon's on this host: nothing, unless the device has a name
 /// of its own.
@@ -47,10 +54,25 @@ pub(super) fn rules_name(options: &RunOptions) -> &str {
 }
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
-pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+///
+/// One of several networks comes with its name, and takes what it needs of the host before anything is touched.
+pub(super) async fn run(
+    options: RunOptions,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+    claims: Option<(NetworkName, Arc<Claims>)>,
+) -> Result<()> {
     let mut moving = None;
     loop {
-        let ended = live(options, Arc::clone(&store), Arc::clone(&report), moving.take()).await;
+        let (store, report) = (Arc::clone(&store), Arc::clone(&report));
+        let ended = live(
+            &options,
+            claims.as_ref(),
+            Arc::clone(&store),
+            Arc::clone(&report),
+            moving.take(),
+        )
+        .await;
         match ended.map_err(|error| error.downcast::<ChooseAgain>()) {
             Err(Ok(again)) => {
                 tracing::info!("joining anew: {again}");
@@ -64,6 +86,21 @@ pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc
             Ok(()) => return Ok(()),
         }
     }
+}
+
+/// Why no node could run by a network config, in one line, if that is so; what depends on the node itself is not looked at.
+pub fn unusable(network_config: &str) -> Option<String> {
+    let config = match NetworkConfig::parse(network_config) {
+        Ok(config) => config,
+        Err(error) => return Some(error.to_string()),
+    };
+    let identity = Identity {
+        mac: MacAddr::from([2, 0, 0, 0, 0, 1]),
+        srv6: Srv6Node::default(),
+    };
+    select(config.backend.kind.as_deref(), &config.backend.json, identity)
+        .err()
+        .map(|error| error.to_string())
 }
 
 /// The link is too small for this backend and network.
@@ -110,6 +147,7 @@ impl ChooseAgain {
 /// Joins the network with the backend its config names, and stays in it.
 async fn live(
     options: &RunOptions,
+    claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
     moving: Option<Lease>,
@@ -120,9 +158,15 @@ async fn live(
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
-    match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
+    let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
+    if let AnyBackend::Auto(auto) = &mut backend {
+        *auto = auto.settled(socket::port_is_taken(auto.port()));
+    }
+    if let Some((name, claims)) = claims {
+        claims.take(name, &Wants::of(&backend, &config))?;
+    }
+    match backend {
         AnyBackend::Auto(backend) => {
-            let backend = backend.settled(socket::port_is_taken(backend.port()));
             tracing::info!(
                 backend = backend.name(),
                 reason = backend.reason(),
@@ -155,7 +199,7 @@ fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
                 file: file.clone(),
                 cause,
             };
-            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            let text = state_file::read(file, MAX_KEYS_BYTES).map_err(|error| unusable(error.to_string()))?;
             Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };
@@ -255,12 +299,10 @@ async fn join<B: Backend>(
         firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
     };
     let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
+    let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_node(&setup, &published, store);
     let watch = UnderlayWatch::new(&options.interface, &wanted, &interface);
-    let stayed = stay(options, &setup, lease, published, (&report, watch)).await;
-    maintain.abort();
-    stayed
+    stay(options, &setup, lease, published, (&report, watch)).await
 }
 
 /// What our lease is to say.
@@ -420,6 +462,10 @@ pub(super) fn announce(
         return;
     }
     report.set_ready();
+    if options.network.is_some() {
+        // The supervisor tells when all are up.
+        return;
+    }
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::time::interval;
+use tracing::Instrument;
 
 use crate::addr::Prefix;
 use crate::backend::{NoTunnel, Underlay};
@@ -22,6 +23,7 @@ use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
 use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, families, rules_name, underlay_interface};
 use crate::daemon::report::Report;
+use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
@@ -84,7 +86,7 @@ pub(super) async fn join<B: NoTunnel>(
     );
     let watch = UnderlayWatch::new(&options.interface, wanted, &interface);
     let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
+    let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_plain_node(&backend, &config, &interface, &published, store);
     let upkeep = if backend.makes_routes() {
         Upkeep::Always
@@ -102,9 +104,7 @@ pub(super) async fn join<B: NoTunnel>(
         gone_told: false,
         firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
     };
-    let stayed = node.stay(lease, published, watch, &report).await;
-    maintain.abort();
-    stayed
+    node.stay(lease, published, watch, &report).await
 }
 
 struct Node<'a, B> {
