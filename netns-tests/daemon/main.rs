@@ -25,15 +25,14 @@ mod firewall;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod lease_server;
 mod leases;
 mod mtu;
 mod networks;
 mod nodes;
 mod offloads;
-mod outage;
 mod overlay;
 mod path;
-mod restart;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;

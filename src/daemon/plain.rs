@@ -132,14 +132,14 @@ impl<B: NoTunnel> Node<'_, B> {
         let mut own = lease.subnet;
         let mut changes = Netlink::watch()?;
         let mut announced = None;
+        let mut announce_due = None;
         loop {
             let table = published.peers.borrow_and_update().clone();
             self.follow(&table, own, report).await?;
             if announced != Some(own) {
                 let devices = vec![self.interface.name.clone()];
                 self.firewall.want(self.config, own, None, devices).await;
-                let (mtu, ip_masq) = (self.interface.mtu, self.firewall.ip_masq());
-                announce(self.options, self.config, own, mtu, ip_masq, report);
+                announce_due = self.announce(own, report);
                 announced = Some(own);
             }
             let mut turns = interval(TURN);
@@ -173,10 +173,18 @@ impl<B: NoTunnel> Node<'_, B> {
                         underlay.note(&change);
                         self.routes.note(&change, &self.interface.name);
                     }
+                    () = at(announce_due) => {
+                        announce_due = self.announce(own, report);
+                    }
                     () = at(self.routes.due()) => break,
                 }
             }
         }
+    }
+
+    fn announce(&self, own: Subnet, report: &Report) -> Option<Instant> {
+        let (mtu, ip_masq) = (self.interface.mtu, self.firewall.ip_masq());
+        announce(self.options, self.config, own, mtu, ip_masq, report)
     }
 
     async fn follow(&mut self, table: &PeerTable, own: Subnet, report: &Report) -> Result<()> {
