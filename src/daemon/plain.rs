@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use futures_util::StreamExt;
-use tokio::time::interval;
+use tokio::time::{Instant, interval};
 use tracing::Instrument;
 
 use crate::addr::Prefix;
