@@ -180,10 +180,11 @@ impl Follow<'_> {
                     tokio::task::yield_now().await;
                     for _ in 0..GATHER {
                         let Some(Some(next)) = updates.next().now_or_never() else { break };
-                        update = joined(update, next).unwrap_or_else(|(update, next)| {
-                            self.take(update);
-                            next
-                        });
+                        let (before, newest) = joined(update, next);
+                        if let Some(before) = before {
+                            self.take(before);
+                        }
+                        update = newest;
                     }
                     self.take(update);
                 }
@@ -291,8 +292,8 @@ impl Follow<'_> {
 
 type Told = Result<WatchItem, StoreError>;
 
-/// Two updates as one, if they are changes both.
-fn joined(first: Told, second: Told) -> Result<Told, (Told, Told)> {
+/// Two updates as one if they are changes both; else the first comes before the second.
+fn joined(first: Told, second: Told) -> (Option<Told>, Told) {
     match (first, second) {
         (
             Ok(WatchItem {
@@ -306,9 +307,9 @@ fn joined(first: Told, second: Told) -> Result<Told, (Told, Told)> {
         ) => {
             events.extend(more);
             let update = LeaseUpdate::Events(events);
-            Ok(Ok(WatchItem { update, cursor }))
+            (None, Ok(WatchItem { update, cursor }))
         }
-        apart => Err(apart),
+        (first, second) => (Some(first), second),
     }
 }
 
