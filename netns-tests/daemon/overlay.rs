@@ -151,6 +151,12 @@ impl Overlay {
         self.folder.path().join(name)
     }
 
+    /// Where the leases are.
+    #[allow(dead_code, reason = "the oracle asks, which not every test binary has")]
+    pub(crate) fn store_kind(&self) -> StoreKind {
+        self.blueprint.store
+    }
+
     pub(crate) fn namespace(&self, nth: usize) -> &Namespace {
         &self.lab.nodes[nth - 1].namespace
     }
@@ -231,6 +237,17 @@ impl Overlay {
         self.starts += 1;
         let log = self.file(&format!("{}.log", self.starts));
         Child::start(name, self.namespace(nth), command, &log).unwrap()
+    }
+
+    /// Starts a node's daemon, the next one, by a command of the test's own.
+    #[allow(dead_code, reason = "the interoperation tests share this file")]
+    pub(crate) fn adopt(&mut self, nth: usize, command: Command) {
+        assert_eq!(nth, self.nodes.len() + 1, "nodes are started in order");
+        let child = self.run(&format!("node {nth}"), nth, command);
+        self.nodes.push(Daemon {
+            child,
+            pods: Vec::new(),
+        });
     }
 
     fn spawn(&mut self, nth: usize) -> Child {

@@ -2,8 +2,12 @@
 
 use std::io;
 
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
+use super::log_lines::{Colour, LogLines};
 use super::store::int_within;
 use crate::options::{LogFormat, LogLevel, LogOptions};
 
@@ -45,14 +49,26 @@ pub fn start_logging(options: LogOptions) {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none());
+    let for_people = options.format == LogFormat::Text
+        && io::IsTerminal::is_terminal(&io::stderr())
+        && std::env::var_os("NO_COLOR").is_none();
+    let colour = if for_people { Colour::On } else { Colour::Off };
+    // Libraries speak of their own insides: HTTP/2 frames, TLS hand-shakes, and headers with what a server lets us in for.
+    // Their complaints are shown, the rest is not, at any level.
+    let shown = Targets::new()
+        .with_default(level.min(LevelFilter::WARN))
+        .with_target("kersey", level);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(LogLines { colour })
+        .with_ansi(for_people);
     // An error says that logging was started before, by a test or an embedding program; that one stays.
     let _already_started = match options.format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
+        LogFormat::Text => tracing_subscriber::registry()
+            .with(lines.with_filter(shown))
+            .try_init(),
+        LogFormat::Json => tracing_subscriber::registry()
+            .with(lines.json().with_filter(shown))
+            .try_init(),
     };
 }
 

@@ -17,7 +17,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::paths::Paths;
 use crate::dataplane::endpoint::LocalSids;
-use crate::dataplane::forward::IngressCheck;
+use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
 use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
@@ -193,12 +193,22 @@ impl<B: Backend> DataPlane<B> {
             inner_mtu: setup.inner_mtu,
             clamp_mss: options.clamp_mss,
         };
+        let interface = setup.interface;
+        let sources = Sources {
+            check: inbound.check,
+            node: [
+                interface.v4.map(IpAddr::V4),
+                interface.v6.map(IpAddr::V6),
+                interface.public_v4.map(IpAddr::V4),
+                interface.public_v6.map(IpAddr::V6),
+            ],
+        };
         let queues = Queues::start(
             setup.backend.encap(),
             tun,
             underlays,
             &routes,
-            (layout, options.busy_poll, inbound),
+            (layout, options.busy_poll, inbound, sources),
             failed,
         )?;
         let endpoint = match srv6_io {

@@ -15,13 +15,16 @@ use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::control::{
+    Backoff, Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file,
+};
 use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::withdraw::withdraw;
 use crate::daemon::{ENVIRONMENT, exit_status, plain};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
@@ -37,6 +40,8 @@ const RETRY_PORT: Duration = Duration::from_secs(5);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
 /// changing it against us should not keep us busy.
 const GATHER: Duration = Duration::from_millis(100);
+/// A file of keys has a line a key, of up to some hundred bytes.
+const MAX_KEYS_BYTES: u64 = 1 << 20;
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
 ///
@@ -56,6 +61,21 @@ pub(super) async fn run(
             ended => return ended,
         }
     }
+}
+
+/// Why no node could run by a network config, in one line, if that is so; what depends on the node itself is not looked at.
+pub fn unusable(network_config: &str) -> Option<String> {
+    let config = match NetworkConfig::parse(network_config) {
+        Ok(config) => config,
+        Err(error) => return Some(error.to_string()),
+    };
+    let identity = Identity {
+        mac: MacAddr::from([2, 0, 0, 0, 0, 1]),
+        srv6: Srv6Node::default(),
+    };
+    select(config.backend.kind.as_deref(), &config.backend.json, identity)
+        .err()
+        .map(|error| error.to_string())
 }
 
 /// The link is too small for this backend and network.
@@ -99,7 +119,10 @@ async fn live(
         *auto = auto.settled(socket::port_is_taken(auto.port()));
     }
     if let Some((name, claims)) = claims {
-        claims.take(name, &Wants::of(&backend, &config))?;
+        let former = claims.take(name, &Wants::of(&backend, &config))?;
+        if let Err(error) = withdraw(&former).await {
+            tracing::warn!(%error, "kernel routes from before the config changed stay; `kersey cleanup` removes them");
+        }
     }
     match backend {
         AnyBackend::Auto(backend) => {
@@ -135,7 +158,7 @@ fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
                 file: file.clone(),
                 cause,
             };
-            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            let text = state_file::read(file, MAX_KEYS_BYTES).map_err(|error| unusable(error.to_string()))?;
             Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };
@@ -279,7 +302,7 @@ async fn stay<B: Backend>(
             plane.follow(&table, &direct.refused);
         }
         report.set_plane(&plane);
-        announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        let mut announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
         let mut turns = interval(TURN);
         loop {
@@ -294,6 +317,9 @@ async fn stay<B: Backend>(
                         plane.follow(&table, &direct.refused);
                         report.set_plane(&plane);
                     }
+                }
+                () = at(announce_due) => {
+                    announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -365,26 +391,27 @@ async fn stay<B: Backend>(
     }
 }
 
-/// Writes the subnet file, and tells whoever waits for it.
+/// Writes the subnet file, and tells whoever waits for it; says when to try again if it cannot be written.
 pub(super) fn announce(
     options: &RunOptions,
     config: &NetworkConfig,
     own: Subnet,
     inner_mtu: Mtu,
     report: &Report,
-) {
+) -> Option<Instant> {
     let file = &options.subnet_file;
     if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
-        tracing::warn!(%error, file = %file.display(), "cannot write the subnet file");
-        return;
+        if report.unwritten.allows() {
+            tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
+        }
+        return Some(Instant::now() + RETRY);
     }
     report.set_ready();
-    if options.network.is_some() {
-        // The supervisor tells when all are up.
-        return;
+    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
+    if options.network.is_none() {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     }
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    None
 }
 
 /// Whether a change may have touched one of our devices.

@@ -12,10 +12,15 @@ use super::{
     EmbeddedNetworks, EtcdNetworks, EtcdOptions, Networks, RemoteNetworks, RemoteStore, Store, StoreError,
 };
 use crate::control::config::{ConfigError, NetworkConfig};
+use crate::control::state_file;
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
+use crate::trust::TrustError;
 
 /// The embedded store's file in its directory.
 const FILE: &str = "leases.redb";
+
+/// A network config is a few hundred bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +47,9 @@ pub enum OpenError {
     /// The config given with `--network-config` is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Certificates or a token cannot be had from their files.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
 }
 
 /// Opens the network without a name in the store `kind` names; see [`open_networks`].
@@ -69,7 +77,7 @@ pub async fn open_networks(
     Ok(match kind {
         StoreKind::Etcd(etcd) => Arc::new(EtcdNetworks::connect(etcd_options(etcd, ttl, expirations))?),
         StoreKind::Embedded(embedded) => Arc::new(open_embedded(embedded, ttl).await?),
-        StoreKind::Remote(servers) => Arc::new(RemoteNetworks::new(RemoteStore::new(servers.clone()))),
+        StoreKind::Remote(remote) => Arc::new(RemoteNetworks::new(RemoteStore::open(remote)?)),
     })
 }
 
@@ -102,7 +110,7 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
         let text = match source {
             NetworkConfigSource::Inline(text) => text.clone(),
             NetworkConfigSource::File(path) => {
-                fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
+                state_file::read(path, MAX_CONFIG_BYTES).map_err(|source| OpenError::ReadConfig {
                     path: path.clone(),
                     source,
                 })?

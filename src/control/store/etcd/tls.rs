@@ -18,8 +18,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::EtcdOptions;
-use crate::control::RateLimit;
 use crate::control::store::StoreError;
+use crate::control::{RateLimit, state_file};
 
 /// Where the system keeps its root certificates, by distribution.
 const SYSTEM_ROOTS: [&str; 3] = [
@@ -27,6 +27,9 @@ const SYSTEM_ROOTS: [&str; 3] = [
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/cert.pem",
 ];
+
+/// The largest file read; the roots of a whole system have some 200 KB.
+const MAX_BYTES: u64 = 4 << 20;
 
 /// What TLS with etcd takes.
 pub(super) struct TlsFiles {
@@ -124,7 +127,8 @@ fn read(roots: &Path, client: Option<&(PathBuf, PathBuf)>) -> Result<TlsOptions,
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+    state_file::read_bytes(path, MAX_BYTES)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))
 }
 
 fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
