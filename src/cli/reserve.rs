@@ -13,7 +13,7 @@ use serde_json::json;
 use super::go_flags::parse_bool;
 use super::http::{AskingArgs, CertificateArgs};
 use super::store::{EtcdArgs, OwnStoreArgs, Serving, servers, store_options};
-use super::{UsageError, address, exit};
+use super::{UsageError, exit};
 use crate::addr::{Ipv4Prefix, Ipv6Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
@@ -47,7 +47,7 @@ pub(super) struct ReserveArgs {
           default_value = "false", value_parser = parse_bool, help_heading = "Options")]
     embedded: bool,
     /// The network meant, if the store has several
-    #[arg(long, value_name = "NAME", value_parser = address::<NetworkName>, help_heading = "Options")]
+    #[arg(long, value_name = "NAME", value_parser = network_name, help_heading = "Options")]
     network: Option<NetworkName>,
     #[command(flatten)]
     own: OwnStoreArgs,
@@ -61,6 +61,11 @@ struct Remote(Vec<ServerAddress>);
 
 fn remote_servers(text: &str) -> Result<Remote, String> {
     servers(text).map(Remote)
+}
+
+fn network_name(text: &str) -> Result<NetworkName, String> {
+    text.parse()
+        .map_err(|error: <NetworkName as std::str::FromStr>::Err| error.to_string())
 }
 
 impl ReserveArgs {
