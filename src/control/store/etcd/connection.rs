@@ -135,6 +135,11 @@ impl Connection {
         &self.place
     }
 
+    /// Has the next request look for a member that answers, over a connection of its own.
+    pub(super) fn distrust(&self) {
+        *self.slot() = None;
+    }
+
     /// How often etcd was found wiped, restored or exchanged.
     pub(super) fn resets(&self) -> u64 {
         self.resets.load(Ordering::Relaxed)
