@@ -18,6 +18,7 @@ pub mod cleanup;
 mod environment;
 mod go_flags;
 pub mod lab;
+mod log_lines;
 mod logging;
 mod process;
 mod progress;
@@ -35,7 +36,7 @@ use std::str::FromStr;
 
 use clap::{Args, FromArgMatches};
 
-pub use self::logging::start_logging;
+pub use self::logging::{set_log_level, start_logging};
 
 use self::bench::BenchOptions;
 use self::cleanup::CleanupArgs;
@@ -173,6 +174,25 @@ pub fn parse_process() -> Result<Parsed, Stop> {
         .map(|(name, value)| (text(name), text(value)))
         .collect();
     parse(&args, &variables)
+}
+
+/// Reads them once more, for a daemon that runs: files they name may have changed. The level of log lines changes at once.
+///
+/// # Errors
+/// They would not make a daemon any more; says why.
+pub fn reread_run_options() -> Result<RunOptions, String> {
+    match parse_process() {
+        Ok(Parsed {
+            command: Command::Run(options),
+            ..
+        }) => {
+            set_log_level(options.log.level);
+            Ok(*options)
+        }
+        Ok(_) => Err("they ask for another subcommand".to_owned()),
+        Err(Stop::Misused(error)) => Err(error.to_string().replace('\n', ";")),
+        Err(Stop::Told { .. } | Stop::Clap(_)) => Err("they cannot be read".to_owned()),
+    }
 }
 
 /// Turns arguments (the first is the program's name) and environment variables into a subcommand and its options.

@@ -20,6 +20,7 @@
 mod auto;
 mod cleanup;
 mod faults;
+mod handover;
 mod icmp;
 mod ingress;
 mod leases;
@@ -29,6 +30,7 @@ mod offloads;
 mod outage;
 mod overlay;
 mod path;
+mod privileges;
 mod restart;
 mod routed;
 #[path = "../support/mod.rs"]

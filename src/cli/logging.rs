@@ -1,9 +1,14 @@
 //! Logging: its flags and its start.
 
 use std::io;
+use std::sync::OnceLock;
 
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
+use tracing_subscriber::util::SubscriberInitExt;
 
+use super::log_lines::{Dam, Tame};
 use super::store::int_within;
 use crate::options::{LogFormat, LogLevel, LogOptions};
 
@@ -36,24 +41,51 @@ impl LogArgs {
     }
 }
 
+/// Changes the level of the lines shown.
+type SetLevel = Box<dyn Fn(LevelFilter) + Send + Sync>;
+
+static SET_LEVEL: OnceLock<SetLevel> = OnceLock::new();
+
 /// Sends log lines to standard error from here on. A second call changes nothing.
 pub fn start_logging(options: LogOptions) {
-    let level = match options.level {
+    let (level, handle) = reload::Layer::new(filter(options.level));
+    let colours = io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none();
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(colours)
+        .with_writer(Tame {
+            format: options.format,
+            colours,
+        });
+    let subscriber = tracing_subscriber::registry().with(level).with(Dam::default());
+    // An error says that logging was started before, by a test or an embedding program; that one stays.
+    let started = match options.format {
+        LogFormat::Text => subscriber.with(lines).try_init(),
+        LogFormat::Json => subscriber.with(lines.json()).try_init(),
+    };
+    if started.is_ok() {
+        let set = move |level| {
+            // The subscriber lives as long as the process.
+            let _ = handle.modify(|now| *now = level);
+        };
+        let _ = SET_LEVEL.set(Box::new(set));
+    }
+}
+
+/// Shows lines of another level from here on.
+pub fn set_log_level(level: LogLevel) {
+    if let Some(set) = SET_LEVEL.get() {
+        set(filter(level));
+    }
+}
+
+fn filter(level: LogLevel) -> LevelFilter {
+    match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
-    };
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none());
-    // An error says that logging was started before, by a test or an embedding program; that one stays.
-    let _already_started = match options.format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
+    }
 }
 
 fn verbosity(text: &str) -> Result<u8, String> {

@@ -18,8 +18,9 @@ use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, ide
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
+use crate::daemon::reload::{self, InUse, Requests};
 use crate::daemon::report::Report;
-use crate::daemon::{ENVIRONMENT, exit_status, plain};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
@@ -37,11 +38,34 @@ const GATHER: Duration = Duration::from_millis(100);
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
 pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+    let mut requests = Requests::new();
+    let in_use = InUse::default();
+    // A config to go by rather than the store's; and the last that could be run, once another came after it.
+    let (mut given, mut last_good) = (None, None);
     loop {
-        match live(options, Arc::clone(&store), Arc::clone(&report)).await {
+        let life = live(
+            options,
+            Arc::clone(&store),
+            Arc::clone(&report),
+            (given.take(), &in_use),
+        );
+        let ended = tokio::select! {
+            ended = life => ended,
+            config = reload::new_config(&mut requests, &store, &in_use) => {
+                last_good = reload::in_use(&in_use);
+                given = Some(config);
+                report.not_ready();
+                continue;
+            }
+        };
+        match ended {
             Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
                 tracing::info!("choosing a backend again: {error}");
                 report.not_ready();
+            }
+            Err(error) if last_good.is_some() && exit_status(&error) == CONFIG => {
+                tracing::warn!("the new network config cannot be run here, so the last one is: {error:#}");
+                given.clone_from(&last_good);
             }
             ended => return ended,
         }
@@ -72,16 +96,28 @@ enum ChooseAgain {
 }
 
 /// Joins the network with the backend its config names, and stays in it.
-async fn live(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+async fn live(
+    options: &RunOptions,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+    (given, in_use): (Option<NetworkConfig>, &InUse),
+) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options));
-    let config = control.network_config().await;
+    let config = match given {
+        Some(given) => given,
+        None => control.network_config().await,
+    };
+    reload::set_in_use(in_use, &config);
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
     match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
         AnyBackend::Auto(backend) => {
-            let backend = backend.settled(socket::port_is_taken(backend.port()));
+            let port = backend.port();
+            // What an earlier life of ours has is ours.
+            let ours = succession::held().has_port(&options.packet_path.device, port);
+            let backend = backend.settled(!ours && socket::port_is_taken(port));
             tracing::info!(
                 backend = backend.name(),
                 reason = backend.reason(),
@@ -212,11 +248,18 @@ async fn join<B: Backend>(
         netlink,
     };
     let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
+    let _maintained = Ended(tokio::spawn(control.maintain(publish)));
     report.set_node(&setup, &published, store);
-    let stayed = stay(options, &setup, lease, published, &report).await;
-    maintain.abort();
-    stayed
+    stay(options, &setup, lease, published, &report).await
+}
+
+/// A task that ends when this is dropped.
+pub(super) struct Ended<T>(pub(super) tokio::task::JoinHandle<T>);
+
+impl<T> Drop for Ended<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// What our lease is to say.
@@ -249,7 +292,7 @@ async fn stay<B: Backend>(
     let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
-        let mut plane = up(setup, &lease, failed).await?;
+        let mut plane = up(setup, &lease).await?;
         let mut table = published.peers.borrow_and_update().clone();
         if !by_locators {
             plane.follow(&table, &direct.refused);
@@ -258,6 +301,11 @@ async fn stay<B: Backend>(
         // A peer is in the table once its locator can be reached, if it has one.
         if by_locators {
             plane.follow(&table, &direct.refused);
+        }
+        if let Err(error) = plane.launch(failed) {
+            tracing::warn!(%error, "cannot start the threads; trying again");
+            sleep(RETRY).await;
+            continue;
         }
         report.set_plane(&plane);
         announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
@@ -385,15 +433,11 @@ pub(super) async fn at(time: Option<Instant>) {
 }
 
 /// Brings the data plane up, trying again while it may still come right.
-async fn up<B: Backend>(
-    setup: &Setup<'_, B>,
-    lease: &Lease,
-    failed: mpsc::Sender<std::io::Error>,
-) -> Result<DataPlane<B>> {
+async fn up<B: Backend>(setup: &Setup<'_, B>, lease: &Lease) -> Result<DataPlane<B>> {
     let mut told = String::new();
     let mut backoff = Backoff::new(RETRY);
     loop {
-        let error = match DataPlane::start(setup, lease, failed.clone()).await {
+        let error = match DataPlane::start(setup, lease).await {
             Ok(plane) => return Ok(plane),
             Err(error) => error,
         };

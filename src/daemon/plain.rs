@@ -19,8 +19,9 @@ use crate::control::{Control, Published};
 use crate::daemon::health::TURN;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
-use crate::daemon::node::{UnusableMtu, announce, at, families, underlay_interface};
+use crate::daemon::node::{Ended, UnusableMtu, announce, at, families, underlay_interface};
 use crate::daemon::report::Report;
+use crate::daemon::succession;
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
 use crate::lease::{LeaseAttrs, Subnet};
@@ -36,6 +37,8 @@ pub(super) async fn join<B: NoTunnel>(
     store: Arc<dyn Store>,
     report: Arc<Report>,
 ) -> Result<()> {
+    // A tunnel's device of an earlier life has no place here.
+    succession::held().release(&options.packet_path.device);
     let netlink = Netlink::open()?;
     let wanted = families(&config, false);
     // Packets leave bare, so there is no carrying one family over the other.
@@ -81,7 +84,7 @@ pub(super) async fn join<B: NoTunnel>(
         "lease acquired"
     );
     let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
+    let _maintained = Ended(tokio::spawn(control.maintain(publish)));
     report.set_plain_node(&backend, &config, &interface, &published, store);
     let upkeep = if backend.makes_routes() {
         Upkeep::Always
@@ -98,9 +101,7 @@ pub(super) async fn join<B: NoTunnel>(
         netlink,
         gone_told: false,
     };
-    let stayed = node.stay(lease.subnet, published, &report).await;
-    maintain.abort();
-    stayed
+    node.stay(lease.subnet, published, &report).await
 }
 
 struct Node<'a, B> {

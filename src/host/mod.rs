@@ -7,6 +7,7 @@
 
 pub mod endpoint;
 pub mod ethtool;
+pub mod handover;
 pub mod interface;
 pub mod netlink;
 pub mod outer_tun;
