@@ -141,6 +141,8 @@ fn try_everything(role: &str, folder: &Path) {
             ),
         ),
     ];
+    // The harness has begun a line.
+    println!();
     for (what, number) in attempts {
         println!("tried {what}={number}");
     }

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
-use crate::overlay::{Blueprint, Overlay, READY, wait_for};
+use crate::overlay::{Blueprint, Daemon, Overlay, READY, wait_for};
 use crate::support::{require_etcd, require_root};
 
 /// CAP_NET_ADMIN, and CAP_NET_RAW for ICMP errors and SRv6.
@@ -106,6 +106,15 @@ fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
     }
 }
 
+/// The command where everybody may use `/dev/net/tun`, as udev has it on most machines.
+fn with_open_tun(inner: &Command) -> Command {
+    let prepare = "mount -t tmpfs none /dev/net; mknod -m 666 /dev/net/tun c 10 200";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", &format!("{prepare}; exec \"$@\""), "sh"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
 #[test]
 fn another_user_runs_it_as_well() {
     if !require_root("another_user_runs_it_as_well") {
@@ -116,7 +125,15 @@ fn another_user_runs_it_as_well() {
     let mut overlay = blueprint.build();
     // The folder of subnet file and socket, which an administrator would chown.
     nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
-    overlay.start_daemons();
+    for nth in 1..=2 {
+        let command = with_open_tun(&overlay.command(nth));
+        let child = overlay.run(&format!("node {nth}"), nth, command);
+        overlay.nodes.push(Daemon {
+            child,
+            pods: Vec::new(),
+        });
+    }
+    overlay.wait_all();
     overlay.ping_all();
     assert_confined(&mut overlay, 2, NET, 65534);
     assert_files(&overlay, 2, 65534);
@@ -179,6 +196,7 @@ fn cap_net_admin_alone_is_enough() {
         "--bounding-set=-all,+net_admin",
     ]);
     command.arg(kersey.get_program()).args(kersey.get_args());
+    let command = with_open_tun(&command);
     overlay.nodes[1].child = overlay.run("net_admin alone", 2, command);
     overlay.wait_all();
     overlay.ping_all();

@@ -73,6 +73,8 @@ pub(super) struct DataPlane<B: Backend> {
     waiting: Option<Waiting>,
     /// The device's name.
     device: String,
+    /// Whether the device is that of an earlier life.
+    is_adopted: bool,
     endpoint: Option<Endpoint>,
     /// What deals with packets that are not the queues' counts here, if there is any.
     others: Option<Arc<WorkerStats>>,
@@ -175,7 +177,7 @@ impl<B: Backend> DataPlane<B> {
             ThreadLayout::Split => Layout::Split,
         };
         let mut bundle = succession::held().take(&options.device);
-        let tun = make_tun(
+        let (tun, is_adopted) = make_tun(
             &TunOptions {
                 name: options.device.clone(),
                 queues: queue_count,
@@ -241,6 +243,7 @@ impl<B: Backend> DataPlane<B> {
             queues: None,
             waiting: Some(waiting),
             device: options.device.clone(),
+            is_adopted,
             endpoint,
             others,
             heard,
@@ -277,6 +280,21 @@ impl<B: Backend> DataPlane<B> {
             "data plane up"
         );
         Ok(plane)
+    }
+
+    /// How long to wait for the first complete list of peers before packets move.
+    pub(super) fn patience(&self, knows_none: bool) -> Duration {
+        if !self.is_adopted {
+            Duration::ZERO
+        } else if succession::held().has_predecessor() {
+            // It moves them meanwhile.
+            Duration::from_secs(3)
+        } else if knows_none {
+            // The device's queue holds half a second's packets of a thousand a second.
+            Duration::from_millis(500)
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// Starts the threads: packets move from here on. To be called when the routes are in, for there may be packets waiting.
@@ -496,10 +514,10 @@ impl<B: Backend> Drop for DataPlane<B> {
     }
 }
 
-/// Takes over the queues of an earlier life, or makes the device.
-fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<Tun, TunError> {
+/// Takes over the queues of an earlier life, or makes the device; and which of the two it was.
+fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), TunError> {
     if bundle.is_empty() {
-        return Tun::create(options);
+        return Ok((Tun::create(options)?, false));
     }
     let adopted = match bundle.take(Kind::Tun, options.queues) {
         Some(queues) => Tun::adopt(queues, options),
@@ -521,7 +539,7 @@ fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<Tun, TunError> 
             // Its sockets go with it, and so does who still has the device.
             *bundle = Bundle::default();
             succession::held().tell_stop();
-            Tun::create(options)
+            Ok((Tun::create(options)?, false))
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, interval, sleep, sleep_until};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 
 use crate::addr::{MacAddr, Mtu};
 use crate::backend::srv6::Srv6Node;
@@ -51,7 +51,7 @@ pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc
         );
         let ended = tokio::select! {
             ended = life => ended,
-            config = reload::new_config(&mut requests, &store, &in_use) => {
+            config = reload::new_config(&mut requests, &store, &in_use, &report) => {
                 last_good = reload::in_use(&in_use);
                 given = Some(config);
                 report.not_ready();
@@ -294,6 +294,11 @@ async fn stay<B: Backend>(
         let (failed, mut failures) = mpsc::channel(16);
         let mut plane = up(setup, &lease).await?;
         let mut table = published.peers.borrow_and_update().clone();
+        // Packets may be waiting, or still be moved by another: better they wait on than find no peer.
+        let patience = plane.patience(table.is_empty());
+        if !patience.is_zero() && timeout(patience, published.peers.changed()).await.is_ok() {
+            table = published.peers.borrow_and_update().clone();
+        }
         if !by_locators {
             plane.follow(&table, &direct.refused);
         }

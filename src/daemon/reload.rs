@@ -12,6 +12,7 @@
 //! the last one that could. Options that are read at the start only are named in the log.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -20,18 +21,21 @@ use tokio::signal::unix::Signal;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use crate::addr::Mtu;
 use crate::backend::srv6::Srv6Node;
-use crate::backend::{Identity, select};
+use crate::backend::{AnyBackend, Backend, Identity, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
 use crate::daemon::health::{Health, Reload};
+use crate::daemon::report::Report;
 use crate::options::RunOptions;
+use crate::status::Node;
 
 /// How long a network's store may take to give its config.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Reads the options again.
-pub type Reread<'a> = &'a dyn Fn() -> Result<RunOptions, String>;
+pub(super) type Reread<'a> = &'a dyn Fn() -> Result<RunOptions, String>;
 
 /// One SIGHUP, for every network to answer.
 #[derive(Clone, Debug)]
@@ -151,6 +155,7 @@ pub(super) async fn new_config(
     requests: &mut Requests,
     store: &Arc<dyn Store>,
     current: &InUse,
+    report: &Report,
 ) -> NetworkConfig {
     loop {
         if requests.0.changed().await.is_err() {
@@ -161,7 +166,10 @@ pub(super) async fn new_config(
         };
         let read = timeout(PATIENCE, store.config()).await;
         let judged = match read {
-            Ok(Ok(text)) => judge(&text),
+            Ok(Ok(text)) => judge(&text).and_then(|(config, backend)| {
+                has_room(backend, &config, &report.status().node)?;
+                Ok(config)
+            }),
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err("the store does not answer".to_owned()),
         };
@@ -184,20 +192,71 @@ pub(super) async fn new_config(
 }
 
 /// Reads a config, and looks whether some node could run it.
-fn judge(text: &str) -> Result<NetworkConfig, String> {
+fn judge(text: &str) -> Result<(NetworkConfig, AnyBackend), String> {
     let config = NetworkConfig::parse(text).map_err(|error| error.to_string())?;
     let anybody = Identity {
         mac: crate::addr::MacAddr::local([0; 6]),
         srv6: Srv6Node::default(),
     };
-    select(config.backend.kind.as_deref(), &config.backend.json, anybody)
+    let backend = select(config.backend.kind.as_deref(), &config.backend.json, anybody)
         .map_err(|error| error.to_string())?;
-    Ok(config)
+    Ok((config, backend))
+}
+
+/// Looks whether enough is left inside, on the link this node has.
+fn has_room(backend: AnyBackend, config: &NetworkConfig, node: &Node) -> Result<(), String> {
+    let link = match Mtu::new(node.link_mtu.into()) {
+        Ok(link) => link,
+        // There is none yet, and whoever waits for one will find out.
+        Err(_) => return Ok(()),
+    };
+    let mut underlay = Underlay { v4: None, v6: None };
+    for addr in node.public_ips.iter().filter_map(|text| text.parse().ok()) {
+        match addr {
+            IpAddr::V4(addr) => underlay.v4 = Some(addr),
+            IpAddr::V6(addr) => underlay.v6 = Some(addr),
+        }
+    }
+    let inner = match backend {
+        AnyBackend::Auto(backend) => backend.settled(false).inner_mtu(link, underlay),
+        AnyBackend::Udp(backend) => backend.inner_mtu(link, underlay),
+        AnyBackend::Vxlan(backend) => backend.inner_mtu(link, underlay),
+        // Whose room depends on paths and locators of the node.
+        AnyBackend::Srv6(_) | AnyBackend::HostGw(_) | AnyBackend::Alloc(_) => return Ok(()),
+    };
+    let inner = inner.map_err(|error| error.to_string())?;
+    if config.v6.is_some() && inner.bytes() < 1280 {
+        // RFC 8200 §5
+        return Err(format!("{inner} bytes are left inside, and IPv6 needs 1280"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_config_that_leaves_too_little_inside_is_refused() {
+        let node = Node {
+            link_mtu: 1500,
+            public_ips: vec!["192.0.2.1".to_owned()],
+            ..Node::default()
+        };
+        let judged = |backend: &str| {
+            let text = format!(
+                r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{backend}}}"#
+            );
+            let (config, backend) = judge(&text).unwrap();
+            has_room(backend, &config, &node)
+        };
+        assert_eq!(judged(r#"{"Type":"vxlan"}"#), Ok(()));
+        assert!(
+            judged(r#"{"Type":"vxlan","MTU":1300}"#)
+                .unwrap_err()
+                .contains("1280")
+        );
+    }
 
     #[test]
     fn a_config_nobody_could_run_is_refused_with_a_reason() {

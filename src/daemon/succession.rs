@@ -217,7 +217,7 @@ pub(super) async fn hand_over(mut successor: UnixStream, version: u32, stop: &mu
                 Handed::Back
             }
             Ok(Err(error)) => {
-                tracing::warn!(%error, "cannot hand over; going on");
+                tracing::warn!(%error, "the successor went away in the middle; going on");
                 Handed::Back
             }
             Err(_) => Handed::Back,
