@@ -510,6 +510,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::addr::NetworkName;
     use crate::options::{CleanupMode, IngressCheck, LogLevel, StatusForm, StoreKind};
 
     #[test]
@@ -632,7 +633,16 @@ mod tests {
             (&["--kube-subnet-mgr"], &[], &["not supported", "--remote"]),
             (&["--ip-blackhole-route=1"], &[], &["not supported"]),
             (&["--healthz-port=70000"], &[], &["--healthz-port", "0 to 65535"]),
-            (&["--networks=a,b"], &[], &["not supported", "--etcd-prefix"]),
+            (
+                &["--networks=a,../b"],
+                &[],
+                &["\"../b\" is no name of a network", "letters, digits"],
+            ),
+            (
+                &[],
+                &[("FLANNELD_NETWORKS", "config")],
+                &["\"config\" is no name of a network"],
+            ),
             (&["--remote-cafile=x"], &[], &["not supported"]),
             (&["--use-multi-cluster-cidr"], &[], &["not supported"]),
             (&["--queues=0"], &[], &["\"0\" for --queues", "1 to 256"]),
@@ -768,6 +778,37 @@ mod tests {
                 other => panic!("{args:?}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn several_networks_are_chosen_as_by_flannel() {
+        assert_eq!(run_options(&["kersey", "run"], &[]).networks, None);
+        assert_eq!(
+            run_options(&["kersey", "run", "--networks=", "--watch-networks=false"], &[]).networks,
+            None
+        );
+        let names = |options: &RunOptions| {
+            let choice = options.networks.as_ref().unwrap();
+            let allowed = choice.allowed.as_ref()?;
+            Some(allowed.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        let options = run_options(&["flanneld", "-networks=blue, green", "-watch-networks"], &[]);
+        assert_eq!(names(&options).unwrap(), ["blue", "green"]);
+        let choice = options.networks.clone().unwrap();
+        let blue: NetworkName = "blue".parse().unwrap();
+        assert!(choice.allows(&blue) && !choice.allows(&"red".parse().unwrap()));
+        let own = options.of_network(&blue, &choice, "flannel3".to_owned());
+        assert_eq!(own.subnet_file, Path::new("/run/flannel/networks/blue.env"));
+        assert_eq!(own.data_dir, options.data_dir.join("networks/blue"));
+        assert_eq!(own.packet_path.device, "flannel3");
+        let options = run_options(
+            &["flanneld", "-watch-networks"],
+            &[("FLANNELD_SUBNET_DIR", "/run/nets")],
+        );
+        assert_eq!(names(&options), None);
+        let choice = options.networks.unwrap();
+        assert!(choice.allows(&blue));
+        assert_eq!(choice.subnet_file(&blue), Path::new("/run/nets/blue.env"));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //!
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
+mod claims;
 mod confine;
 mod direct;
 mod health;
@@ -28,7 +29,9 @@ mod plain;
 mod reload;
 mod report;
 mod succession;
+mod supervisor;
 mod watchdog;
+mod withdraw;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -44,7 +47,7 @@ use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::reload::Reread;
-use crate::daemon::report::Report;
+use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession::{Doorbell, Handed, Ring};
 use crate::host::sandbox;
 use crate::host::tun::TunError;
@@ -198,10 +201,16 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
     let hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
     let health = Arc::new(Health::new(kernel_release()));
     let report = Arc::new(Report::new(options));
-    health.add("_", Arc::clone(&report));
+    let reports = Arc::new(Reports::new(Arc::clone(&health)));
     let socket = StatusSocket::bind(&options.status_socket)?;
-    let shown = Arc::clone(&report);
-    tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    if options.networks.is_some() {
+        let shown = Arc::clone(&reports);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    } else {
+        health.add("_", Arc::clone(&report));
+        let shown = Arc::clone(&report);
+        tokio::spawn(async move { socket.serve(move || shown.status()).await });
+    }
     let _instance = Instance::lock(&options.data_dir)?;
     let doorbell = Doorbell::new(options);
     tracing::info!(
@@ -219,8 +228,10 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
     } else {
         Expirations::Assume
     };
-    let store = store::open(&options.store.kind, options.lease.ttl, expirations).await?;
+    let networks = store::open_networks(&options.store.kind, options.lease.ttl, expirations).await?;
+    let store = networks.open(None)?;
     report.set_store(store.place());
+    reports.set_place(networks.place());
     if let Some(listen) = &options.listen {
         let listener = server::listen(listen).await?;
         tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
@@ -231,8 +242,17 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         ));
     }
     tracing::info!(store = store.place(), "store opened");
+    let nodes = async {
+        match &options.networks {
+            None => node::run(options.clone(), store, report, None).await,
+            Some(choice) => {
+                supervisor::run(options, choice, networks, reports).await;
+                Ok(())
+            }
+        }
+    };
     tokio::select! {
-        ended = node::run(options, store, report) => ended.map(|()| Ring::End),
+        ended = nodes => ended.map(|()| Ring::End),
         never = reload::serve(hangup, options, reread, &health) => match never {},
         ring = rung(doorbell.as_ref()) => {
             if let Ring::Take(..) = ring {

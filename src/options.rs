@@ -5,10 +5,11 @@
 
 mod process;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -33,6 +34,10 @@ pub struct RunOptions {
     pub data_dir: PathBuf,
     /// Where `subnet.env` is written.
     pub subnet_file: PathBuf,
+    /// Which of the store's networks to join; without it, the one without a name.
+    pub networks: Option<NetworkChoice>,
+    /// The network these options are for, if it has a name: see [`RunOptions::of_network`].
+    pub network: Option<NetworkName>,
     /// Lease times.
     pub lease: LeaseOptions,
     /// The TUN device and the packet path.
@@ -45,6 +50,53 @@ pub struct RunOptions {
     pub process: ProcessOptions,
     /// Logging.
     pub log: LogOptions,
+}
+
+impl RunOptions {
+    /// The same for one of several networks: it has files of its own, and a device.
+    pub fn of_network(&self, name: &NetworkName, choice: &NetworkChoice, device: String) -> Self {
+        Self {
+            data_dir: NetworkChoice::data_dir(&self.data_dir, name),
+            subnet_file: choice.subnet_file(name),
+            networks: None,
+            network: Some(name.clone()),
+            listen: None,
+            packet_path: PacketPathOptions {
+                device,
+                ..self.packet_path.clone()
+            },
+            ..self.clone()
+        }
+    }
+}
+
+/// Which of the store's networks to join.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkChoice {
+    /// These, as far as they exist; all if absent.
+    pub allowed: Option<BTreeSet<NetworkName>>,
+    /// Directory of their subnet files.
+    pub subnet_dir: PathBuf,
+}
+
+impl NetworkChoice {
+    /// The directory of the networks' own directories, in that for state.
+    pub const STATE: &str = "networks";
+
+    /// Whether a network is to be joined.
+    pub fn allows(&self, name: &NetworkName) -> bool {
+        self.allowed.as_ref().is_none_or(|allowed| allowed.contains(name))
+    }
+
+    /// The subnet file of a network.
+    pub fn subnet_file(&self, name: &NetworkName) -> PathBuf {
+        self.subnet_dir.join(format!("{name}.env"))
+    }
+
+    /// The directory for the state of a network, in that of all.
+    pub fn data_dir(all: &Path, name: &NetworkName) -> PathBuf {
+        all.join(Self::STATE).join(name.as_str())
+    }
 }
 
 /// What this node has of its own with backend `srv6`.

@@ -36,6 +36,13 @@ pub struct Status {
     /// What the process has given up of its privileges: `capabilities`, `seccomp`, `landlock`, `user`, each with what came of it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sandbox: BTreeMap<String, String>,
+    /// Why it is not ready, if it knows; of one of several networks only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// A document like this for each network by name, where there are several; `version`, `ready`, `uptime_s` and `store.place` are all
+    /// that the outer one then says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub networks: Option<BTreeMap<String, Status>>,
 }
 
 /// This node's own lease and underlay.

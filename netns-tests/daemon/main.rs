@@ -25,6 +25,7 @@ mod icmp;
 mod ingress;
 mod leases;
 mod mtu;
+mod networks;
 mod nodes;
 mod offloads;
 mod outage;

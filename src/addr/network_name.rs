@@ -6,7 +6,8 @@ use std::str::FromStr;
 /// The name of one network among several under one prefix.
 ///
 /// It is part of keys, of URLs and of file names, so it is none of the things that mean something there: 1 to 64 letters,
-/// digits, `.`, `_` and `-`, beginning with a letter or digit. `config` and `subnets` are keys of the network without a name.
+/// digits, `.`, `_` and `-`, beginning with a letter or digit. `config`, `subnets` and
+/// `kersey` are keys of the network without a name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetworkName(String);
 
@@ -22,7 +23,7 @@ impl NetworkName {
     /// The longest name, bytes.
     pub const MAX_LEN: usize = 64;
     /// Keys beside the networks' own, which cannot be names.
-    pub const RESERVED: [&str; 2] = ["config", "subnets"];
+    pub const RESERVED: [&str; 3] = ["config", "subnets", "kersey"];
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
@@ -88,6 +89,7 @@ mod tests {
             "a%2fb",
             "config",
             "subnets",
+            "kersey",
             too_long.as_str(),
         ] {
             assert!(bad.parse::<NetworkName>().is_err(), "{bad:?}");

@@ -1,6 +1,6 @@
 //! The flags of `kersey run`: flannel's, under flannel's names, and Kersey's own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
@@ -11,11 +11,11 @@ use super::logging::LogArgs;
 use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use super::{UsageError, address};
-use crate::addr::Ipv6Prefix;
+use crate::addr::{Ipv6Prefix, NetworkName, NetworkNameError};
 use crate::options::{
-    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, NodeSid, Offload, OuterDf,
-    PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Io, Srv6Options, StoreKind,
-    ThreadLayout,
+    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, NetworkChoice, NodeSid,
+    Offload, OuterDf, PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Io, Srv6Options,
+    StoreKind, ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -35,6 +35,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     share: ShareArgs,
     #[command(flatten)]
+    networks: NetworksArgs,
+    #[command(flatten)]
     packet_path: PacketPathArgs,
     #[command(flatten)]
     srv6: Srv6Args,
@@ -50,7 +52,7 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--ip-masq, --kube-subnet-mgr, --networks and more) are refused with a sentence that says what to do \
+(--ip-masq, --kube-subnet-mgr and more) are refused with a sentence that says what to do \
 instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
 
 Exit status: 0 stopped on request, 1 failed, 2 misused, 3 this machine lacks something, 4 the network config is \
@@ -106,6 +108,39 @@ struct OtherArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           value_parser = parse_bool, hide_possible_values = true)]
     version: Option<bool>,
+}
+
+/// Several networks, as flannel 0.5 to 0.7 had them.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Several networks (flannel's flags)")]
+struct NetworksArgs {
+    /// Join these networks under the prefix, comma-separated, as they come and go; not the one without a name
+    #[arg(long, value_name = "NAME,...", value_parser = network_names)]
+    networks: Option<NetworkNames>,
+    /// Join all networks under the prefix that have a name, present and future; with --networks, of those only
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", value_parser = parse_bool)]
+    watch_networks: bool,
+    /// Directory for the subnet files of several networks, NAME.env each
+    #[arg(long, value_name = "DIR", default_value = "/run/flannel/networks")]
+    subnet_dir: PathBuf,
+}
+
+/// A list that is one flag's one value.
+#[derive(Clone, Debug)]
+struct NetworkNames(BTreeSet<NetworkName>);
+
+impl NetworksArgs {
+    fn choice(self) -> Option<NetworkChoice> {
+        let allowed = self
+            .networks
+            .map(|names| names.0)
+            .filter(|names| !names.is_empty());
+        (allowed.is_some() || self.watch_networks).then_some(NetworkChoice {
+            allowed,
+            subnet_dir: self.subnet_dir,
+        })
+    }
 }
 
 /// A list that is one flag's one value.
@@ -253,9 +288,9 @@ hidden_flags! {
     /// Flannel's flags, of all versions, that Kersey does not act on.
     UnservedArgs {
         booleans: ip_masq ip_masq_fully_random_disable ip_blackhole_route iptables_forward_rules kube_subnet_mgr
-            set_node_network_unavailable use_multi_cluster_cidr watch_networks logtostderr alsologtostderr;
+            set_node_network_unavailable use_multi_cluster_cidr logtostderr alsologtostderr;
         values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync
-            networks subnet_dir remote_keyfile remote_certfile remote_cafile stderrthreshold
+            remote_keyfile remote_certfile remote_cafile stderrthreshold
             vmodule;
         underscored: log_dir log_backtrace_at
     }
@@ -288,9 +323,6 @@ fn judge(flag: &str, value: &str) -> Verdict {
         "ip-blackhole-route" if asks => Verdict::Refuse(
             "Kersey adds no blackhole route yet; drop the flag, or add `ip route add blackhole SUBNET` yourself",
         ),
-        "networks" | "watch-networks" if asks => Verdict::Refuse(
-            "Kersey serves one network a process; start one for each, with its own --etcd-prefix and --subnet-file",
-        ),
         "remote-keyfile" | "remote-certfile" | "remote-cafile" if asks => Verdict::Refuse(
             "Kersey speaks plain HTTP between nodes and servers; drop the flag and keep that traffic on a trusted network",
         ),
@@ -305,7 +337,6 @@ fn judge(flag: &str, value: &str) -> Verdict {
         | "kube-annotation-prefix"
         | "net-config-path"
         | "set-node-network-unavailable" => Verdict::Note(NO_KUBE),
-        "subnet-dir" => Verdict::Note("it matters only with --networks"),
         "log_dir" => Verdict::Note("log lines go to standard error only"),
         "vmodule" | "log_backtrace_at" => Verdict::Note("use --log-level"),
         _ => Verdict::Accept,
@@ -396,6 +427,8 @@ impl RunArgs {
                 public_ipv6: self.node.public_ipv6,
             },
             subnet_file: self.node.subnet_file,
+            networks: self.networks.choice(),
+            network: None,
             lease,
             packet_path: PacketPathOptions {
                 device: path.device,
@@ -452,6 +485,12 @@ impl RunArgs {
 
 fn servers_list(text: &str) -> Result<Servers, String> {
     servers(text).map(Servers)
+}
+
+fn network_names(text: &str) -> Result<NetworkNames, String> {
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+    let names = names.map(|name| name.parse().map_err(|error: NetworkNameError| error.to_string()));
+    names.collect::<Result<_, _>>().map(NetworkNames)
 }
 
 fn any_ip(text: &str) -> Result<IpAddr, String> {

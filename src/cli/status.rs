@@ -166,21 +166,50 @@ const RED: &str = "31";
 /// The status as a text of at most a hundred columns, if names are not very long.
 fn table(status: &Status, colour: Colour) -> String {
     let mut out = String::new();
-    let ready = if status.ready {
-        colour.paint(GREEN, "ready")
-    } else {
-        colour.paint(RED, "not ready")
-    };
     push(
         &mut out,
         &format!(
-            "kersey {}, {ready}, up {}",
+            "kersey {}, {}, up {}",
             status.version,
+            readiness(status, colour),
             duration(status.uptime_s)
         ),
     );
     out.push('\n');
+    let Some(networks) = &status.networks else {
+        network(&mut out, colour, status);
+        return out;
+    };
+    row(&mut out, colour, "store", &status.store.place);
+    let count = match networks.len() {
+        0 => "none".to_owned(),
+        count => count.to_string(),
+    };
+    row(&mut out, colour, "networks", &count);
+    for (name, status) in networks {
+        let name = colour.paint(BOLD, &format!("network {name}"));
+        push(&mut out, &format!("\n{name}, {}", readiness(status, colour)));
+        if let Some(problem) = &status.problem {
+            push(&mut out, problem);
+        }
+        // One that never came up has nothing else to tell.
+        if !status.node.interface.is_empty() {
+            network(&mut out, colour, status);
+        }
+    }
+    out
+}
 
+fn readiness(status: &Status, colour: Colour) -> String {
+    if status.ready {
+        colour.paint(GREEN, "ready")
+    } else {
+        colour.paint(RED, "not ready")
+    }
+}
+
+/// What there is to say of one network.
+fn network(out: &mut String, colour: Colour, status: &Status) {
     let node = &status.node;
     let mut line = format!("{} in {}", or_none(&node.subnets), or_none(&node.networks));
     let _ = write!(line, " · {} {}", node.interface, node.public_ips.join(" "));
@@ -188,7 +217,7 @@ fn table(status: &Status, colour: Colour) -> String {
     if node.inner_mtu != node.link_mtu {
         let _ = write!(line, " (link {})", node.link_mtu);
     }
-    row(&mut out, colour, "node", &line);
+    row(out, colour, "node", &line);
 
     let backend = &status.backend;
     let port = backend
@@ -199,7 +228,7 @@ fn table(status: &Status, colour: Colour) -> String {
     if !backend.ingress_check.is_empty() {
         let _ = write!(line, " · ingress check {}", backend.ingress_check);
     }
-    row(&mut out, colour, "backend", &line);
+    row(out, colour, "backend", &line);
 
     let store = &status.store;
     let state = if store.connected {
@@ -208,24 +237,23 @@ fn table(status: &Status, colour: Colour) -> String {
         colour.paint(RED, "away")
     };
     row(
-        &mut out,
+        out,
         colour,
         "store",
         &format!("{} · {state} for {}", store.place, duration(store.since_s)),
     );
     if let Some(error) = &store.error {
-        row(&mut out, colour, "", error);
+        row(out, colour, "", error);
     }
 
     let device = &status.device;
     if device.is_absent() {
-        plain_peers(&mut out, colour, &status.peers);
+        plain_peers(out, colour, &status.peers);
     } else {
-        tunnel(&mut out, colour, status);
+        tunnel(out, colour, status);
     }
-    counts(&mut out, colour, "drops", status.drops.iter());
-    counts(&mut out, colour, "leases refused", status.rejected_leases.iter());
-    out
+    counts(out, colour, "drops", status.drops.iter());
+    counts(out, colour, "leases refused", status.rejected_leases.iter());
 }
 
 /// The device, and the peers behind it with their traffic.
@@ -456,6 +484,40 @@ mod tests {
         assert_eq!(text, BUSY);
         let widest = text.lines().map(|line| line.chars().count()).max();
         assert!(widest <= Some(100), "{widest:?}");
+    }
+
+    #[test]
+    fn several_networks_are_shown_one_after_the_other() {
+        let broken = Status {
+            problem: Some("the network config is invalid".into()),
+            ..Status::default()
+        };
+        let status = Status {
+            version: "0.1.0".into(),
+            uptime_s: 5.0,
+            store: crate::status::StoreStatus {
+                place: "etcd http://10.0.0.1:2379 /coreos.com/network".into(),
+                ..Default::default()
+            },
+            networks: Some([("blue".to_owned(), busy()), ("green".to_owned(), broken)].into()),
+            ..Status::default()
+        };
+        let text = table(&status, Colour::Off);
+        let (_, body) = BUSY.split_once("\n\n").unwrap();
+        let expected = format!(
+            "kersey 0.1.0, not ready, up 5 s\n\n\
+             store     etcd http://10.0.0.1:2379 /coreos.com/network\n\
+             networks  2\n\n\
+             network blue, ready\n{body}\n\
+             network green, not ready\n\
+             the network config is invalid\n"
+        );
+        assert_eq!(text, expected);
+        let none = Status {
+            networks: Some(BTreeMap::new()),
+            ..status
+        };
+        assert!(table(&none, Colour::Off).ends_with("networks  none\n"));
     }
 
     #[test]

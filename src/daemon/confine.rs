@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid, User};
 
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
-use crate::options::{NetworkConfigSource, RunOptions, SandboxPart, StoreKind};
+use crate::options::{NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, StoreKind};
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
 /// replaced as networks come and go.
@@ -87,6 +87,7 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     }
     if let Some(account) = account {
         give_contents(&options.data_dir, account)?;
+        give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
     }
     let parts = options.process.sandbox.0.iter().map(|part| part_of(*part));
     let mut plan = Plan::new(parts.collect(), account);
@@ -131,6 +132,12 @@ fn part_of(part: SandboxPart) -> Part {
 /// The folders written to, and the mode each is made with.
 fn folders(options: &RunOptions) -> Vec<(PathBuf, u32)> {
     let mut folders = vec![(options.data_dir.clone(), 0o700)];
+    folders.extend(
+        options
+            .networks
+            .iter()
+            .map(|choice| (choice.subnet_dir.clone(), 0o755)),
+    );
     let files = [&options.subnet_file, &options.status_socket];
     folders.extend(files.into_iter().map(|file| (folder_of(file), 0o755)));
     folders
@@ -257,6 +264,21 @@ fn give_contents(folder: &Path, account: Account) -> Result<(), ConfineError> {
         // A link is not followed: what it leads to may be anybody's.
         if entry.file_type().is_ok_and(|kind| kind.is_file()) {
             give(&entry.path(), account)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same for the folders of several networks.
+fn give_networks(folder: &Path, account: Account) -> Result<(), ConfineError> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    give(folder, account)?;
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            give(&entry.path(), account)?;
+            give_contents(&entry.path(), account)?;
         }
     }
     Ok(())

@@ -65,7 +65,6 @@ impl Health {
     }
 
     /// Watches over it no more.
-    #[allow(dead_code, reason = "networks come and go in a process of several")]
     pub(super) fn remove(&self, network: &str) {
         lock(&self.networks).remove(network);
         lock(&self.seen).retain(|(of, _), _| of != network);

@@ -8,18 +8,21 @@ use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+use tracing::Instrument;
 
-use crate::addr::{MacAddr, Mtu};
+use crate::addr::{MacAddr, Mtu, NetworkName};
 use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
 use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::reload::{self, InUse, Requests};
 use crate::daemon::report::Report;
+use crate::daemon::supervisor::Task;
 use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
@@ -37,14 +40,22 @@ const RETRY_PORT: Duration = Duration::from_secs(5);
 const GATHER: Duration = Duration::from_millis(100);
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
-pub(super) async fn run(options: &RunOptions, store: Arc<dyn Store>, report: Arc<Report>) -> Result<()> {
+///
+/// One of several networks comes with its name, and takes what it needs of the host before anything is touched.
+pub(super) async fn run(
+    options: RunOptions,
+    store: Arc<dyn Store>,
+    report: Arc<Report>,
+    claims: Option<(NetworkName, Arc<Claims>)>,
+) -> Result<()> {
     let mut requests = Requests::new();
     let in_use = InUse::default();
     // A config to go by rather than the store's; and the last that could be run, once another came after it.
     let (mut given, mut last_good) = (None, None);
     loop {
         let life = live(
-            options,
+            &options,
+            claims.as_ref(),
             Arc::clone(&store),
             Arc::clone(&report),
             (given.take(), &in_use),
@@ -98,6 +109,7 @@ enum ChooseAgain {
 /// Joins the network with the backend its config names, and stays in it.
 async fn live(
     options: &RunOptions,
+    claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
     (given, in_use): (Option<NetworkConfig>, &InUse),
@@ -112,12 +124,18 @@ async fn live(
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
-    match select(config.backend.kind.as_deref(), &config.backend.json, identity)? {
+    let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
+    if let AnyBackend::Auto(auto) = &mut backend {
+        let port = auto.port();
+        // What an earlier life of ours has is ours.
+        let ours = succession::held().has_port(&options.packet_path.device, port);
+        *auto = auto.settled(!ours && socket::port_is_taken(port));
+    }
+    if let Some((name, claims)) = claims {
+        claims.take(name, &Wants::of(&backend, &config))?;
+    }
+    match backend {
         AnyBackend::Auto(backend) => {
-            let port = backend.port();
-            // What an earlier life of ours has is ours.
-            let ours = succession::held().has_port(&options.packet_path.device, port);
-            let backend = backend.settled(!ours && socket::port_is_taken(port));
             tracing::info!(
                 backend = backend.name(),
                 reason = backend.reason(),
@@ -248,18 +266,9 @@ async fn join<B: Backend>(
         netlink,
     };
     let (publish, published) = control.channels(&config, &lease);
-    let _maintained = Ended(tokio::spawn(control.maintain(publish)));
+    let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_node(&setup, &published, store);
     stay(options, &setup, lease, published, &report).await
-}
-
-/// A task that ends when this is dropped.
-pub(super) struct Ended<T>(pub(super) tokio::task::JoinHandle<T>);
-
-impl<T> Drop for Ended<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 /// What our lease is to say.
@@ -413,6 +422,10 @@ pub(super) fn announce(
         return;
     }
     report.set_ready();
+    if options.network.is_some() {
+        // The supervisor tells when all are up.
+        return;
+    }
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::time::interval;
+use tracing::Instrument;
 
 use crate::addr::Prefix;
 use crate::backend::{NoTunnel, Underlay};
@@ -19,9 +20,10 @@ use crate::control::{Control, Published};
 use crate::daemon::health::TURN;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
-use crate::daemon::node::{Ended, UnusableMtu, announce, at, families, underlay_interface};
+use crate::daemon::node::{UnusableMtu, announce, at, families, underlay_interface};
 use crate::daemon::report::Report;
 use crate::daemon::succession;
+use crate::daemon::supervisor::Task;
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
 use crate::lease::{LeaseAttrs, Subnet};
@@ -84,7 +86,7 @@ pub(super) async fn join<B: NoTunnel>(
         "lease acquired"
     );
     let (publish, published) = control.channels(&config, &lease);
-    let _maintained = Ended(tokio::spawn(control.maintain(publish)));
+    let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_plain_node(&backend, &config, &interface, &published, store);
     let upkeep = if backend.makes_routes() {
         Upkeep::Always

@@ -2,16 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::UNIX_EPOCH;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::addr::Mtu;
+use crate::addr::{Mtu, NetworkName};
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
 use crate::control::Published;
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
+use crate::daemon::health::Health;
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::host::interface::UnderlayInterface;
@@ -24,6 +26,7 @@ use crate::status::{self, Status};
 pub(super) struct Report {
     started: Instant,
     parts: Mutex<Parts>,
+    ready: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -59,11 +62,16 @@ pub(super) struct Vitals {
 
 impl Report {
     pub(super) fn new(options: &RunOptions) -> Self {
+        Self::of_device(&options.packet_path.device)
+    }
+
+    /// Of a node whose device is to be called so.
+    pub(super) fn of_device(device: &str) -> Self {
         let fixed = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             sandbox: crate::host::sandbox::report(),
             device: status::DeviceStatus {
-                name: options.packet_path.device.clone(),
+                name: device.to_owned(),
                 ..Default::default()
             },
             ..Default::default()
@@ -74,6 +82,7 @@ impl Report {
                 fixed,
                 ..Parts::default()
             }),
+            ready: watch::Sender::new(false),
         }
     }
 
@@ -173,7 +182,11 @@ impl Report {
     }
 
     pub(super) fn set_ready(&self) {
-        self.edit(|parts| parts.fixed.ready = true);
+        self.edit(|parts| {
+            parts.fixed.ready = true;
+            parts.fixed.problem = None;
+        });
+        self.ready.send_replace(true);
     }
 
     pub(super) fn not_ready(&self) {
@@ -182,22 +195,27 @@ impl Report {
             parts.turned = None;
             parts.pulses.clear();
         });
+        self.ready.send_replace(false);
+    }
+
+    /// Says why it is not ready.
+    pub(super) fn set_problem(&self, why: String) {
+        self.edit(|parts| parts.fixed.problem = Some(why));
     }
 
     pub(super) fn is_ready(&self) -> bool {
-        self.parts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .fixed
-            .ready
+        *self.ready.borrow()
+    }
+
+    /// Waits until the node is ready.
+    pub(super) async fn until_ready(&self) {
+        // The sender is ours, so it cannot be gone.
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
     }
 
     #[cfg(test)]
     pub(super) fn for_tests() -> Self {
-        Self {
-            started: Instant::now(),
-            parts: Mutex::default(),
-        }
+        Self::of_device("flannel0")
     }
 
     #[cfg(test)]
@@ -282,6 +300,78 @@ impl Report {
             status.rejected_leases.insert("unreadable".to_owned(), skipped);
         }
         status
+    }
+}
+
+/// What several networks tell, and what the process tells of them.
+pub(super) struct Reports {
+    started: Instant,
+    health: Arc<Health>,
+    place: OnceLock<String>,
+    networks: Mutex<BTreeMap<NetworkName, Arc<Report>>>,
+}
+
+impl Reports {
+    /// Of no networks yet; `health` watches over those there will be.
+    pub(super) fn new(health: Arc<Health>) -> Self {
+        Self {
+            started: Instant::now(),
+            health,
+            place: OnceLock::new(),
+            networks: Mutex::default(),
+        }
+    }
+
+    /// Says where the store is; what was said first counts.
+    pub(super) fn set_place(&self, place: String) {
+        let _ = self.place.set(place);
+    }
+
+    pub(super) fn add(&self, name: &NetworkName, report: Arc<Report>) {
+        self.health.add(name.as_str(), Arc::clone(&report));
+        self.networks().insert(name.clone(), report);
+    }
+
+    pub(super) fn remove(&self, name: &NetworkName) {
+        self.health.remove(name.as_str());
+        if let Some(report) = self.networks().remove(name) {
+            // Nobody is to wait for it.
+            report.ready.send_replace(true);
+        }
+    }
+
+    pub(super) fn all(&self) -> Vec<(NetworkName, Arc<Report>)> {
+        let networks = self.networks();
+        let pairs = networks
+            .iter()
+            .map(|(name, report)| (name.clone(), Arc::clone(report)));
+        pairs.collect()
+    }
+
+    fn networks(&self) -> MutexGuard<'_, BTreeMap<NetworkName, Arc<Report>>> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The document as of now: ready when all networks are.
+    pub(super) fn status(&self) -> Status {
+        let networks: BTreeMap<String, Status> = self
+            .all()
+            .into_iter()
+            .map(|(name, report)| (name.to_string(), report.status()))
+            .collect();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            sandbox: crate::host::sandbox::report(),
+            ready: networks.values().all(|network| network.ready),
+            uptime_s: self.started.elapsed().as_secs_f64(),
+            store: status::StoreStatus {
+                place: self.place.get().cloned().unwrap_or_default(),
+                connected: networks.values().all(|network| network.store.connected),
+                ..Default::default()
+            },
+            networks: Some(networks),
+            ..Default::default()
+        }
     }
 }
 
