@@ -529,7 +529,7 @@ fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), Tu
                 device = options.name,
                 "went on with the device of an earlier life"
             );
-            Ok(tun)
+            Ok((tun, true))
         }
         Err(error) => {
             // That it is gone is why there is a new life.
