@@ -232,16 +232,6 @@ pub fn enter_thread(role: Role) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Gives up all that a process needs not that only runs firewall programs, which get the capabilities kept.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn enter_helper() -> Result<(), SandboxError> {
-    prctl::set_no_new_privs().map_err(|error| SandboxError::new("set no_new_privs", error))?;
-    capabilities::reduce_and_pass_on()?;
-    filesystem::restrict_programs()
-}
-
 /// What has been given up, by part; empty if the process is in no sandbox.
 pub fn report() -> BTreeMap<String, String> {
     lock()

@@ -742,59 +742,6 @@ pub fn receive_descriptors(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<
     Ok((message.bytes, descriptors))
 }
 
-/// Which of two processes this is, after a fork.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Forked {
-    /// The one that forked.
-    Parent,
-    /// The new one.
-    Child,
-}
-
-/// Makes a second process of this one. To be called while there is one thread: locks that others hold would be held in the child for ever.
-///
-/// # Errors
-/// Out of processes or memory; or there is more than one thread.
-pub fn fork() -> io::Result<Forked> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("there is more than one thread"));
-    }
-    // SAFETY: there is one thread, so the child holds no lock of another, and may do all that this process may.
-    match unsafe { nix::unistd::fork() }? {
-        nix::unistd::ForkResult::Parent { .. } => Ok(Forked::Parent),
-        nix::unistd::ForkResult::Child => Ok(Forked::Child),
-    }
-}
-
-/// Closes all descriptors but the first three and `kept`, whoever thinks to own them: for a child that ends without returning to them.
-///
-/// # Errors
-/// A kernel before 5.9.
-pub fn close_all_but(kept: &impl AsRawFd) -> io::Result<()> {
-    let kept = kept.as_raw_fd().cast_unsigned();
-    for (first, last) in [(3, kept.saturating_sub(1)), (kept + 1, u32::MAX)] {
-        if first <= last {
-            // SAFETY: closing touches no memory; owners of these descriptors are never dropped, as the caller promises.
-            let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-            check(libc::c_int::try_from(result).unwrap_or(-1))?;
-        }
-    }
-    Ok(())
-}
-
-/// Lets signals pass that ask a daemon to stop or reload.
-///
-/// # Errors
-/// The kernel's.
-pub fn ignore_stop_signals() -> io::Result<()> {
-    use nix::sys::signal::{SigHandler, Signal, signal};
-    for asked in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        // SAFETY: no handler is installed; ignoring runs no code.
-        unsafe { signal(asked, SigHandler::SigIgn) }?;
-    }
-    Ok(())
-}
-
 /// Takes over a descriptor that a library made.
 ///
 /// # Errors

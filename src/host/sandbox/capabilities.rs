@@ -20,8 +20,13 @@ fn failed(doing: &'static str) -> impl Fn(caps::errors::CapsError) -> SandboxErr
 pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<String>, SandboxError> {
     let held = caps::read(None, CapSet::Permitted).map_err(failed("read the capabilities"))?;
     let kept: CapsHashSet = KEPT.into_iter().filter(|cap| held.contains(cap)).collect();
-    if asked {
-        reduce_bounding(&held)?;
+    if asked && held.contains(&Capability::CAP_SETPCAP) {
+        for cap in caps::all() {
+            // One that the kernel does not know is not held either.
+            if !KEPT.contains(&cap) && caps::has_cap(None, CapSet::Bounding, cap).unwrap_or(false) {
+                caps::drop(None, CapSet::Bounding, cap).map_err(failed("reduce the bounding set"))?;
+            }
+        }
     }
     if let Some(Account { uid, gid }) = account {
         set_keepcaps(true).map_err(failed("keep capabilities across a change of user"))?;
@@ -59,34 +64,6 @@ pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<Str
             names.join(" ")
         }
     }))
-}
-
-/// Drops all capabilities but those the daemon uses; programs started from here on have these.
-pub(super) fn reduce_and_pass_on() -> Result<(), SandboxError> {
-    let held = caps::read(None, CapSet::Permitted).map_err(failed("read the capabilities"))?;
-    let kept: CapsHashSet = KEPT.into_iter().filter(|cap| held.contains(cap)).collect();
-    reduce_bounding(&held)?;
-    let passed = caps::set(None, CapSet::Effective, &kept)
-        .and_then(|()| caps::set(None, CapSet::Permitted, &kept))
-        .and_then(|()| caps::set(None, CapSet::Inheritable, &kept));
-    passed.map_err(failed("drop capabilities"))?;
-    for cap in kept {
-        caps::raise(None, CapSet::Ambient, cap).map_err(failed("pass a capability on"))?;
-    }
-    Ok(())
-}
-
-fn reduce_bounding(held: &CapsHashSet) -> Result<(), SandboxError> {
-    if !held.contains(&Capability::CAP_SETPCAP) {
-        return Ok(());
-    }
-    for cap in caps::all() {
-        // One that the kernel does not know is not held either.
-        if !KEPT.contains(&cap) && caps::has_cap(None, CapSet::Bounding, cap).unwrap_or(false) {
-            caps::drop(None, CapSet::Bounding, cap).map_err(failed("reduce the bounding set"))?;
-        }
-    }
-    Ok(())
 }
 
 /// Drops all capabilities of this thread.

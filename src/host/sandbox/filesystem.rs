@@ -57,43 +57,6 @@ pub(super) fn restrict(
     .to_owned())
 }
 
-/// Where firewall programs are, with what they are made of and what they read. They lock a file in `/run`.
-const PROGRAMS: [&str; 6] = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives"];
-const PROGRAMS_READ: [&str; 9] = [
-    "/etc/ld.so.cache",
-    "/etc/iproute2",
-    "/etc/nftables",
-    "/etc/protocols",
-    "/etc/services",
-    "/etc/ethertypes",
-    "/etc/nsswitch.conf",
-    "/proc",
-    "/dev/null",
-];
-const PROGRAMS_WRITE: [&str; 2] = ["/run", "/dev/null"];
-
-/// Restricts this process, and the firewall programs it starts, to those programs and what they use.
-pub(super) fn restrict_programs() -> Result<(), SandboxError> {
-    let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
-    let mut rules = Ruleset::default()
-        .handle_access(AccessFs::from_all(NEWEST))
-        .and_then(Ruleset::create)
-        .map_err(failed)?;
-    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
-    let writing = reading | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate;
-    let granted = PROGRAMS
-        .iter()
-        .map(|path| (path, reading | AccessFs::Execute))
-        .chain(PROGRAMS_READ.iter().map(|path| (path, reading)))
-        .chain(PROGRAMS_WRITE.iter().map(|path| (path, writing)));
-    for (path, access) in granted {
-        if let Some(rule) = rule(Path::new(path), access) {
-            rules = rules.add_rule(rule).map_err(failed)?;
-        }
-    }
-    rules.restrict_self().map(drop).map_err(failed)
-}
-
 /// Access below a path; a file has no access of folders.
 fn rule(path: &Path, access: BitFlags<AccessFs>) -> Option<PathBeneath<PathFd>> {
     let access = if path.is_dir() {
