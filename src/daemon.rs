@@ -254,21 +254,21 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
     tokio::select! {
         ended = nodes => ended.map(|()| Ring::End),
         never = reload::serve(hangup, options, reread, &health) => match never {},
-        ring = rung(doorbell.as_ref()) => {
-            if let Ring::Take(..) = ring {
-                succession::held().park();
-            }
-            Ok(ring)
-        }
+        ring = rung(doorbell.as_ref()) => Ok(ring),
     }
 }
 
-/// Waits for a successor; for ever, if none can ask.
+/// Waits for a successor; for ever, if none can ask. If it wants everything, threads are parked from then on: the nodes end as soon as
+/// this does.
 async fn rung(doorbell: Option<&Doorbell>) -> Ring {
-    match doorbell {
-        Some(doorbell) => doorbell.rung().await,
-        None => std::future::pending().await,
+    let Some(doorbell) = doorbell else {
+        return std::future::pending().await;
+    };
+    let ring = doorbell.rung().await;
+    if let Ring::Take(..) = ring {
+        succession::held().park();
     }
+    ring
 }
 
 fn kernel_release() -> String {

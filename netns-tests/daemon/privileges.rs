@@ -178,14 +178,10 @@ fn cap_net_admin_alone_is_enough() {
     let mut overlay = Blueprint::new("adminonly", 2).start();
     overlay.terminate(2);
     nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
-    for name in [
-        "2.env",
-        "2.data",
-        "2.data/lock",
-        "2.data/vtep-mac",
-        "2.data/control.json",
-    ] {
-        let _ = nix::unistd::chown(&overlay.file(name), Some(65534.into()), Some(65534.into()));
+    let files = fs::read_dir(overlay.file("2.data")).unwrap();
+    let files = files.map(|entry| entry.unwrap().path());
+    for path in files.chain(["2.env", "2.data"].map(|name| overlay.file(name))) {
+        nix::unistd::chown(&path, Some(65534.into()), Some(65534.into())).unwrap();
     }
     let kersey = overlay.command(2);
     let mut command = Command::new("setpriv");

@@ -282,7 +282,7 @@ impl<B: Backend> DataPlane<B> {
         Ok(plane)
     }
 
-    /// How long to wait for the first complete list of peers before packets move.
+    /// How long to wait for the first complete list of peers before packets move, if it is not there yet.
     pub(super) fn patience(&self, knows_none: bool) -> Duration {
         if !self.is_adopted {
             Duration::ZERO

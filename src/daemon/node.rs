@@ -304,7 +304,11 @@ async fn stay<B: Backend>(
         let mut plane = up(setup, &lease).await?;
         let mut table = published.peers.borrow_and_update().clone();
         // Packets may be waiting, or still be moved by another: better they wait on than find no peer.
-        let patience = plane.patience(table.is_empty());
+        let patience = if table.is_confirmed() {
+            Duration::ZERO
+        } else {
+            plane.patience(table.is_empty())
+        };
         if !patience.is_zero() && timeout(patience, published.peers.changed()).await.is_ok() {
             table = published.peers.borrow_and_update().clone();
         }

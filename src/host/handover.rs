@@ -246,9 +246,15 @@ impl Handover {
     /// The network's threads are back on duty: those parked may end.
     pub fn relieve(&self, network: &str) {
         let mut done = Vec::new();
-        if let Some(parked) = &mut *lock(&self.parked) {
-            done.extend(parked.extract_if(.., |(of, _)| of == network));
+        let mut parked = lock(&self.parked);
+        if let Some(threads) = &mut *parked {
+            done.extend(threads.extract_if(.., |(of, _)| of == network));
+            if threads.is_empty() && !done.is_empty() {
+                // All are back: from here on threads end with their data plane again.
+                *parked = None;
+            }
         }
+        drop(parked);
         // They are waited for, outside the lock.
         drop(done);
     }
