@@ -247,8 +247,8 @@ mod tests {
         let health = Health::new("6.1".to_owned());
         let report = Arc::new(Report::for_tests());
         health.add("blue", Arc::clone(&report));
-        report.set_turned();
         let now = Instant::now();
+        report.set_turned();
         assert_eq!(health.judge(now + LOOP_STUCK), Ok(()));
         let stuck = health
             .judge(now + LOOP_STUCK + Duration::from_secs(2))
