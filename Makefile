@@ -5,7 +5,8 @@
 #   make check   format, lints, documentation, licences of dependencies
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
-#   make soak    SOAK_CASES (20000) mutated VXLAN datagrams, each to Kersey and to a kernel, and what both let through compared
+#   make soak    SOAK_CASES (20000) mutated VXLAN datagrams, each to Kersey and to a kernel, and what both let through compared;
+#                and the long forms of the model, of races and of many nodes
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -71,6 +72,7 @@ soak: deps
 	else \
 	    cargo test --locked $(RUNNER) --test netns_interop -- --ignored --nocapture $(ARGS); \
 	fi
+	KERSEY_SOAK=1 cargo test --locked --test model --test etcd_many --test etcd -- --nocapture races whatever thousand
 
 build: build-deps
 	cargo build --release --locked

@@ -1,25 +1,31 @@
 //! The command line and the environment, turned into the options of one subcommand.
 //!
-//! Parsing has three steps, so that flannel's users keep their habits and clap still writes the help:
+//! Parsing has four steps, so that flannel's users keep their habits and clap still writes the help:
 //!
 //! 1. `go_flags` reads the arguments as Go's `flag` package would: `(name, value)` pairs;
 //! 2. `environment` adds what `KERSEY_X` and `FLANNELD_X` set and the command line does not;
-//! 3. clap reads the result, in the one form `--name=value`, checks each value and fills the subcommand's struct,
+//! 3. `config_file` adds what `--config` or `/etc/kersey/kersey.toml` sets and neither of those does;
+//! 4. clap reads the result, in the one form `--name=value`, checks each value and fills the subcommand's struct,
 //!    which becomes plain data in [`options`](crate::options).
 //!
 //! Started as `flanneld` (a link to this binary will do) there are no subcommands: all arguments are flags of `run`,
-//! and `-listen` alone makes a server of it, as flannel 0.5 to 0.7 did.
+//! and `-listen` alone makes a server of it, as flannel 0.5 to 0.7 did. Started as `mk-docker-opts.sh`, it is that script.
 //!
-//! All of it is pure: arguments and variables in, a [`Parsed`] or a [`Stop`] out. A subcommand is one file in this
-//! folder with its flags, one variant of [`Command`] and one arm in `parse`.
+//! All of it is pure, but for reading the file: arguments and variables in, a [`Parsed`] or a [`Stop`] out. A subcommand is
+//! one file in this folder with its flags, one variant of [`Command`], one arm in `parse` and one line in `whole`.
 
 pub mod bench;
 pub mod cleanup;
+pub mod config;
+mod config_file;
+pub mod docker_opts;
 mod environment;
 mod go_flags;
 pub mod lab;
+mod log_dam;
 mod log_lines;
 mod logging;
+pub mod pages;
 mod process;
 mod progress;
 pub mod reserve;
@@ -31,6 +37,7 @@ mod store;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -40,9 +47,13 @@ pub use self::logging::{set_log_level, start_logging};
 
 use self::bench::BenchOptions;
 use self::cleanup::CleanupArgs;
-use self::environment::Variables;
+use self::config::ConfigOptions;
+use self::config_file::{ConfigFile, FromFile};
+use self::docker_opts::DockerOptsOptions;
+use self::environment::{FromVariable, Variables};
 use self::go_flags::{Grammar, Setting};
 use self::lab::LabOptions;
+use self::pages::{CompletionsOptions, ManOptions};
 use self::reserve::ReserveArgs;
 use self::run::RunArgs;
 use self::server::ServerArgs;
@@ -56,7 +67,7 @@ pub mod exit {
     pub const OK: u8 = 0;
     /// Something failed at run time.
     pub const FAILED: u8 = 1;
-    /// The command line or a variable is wrong.
+    /// The command line, a variable or the config file is wrong.
     pub const USAGE: u8 = 2;
     /// This machine lacks something: a capability, a device, a kernel feature.
     pub const ENVIRONMENT: u8 = 3;
@@ -83,6 +94,14 @@ pub enum Command {
     Lab(Box<LabOptions>),
     /// `kersey bench`.
     Bench(Box<BenchOptions>),
+    /// `kersey config`.
+    Config(ConfigOptions),
+    /// `kersey docker-opts`, or `mk-docker-opts.sh`.
+    DockerOpts(DockerOptsOptions),
+    /// `kersey man`.
+    Man(ManOptions),
+    /// `kersey completions`.
+    Completions(CompletionsOptions),
 }
 
 /// What to do, and what to tell the user about how it was asked.
@@ -104,6 +123,15 @@ pub enum Stop {
         /// Where to.
         stream: Stream,
     },
+    /// As `Told`, but it is a failure.
+    Refused {
+        /// What to print.
+        text: String,
+        /// Where to.
+        stream: Stream,
+        /// The exit status.
+        status: u8,
+    },
     /// The command line is wrong.
     Misused(UsageError),
     /// Clap's own message, for the words before the flags.
@@ -119,9 +147,9 @@ pub enum Stream {
     Err,
 }
 
-/// A mistake on the command line or in the environment, and the way out.
+/// A mistake on the command line, in the environment or in the config file, and the way out, if the mistake does not say it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}\n  hint: {hint}")]
+#[error("{message}{}{hint}", if hint.is_empty() { "" } else { "\n  hint: " })]
 pub struct UsageError {
     message: String,
     hint: String,
@@ -147,6 +175,7 @@ impl Stop {
     pub fn report(self) -> ExitCode {
         let (text, stream, status) = match self {
             Self::Told { text, stream } => (text, stream, exit::OK),
+            Self::Refused { text, stream, status } => (text, stream, status),
             Self::Misused(error) => (format!("error: {error}\n"), Stream::Err, exit::USAGE),
             Self::Clap(error) => {
                 let status = u8::try_from(error.exit_code()).unwrap_or(exit::USAGE);
@@ -170,9 +199,16 @@ impl Stop {
 pub fn parse_process() -> Result<Parsed, Stop> {
     let text = |word: OsString| word.to_string_lossy().into_owned();
     let args: Vec<String> = std::env::args_os().map(text).collect();
-    let variables = std::env::vars_os()
+    let mut variables: Variables = std::env::vars_os()
         .map(|(name, value)| (text(name), text(value)))
         .collect();
+    // The file that is there by itself is as good as named.
+    let is_named = ["KERSEY_CONFIG", "FLANNELD_CONFIG"]
+        .iter()
+        .any(|name| variables.get(*name).is_some_and(|value| !value.is_empty()));
+    if !is_named && Path::new(config_file::DEFAULT_PATH).exists() {
+        variables.insert("KERSEY_CONFIG".to_owned(), config_file::DEFAULT_PATH.to_owned());
+    }
     parse(&args, &variables)
 }
 
@@ -206,6 +242,9 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
     };
     if program == "flanneld" {
         return run(rest, variables, Entry::Flanneld);
+    }
+    if ["mk-docker-opts.sh", "mk-docker-opts"].contains(&program) {
+        return docker_opts::as_script(program, rest);
     }
     match rest.split_first() {
         Some((word, flags)) if word == "run" => run(flags, variables, Entry::Kersey),
@@ -254,11 +293,44 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
             command: Command::Bench(Box::new(plain::<BenchOptions>("bench", flags)?)),
             notes: Vec::new(),
         }),
+        Some((word, flags)) if word == "config" => Ok(Parsed {
+            command: Command::Config(plain::<ConfigOptions>("config", flags)?),
+            notes: Vec::new(),
+        }),
+        Some((word, flags)) if word == "docker-opts" => Ok(Parsed {
+            command: Command::DockerOpts(plain::<DockerOptsOptions>("docker-opts", flags)?),
+            notes: Vec::new(),
+        }),
+        Some((word, flags)) if word == "man" => Ok(Parsed {
+            command: Command::Man(plain::<ManOptions>("man", flags)?),
+            notes: Vec::new(),
+        }),
+        Some((word, flags)) if word == "completions" => Ok(Parsed {
+            command: Command::Completions(plain::<CompletionsOptions>("completions", flags)?),
+            notes: Vec::new(),
+        }),
         Some((word, [name, ..])) if word == "help" && SUBCOMMANDS.contains(&name.as_str()) => parse(
             &["kersey".to_owned(), name.clone(), "--help".to_owned()],
             variables,
         ),
+        Some((word, [])) if ["-version", "--version", "-V", "version"].contains(&word.as_str()) => {
+            Err(version(Stream::Out))
+        }
+        Some((word, _)) if word == "-help" => Err(top_level(&["--help".to_owned()])),
+        Some((word, _)) if word.starts_with('-') && !["-h", "--help"].contains(&word.as_str()) => {
+            Err(Stop::Misused(UsageError::new(
+                format!("{word} needs a subcommand before it"),
+                format!("kersey run {word} ..., or start the program under the name flanneld"),
+            )))
+        }
         Some(_) | None => Err(top_level(rest)),
+    }
+}
+
+fn version(stream: Stream) -> Stop {
+    Stop::Told {
+        text: format!("kersey {}\n", env!("CARGO_PKG_VERSION")),
+        stream,
     }
 }
 
@@ -274,7 +346,11 @@ pub fn log_options(command: &Command) -> Option<LogOptions> {
         | Command::Status(_)
         | Command::Cleanup(_)
         | Command::Lab(_)
-        | Command::Bench(_) => None,
+        | Command::Bench(_)
+        | Command::Config(_)
+        | Command::DockerOpts(_)
+        | Command::Man(_)
+        | Command::Completions(_) => None,
     }
 }
 
@@ -298,10 +374,7 @@ enum Entry {
 fn run(flags: &[String], variables: &Variables, entry: Entry) -> Result<Parsed, Stop> {
     let (args, from_variables) = flags_of::<RunArgs>("run", flags, variables, entry)?;
     if args.wants_version() {
-        return Err(Stop::Told {
-            text: format!("kersey {}\n", env!("CARGO_PKG_VERSION")),
-            stream: Stream::Err,
-        });
+        return Err(version(Stream::Err));
     }
     let mut notes = from_variables.notes;
     notes.extend(args.review(&from_variables.origin)?);
@@ -320,16 +393,17 @@ fn run(flags: &[String], variables: &Variables, entry: Entry) -> Result<Parsed, 
     Ok(Parsed { command, notes })
 }
 
-/// What the environment had to say.
+/// What the environment and the config file had to say.
 struct FromVariables {
-    /// Flag → the variable that set it.
+    /// Flag → what set it, as a user would point at it: a variable, or a file's line and key.
     origin: BTreeMap<String, String>,
     /// Sentences for the log.
     notes: Vec<String>,
 }
 
 /// Flags whose empty value means "not given", as in flannel, where that is their default.
-const EMPTY_IS_UNSET: [&str; 9] = [
+const EMPTY_IS_UNSET: [&str; 10] = [
+    "config",
     "public-ip",
     "public-ipv6",
     "iface-can-reach",
@@ -341,7 +415,7 @@ const EMPTY_IS_UNSET: [&str; 9] = [
     "network-config",
 ];
 
-/// Reads the flags of one subcommand: Go's syntax, then the environment, then clap's checks.
+/// Reads the flags of one subcommand: Go's syntax, then the environment, then the config file, then clap's checks.
 fn flags_of<A: Args + FromArgMatches>(
     name: &'static str,
     words: &[String],
@@ -362,7 +436,19 @@ fn flags_of<A: Args + FromArgMatches>(
             return Err(bad_value(&found.variable, &found.setting.value, &error).into());
         }
     }
-    let mut settings: Vec<Setting> = from_variables.iter().map(|found| found.setting.clone()).collect();
+    let (from_file, mut notes) = file_settings(&command, &grammar, &given, &from_variables)?;
+    for found in &from_file {
+        let checked = command.clone().try_get_matches_from([found.setting.to_word()]);
+        if let Err(error) = checked {
+            let origin = format!("{} in {}", found.setting.name, found.place);
+            return Err(bad_value(&origin, &found.setting.value, &error).into());
+        }
+    }
+    let weaker = from_file.iter().map(|found| &found.setting);
+    let mut settings: Vec<Setting> = weaker
+        .chain(from_variables.iter().map(|found| &found.setting))
+        .cloned()
+        .collect();
     for setting in given {
         if setting.value.is_empty() && EMPTY_IS_UNSET.contains(&setting.name.as_str()) {
             settings.retain(|earlier| earlier.name != setting.name);
@@ -375,16 +461,85 @@ fn flags_of<A: Args + FromArgMatches>(
         .try_get_matches_from(settings.iter().map(Setting::to_word))
         .map_err(|error| misused(&settings, &error))?;
     let args = A::from_arg_matches(&matches).map_err(Stop::Clap)?;
+    notes.extend(environment::near_misses(&grammar, variables));
+    let from_file = from_file.into_iter().map(|found| {
+        let origin = format!("{}: {}", found.place, found.setting.name);
+        (found.setting.name, origin)
+    });
+    let from_variables = from_variables
+        .into_iter()
+        .map(|found| (found.setting.name, found.variable));
     Ok((
         args,
         FromVariables {
-            notes: environment::near_misses(&grammar, variables),
-            origin: from_variables
-                .into_iter()
-                .map(|found| (found.setting.name, found.variable))
-                .collect(),
+            notes,
+            origin: from_file.chain(from_variables).collect(),
         },
     ))
+}
+
+/// What the config file sets and neither the command line nor a variable does, and what the user should know about it.
+fn file_settings(
+    command: &clap::Command,
+    grammar: &Grammar,
+    given: &[Setting],
+    from_variables: &[FromVariable],
+) -> Result<(Vec<FromFile>, Vec<String>), Stop> {
+    let variables = from_variables.iter().map(|found| &found.setting);
+    let mut named = given.iter().rev().chain(variables.clone());
+    let Some(path) = named
+        .find(|setting| setting.name == "config")
+        .map(|setting| setting.value.as_str())
+        .filter(|path| !path.is_empty())
+    else {
+        return Ok((Vec::new(), Vec::new()));
+    };
+    let file = match ConfigFile::read(Path::new(path)) {
+        Ok(file) => file,
+        // Whoever asks for the status need not be able to read secrets.
+        Err(error)
+            if error.kind() == std::io::ErrorKind::PermissionDenied
+                && !CONFIGURED.contains(&command.get_name()) =>
+        {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        Err(error) => {
+            return Err(Stop::Misused(UsageError::new(
+                format!("cannot use the config file {path}: {error}"),
+                "name another with --config=FILE, or do without by --config=",
+            )));
+        }
+    };
+    let settings = file.settings(&file_grammar())?;
+    let notes = if CONFIGURED.contains(&command.get_name()) {
+        file.notes(&settings)
+    } else {
+        Vec::new()
+    };
+    let silenced = |name: &str| {
+        let mut louder = given.iter().chain(variables.clone());
+        louder.any(|setting| setting.name == name)
+    };
+    let heard = settings
+        .into_iter()
+        .filter(|found| {
+            let name = found.setting.name.as_str();
+            let asks = !found.setting.value.is_empty() || !EMPTY_IS_UNSET.contains(&name);
+            // What a daemon does with it, no other subcommand does.
+            let is_daemons = name == "network-config" && !CONFIGURED.contains(&command.get_name());
+            asks && !is_daemons && grammar.flag(name).is_some() && !silenced(name)
+        })
+        .collect();
+    Ok((heard, notes))
+}
+
+/// The subcommands whose flags a config file gives; the others take from it what they know.
+const CONFIGURED: [&str; 2] = ["run", "server"];
+
+/// Every flag a config file may set.
+fn file_grammar() -> Grammar {
+    Grammar::of(&subcommand::<RunArgs>("run", Entry::Kersey))
+        .and(Grammar::of(&subcommand::<ServerArgs>("server", Entry::Kersey)))
 }
 
 /// The clap command for the flags of one subcommand, without a program name in front of them.
@@ -397,6 +552,13 @@ fn subcommand<A: Args>(name: &'static str, entry: Entry) -> clap::Command {
         .no_binary_name(true)
         .args_override_self(true)
         .disable_help_flag(true)
+        .arg(
+            clap::Arg::new("config")
+                .long("config")
+                .value_name("FILE")
+                .help("TOML or JSON file with flags; an empty name: none [default: /etc/kersey/kersey.toml, if there]")
+                .help_heading("Other"),
+        )
         .arg(
             clap::Arg::new("help")
                 .short('h')
@@ -446,7 +608,7 @@ fn misused(settings: &[Setting], error: &clap::Error) -> Stop {
 }
 
 fn bad_value(origin: &str, value: &str, error: &clap::Error) -> UsageError {
-    let shown = if origin.to_ascii_lowercase().contains("password") {
+    let shown = if config_file::is_secret(origin) {
         "***"
     } else {
         value
@@ -461,7 +623,8 @@ fn bad_value(origin: &str, value: &str, error: &clap::Error) -> UsageError {
         .map(ToString::to_string)
         .or(possible)
         .unwrap_or_else(|| first_line(error));
-    UsageError::new(format!("invalid value {shown:?} for {origin}"), rule)
+    // One line has all of it: field, value and rule.
+    UsageError::new(format!("invalid value {shown:?} for {origin}: {rule}"), "")
 }
 
 fn first_line(error: &clap::Error) -> String {
@@ -470,24 +633,9 @@ fn first_line(error: &clap::Error) -> String {
     line.strip_prefix("error: ").unwrap_or(line).to_owned()
 }
 
-/// Help, version or an error for words that start no subcommand.
+/// Help or an error for words that start no subcommand.
 fn top_level(words: &[String]) -> Stop {
-    let mut command = clap::Command::new("kersey")
-        .version(env!("CARGO_PKG_VERSION"))
-        .about(
-            "Flannel without the kernel's tunnel drivers: a drop-in flanneld that encapsulates in userspace",
-        )
-        .subcommand_required(true)
-        .arg_required_else_help(true)
-        .max_term_width(100)
-        .subcommand(with_help::<RunArgs>("run"))
-        .subcommand(with_help::<ServerArgs>("server"))
-        .subcommand(with_help::<ReserveArgs>("reserve"))
-        .subcommand(with_help::<StatusArgs>("status"))
-        .subcommand(with_help::<CleanupArgs>("cleanup"))
-        .subcommand(with_help::<LabOptions>("lab"))
-        .subcommand(with_help::<BenchOptions>("bench"))
-        .after_help("Started under the name flanneld, the program takes the flags of `kersey run` directly.");
+    let mut command = whole();
     command.build();
     match command.try_get_matches_from(std::iter::once(&"kersey".to_owned()).chain(words)) {
         Ok(_) => Stop::Misused(UsageError::new("no subcommand", "see kersey --help")),
@@ -495,8 +643,43 @@ fn top_level(words: &[String]) -> Stop {
     }
 }
 
+/// The program with all its subcommands: for the help, manual pages and completions.
+fn whole() -> clap::Command {
+    clap::Command::new("kersey")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(
+            "Flannel without the kernel's tunnel drivers: a drop-in flanneld that encapsulates in userspace",
+        )
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .max_term_width(100)
+        .subcommand(documented::<RunArgs>("run"))
+        .subcommand(documented::<ServerArgs>("server"))
+        .subcommand(documented::<ReserveArgs>("reserve"))
+        .subcommand(documented::<StatusArgs>("status"))
+        .subcommand(documented::<CleanupArgs>("cleanup"))
+        .subcommand(with_help::<ConfigOptions>("config"))
+        .subcommand(with_help::<DockerOptsOptions>("docker-opts"))
+        .subcommand(with_help::<LabOptions>("lab"))
+        .subcommand(with_help::<BenchOptions>("bench"))
+        .subcommand(with_help::<ManOptions>("man"))
+        .subcommand(with_help::<CompletionsOptions>("completions"))
+        .after_help(
+            "Started under the name flanneld, the program takes the flags of `kersey run` directly; as mk-docker-opts.sh, \
+             those of `kersey docker-opts`.\n\n\
+             Exit status: 0 done, or stopped on request; 1 failed; 2 the command line, a variable or the config file is \
+             wrong; 3 this machine lacks something; 4 the network config cannot be run; 7 another daemon runs.",
+        )
+}
+
+/// A subcommand in clap's own syntax.
 fn with_help<A: Args>(name: &'static str) -> clap::Command {
     A::augment_args(clap::Command::new(name))
+}
+
+/// A subcommand in Go's syntax.
+fn documented<A: Args>(name: &'static str) -> clap::Command {
+    subcommand::<A>(name, Entry::Kersey).no_binary_name(false)
 }
 
 /// A clap value parser for an address type.

@@ -45,6 +45,7 @@ use crate::control::store::{self, OpenError};
 use crate::daemon::health::Health;
 use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
+pub use crate::daemon::node::unusable;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::reload::Reread;
 use crate::daemon::report::{Report, Reports};

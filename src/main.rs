@@ -23,6 +23,10 @@ fn main() -> ExitCode {
         Command::Cleanup(options) => cli::cleanup::run(&options),
         Command::Lab(options) => cli::lab::run(*options).unwrap_or_else(failed),
         Command::Bench(options) => cli::bench::run(*options).unwrap_or_else(failed),
+        Command::Config(options) => cli::config::run(&options, kersey::daemon::unusable),
+        Command::DockerOpts(options) => cli::docker_opts::run(&options),
+        Command::Man(options) => cli::pages::man(&options).unwrap_or_else(failed),
+        Command::Completions(options) => cli::pages::completions(&options).unwrap_or_else(failed),
     }
 }
 

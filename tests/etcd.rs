@@ -130,6 +130,57 @@ async fn thirty_two_daemons_claim_thirty_two_subnets() {
     assert!(error.to_string().contains("out of subnets"), "{error}");
 }
 
+/// F8, and B1 of the list of upstream bugs: flannel exits when it loses a race.
+#[tokio::test]
+async fn races_for_subnets_have_one_winner_each_and_are_over_soon() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    let soak = std::env::var_os("KERSEY_SOAK").is_some();
+    let mut took = Vec::new();
+    for (claimers, rounds) in [(2, if soak { 100 } else { 20 }), (32, if soak { 100 } else { 3 })] {
+        // As many subnets as there are claimers.
+        let config = match claimers {
+            2 => r#"{"Network":"10.0.0.0/24","SubnetLen":26,"SubnetMin":"10.0.0.0","SubnetMax":"10.0.0.64"}"#,
+            _ => SMALL,
+        };
+        etcd.put("config", config).await;
+        for round in 0..rounds {
+            let claims = (1..=claimers).map(|i| {
+                let store = etcd.store();
+                tokio::spawn(async move {
+                    // The connection is there: what is measured is the claim.
+                    store.config().await.unwrap();
+                    let start = Instant::now();
+                    loop {
+                        match store.acquire(&node(i), None).await {
+                            Ok(lease) => return (lease.subnet, start.elapsed()),
+                            Err(error) => assert!(error.to_string().contains("faster"), "{error}"),
+                        }
+                    }
+                })
+            });
+            let claimed = futures_util::future::join_all(claims).await;
+            let mut subnets = BTreeSet::new();
+            for (subnet, duration) in claimed.into_iter().map(Result::unwrap) {
+                assert!(subnets.insert(subnet), "{subnet} has two owners in round {round}");
+                took.push(duration);
+            }
+            for subnet in subnets {
+                etcd.delete(&format!("subnets/{subnet}")).await;
+            }
+        }
+    }
+    took.sort();
+    let p99 = took[took.len() * 99 / 100];
+    eprintln!(
+        "{} claims, p99 {p99:?}, longest {:?}",
+        took.len(),
+        took[took.len() - 1]
+    );
+    assert!(p99 <= Duration::from_secs(1), "{p99:?}");
+}
+
 #[tokio::test]
 async fn a_reservation_survives_restarts() {
     let Some(etcd) = etcd_server::start().await else {
@@ -148,6 +199,7 @@ async fn a_reservation_survives_restarts() {
     }
 }
 
+/// F5, and B0 of the list of upstream bugs: one such key makes flannel drop all its peers.
 #[tokio::test]
 async fn rotten_keys_touch_no_peer() {
     let Some(etcd) = etcd_server::start().await else {
@@ -186,9 +238,42 @@ async fn rotten_keys_touch_no_peer() {
         ("subnets/10.0.206.0-24", br#"{"PublicIP":"192.0.2.9"} x"#.to_vec()),
         ("subnets/10.0.207.0-24", vec![b'{'; 1 << 20]),
         ("subnets/10.0.208.0-24", "[".repeat(50_000).into_bytes()),
+        ("subnets/10.0.2.0-24 ", good.into()),
+        ("subnets/ 10.0.2.0-24", good.into()),
+        ("subnets/10.0.2.0-24\t", good.into()),
+        ("subnets/10.0.2.0_24", good.into()),
+        ("subnets/10.0.2.0-24%00", good.into()),
+        ("subnets/10.0.2.0-", good.into()),
+        ("subnets/-24", good.into()),
+        ("subnets/10.0.2.0-24-24", good.into()),
+        ("subnets/10.0.2-24", good.into()),
+        ("subnets/256.0.2.0-24", good.into()),
+        ("subnets/10.0.2.0-+24", good.into()),
+        ("subnets/10.0.2.0-024", good.into()),
+        ("subnets/10.0.2.0-24&", good.into()),
+        ("subnets/10.0.2.0-24&fd00::", good.into()),
+        ("subnets/10.0.2.0-24&fd00::-128", good.into()),
+        ("subnets/10.0.2.0-24&fd00:0:0::-64", good.into()),
+        ("subnets/10.0.2.0-24/config", good.into()),
+        ("subnets/\u{202e}10.0.2.0-24", good.into()),
+        ("subnets/１０.0.2.0-24", good.into()),
+        ("subnets/10.0.209.0-24", b"[]".to_vec()),
+        ("subnets/10.0.210.0-24", b"7".to_vec()),
+        ("subnets/10.0.211.0-24", br#"{"PublicIP":7}"#.to_vec()),
+        (
+            "subnets/10.0.212.0-24",
+            br#"{"PublicIP":"192.0.2.9","PublicIPv6":""}"#.to_vec(),
+        ),
+        (
+            "subnets/10.0.213.0-24",
+            br#"{"PublicIP":"192.0.2.9","BackendType":[]}"#.to_vec(),
+        ),
+        ("subnets/10.0.214.0-24", br#"{"PublicIP":"192.0.2.256"}"#.to_vec()),
+        ("subnets/10.0.215.0-24", br#"{"PublicIP":"fd00::1"}"#.to_vec()),
         // A good peer's value goes bad: the peer stays as it was.
         ("subnets/10.0.5.0-24", b"rot".to_vec()),
     ];
+    assert!(rotten.len() >= 50, "{}", rotten.len());
     let count = rotten.len() as u64;
     for (key, value) in rotten {
         etcd.put(key, value).await;

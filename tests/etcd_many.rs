@@ -1,7 +1,7 @@
-//! F9: a thousand nodes in one etcd. Nodes see every change in time, whatever storm it comes in, and stay small.
+//! F9: a thousand nodes in one etcd. Nodes see every change in time, whatever storm it comes in.
 //!
-//! The thousand are simulated with the product's own store, and so are two nodes that look on; a third is a daemon,
-//! whose memory is looked at. `KERSEY_SOAK=1` churns for a minute and adds a hundred thousand hostile keys (B3).
+//! The thousand are simulated with the product's own store; two nodes look on. `KERSEY_SOAK=1` churns for a minute. What
+//! memory a daemon takes for them is looked at in namespaces, where one can run.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,11 +13,6 @@
 mod etcd_server;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -27,12 +22,10 @@ use futures_util::stream::{self, StreamExt};
 use kersey::control::store::{EtcdStore, Lifetime, Registry, Store};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, Subnet};
-use kersey::status::Status;
-use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::{interval, sleep, timeout};
 
-const CONFIG: &str = r#"{"Network":"10.0.0.0/12","Backend":{"Type":"alloc"}}"#;
+const CONFIG: &str = r#"{"Network":"10.0.0.0/12","Backend":{"Type":"udp"}}"#;
 const NODES: u32 = 1000;
 
 #[tokio::test]
@@ -41,7 +34,6 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
         return;
     };
     etcd.put("config", CONFIG).await;
-    let mut daemon = Daemon::start(&etcd);
     let sim = Arc::new(etcd.store());
     let started = Instant::now();
     each(0..NODES, |i| {
@@ -57,7 +49,6 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
     for watcher in &watchers {
         watcher.wait("all", |table| table.len() == NODES as usize).await;
     }
-    daemon.wait_peers(NODES as usize + 2).await;
 
     // Fifty changes a second.
     let seconds = if soak() { 60 } else { 8 };
@@ -122,67 +113,11 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
             .wait("half", |table| table.len() == NODES as usize / 2)
             .await;
     }
-    daemon.wait_peers(NODES as usize / 2 + 2).await;
     assert!(
         vanished.elapsed() <= Duration::from_secs(5),
         "{:?}",
         vanished.elapsed()
     );
-    let rss = daemon.rss_mib();
-    eprintln!("the daemon takes {rss} MiB");
-    assert!(rss <= 64, "{rss} MiB");
-    assert!(daemon.child.try_wait().unwrap().is_none());
-}
-
-/// B3: a hundred thousand keys, as many as are taken, and then some.
-#[tokio::test]
-async fn a_hundred_thousand_hostile_leases_are_kept_small() {
-    if !soak() {
-        eprintln!("skipped: KERSEY_SOAK is not set");
-        return;
-    }
-    let Some(etcd) = etcd_server::start().await else {
-        return;
-    };
-    etcd.put(
-        "config",
-        r#"{"Network":"10.0.0.0/8","SubnetLen":28,"Backend":{"Type":"alloc"}}"#,
-    )
-    .await;
-    let mut client = etcd.client().await;
-    let total: u32 = 100_500;
-    for first in (0..total).step_by(100) {
-        let puts = (first..total.min(first + 100)).map(|i| {
-            let addr = std::net::Ipv4Addr::from(0x0a00_0000 + i * 16);
-            TxnOp::put(
-                format!("{PREFIX}/subnets/{addr}-28"),
-                node(i % 60_000, 0).to_json(),
-                None,
-            )
-        });
-        client
-            .txn(Txn::new().and_then(puts.collect::<Vec<_>>()))
-            .await
-            .unwrap();
-    }
-    let mut daemon = Daemon::start(&etcd);
-    let refused = async {
-        loop {
-            let status = daemon.status();
-            if status
-                .as_ref()
-                .is_some_and(|status| status.rejected_leases.contains_key("table_full"))
-            {
-                return;
-            }
-            sleep(Duration::from_millis(500)).await;
-        }
-    };
-    timeout(Duration::from_secs(120), refused).await.unwrap();
-    let rss = daemon.rss_mib();
-    eprintln!("{rss} MiB with {total} leases");
-    assert!(rss <= 128, "{rss} MiB");
-    assert!(daemon.child.try_wait().unwrap().is_none());
 }
 
 /// The round a node was last written in, and when that was done.
@@ -253,10 +188,11 @@ impl Watcher {
                 let _ = timeout(Duration::from_millis(20), peers.changed()).await;
                 let (table, now) = (peers.borrow_and_update().clone(), Instant::now());
                 for (i, (round, at)) in written.lock().unwrap().iter() {
-                    let there = table
-                        .get(subnet(*i))
-                        .is_some_and(|attrs| round_of(attrs) >= *round);
-                    if there {
+                    if seen.get(i) == Some(round) {
+                        continue;
+                    }
+                    let there = table.get(subnet(*i));
+                    if there.is_some_and(|attrs| round_of(attrs) >= *round) {
                         seen.insert(*i, *round);
                         notes.lock().unwrap().push(now.saturating_duration_since(*at));
                     }
@@ -275,82 +211,7 @@ struct Judge {
 impl Judge {
     async fn stop(self) -> Vec<Duration> {
         self.task.abort();
-        let took = self.took.lock().unwrap().clone();
-        took
-    }
-}
-
-/// A daemon without a tunnel, on loopback.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-    _dir: TempDir,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Daemon {
-    fn start(etcd: &Etcd) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("status.sock");
-        let log = fs::File::create(dir.path().join("log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_kersey"))
-            .args(["run", "--iface", "lo", "--public-ip", "127.0.0.1"])
-            .args(["--etcd-endpoints", &etcd.url()])
-            .arg("--data-dir")
-            .arg(dir.path().join("data"))
-            .arg("--subnet-file")
-            .arg(dir.path().join("subnet.env"))
-            .arg("--status-socket")
-            .arg(&socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        Self {
-            child,
-            socket,
-            _dir: dir,
-        }
-    }
-
-    fn status(&self) -> Option<Status> {
-        let mut text = String::new();
-        UnixStream::connect(&self.socket)
-            .ok()?
-            .read_to_string(&mut text)
-            .ok()?;
-        serde_json::from_str(&text).ok()
-    }
-
-    async fn wait_peers(&mut self, count: usize) {
-        let mut last = None;
-        let there = async {
-            loop {
-                last = self.status().map(|status| status.peers.len());
-                if last == Some(count) {
-                    return;
-                }
-                sleep(Duration::from_millis(100)).await;
-            }
-        };
-        if timeout(Duration::from_secs(60), there).await.is_err() {
-            let log = fs::read_to_string(self.socket.with_file_name("log")).unwrap();
-            panic!("{last:?} peers instead of {count}\n{log}");
-        }
-    }
-
-    fn rss_mib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        kib / 1024
+        std::mem::take(&mut *self.took.lock().unwrap())
     }
 }
 

@@ -66,6 +66,109 @@ async fn a_deleted_lease_is_renewed_at_once() {
     assert_eq!(node.published.peers.borrow().len(), 1);
 }
 
+/// A store restored from a backup may hold our lease as it was, and a second host with our address may write it.
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_says_something_else_is_put_right_thrice_and_then_left_until_its_renewal() {
+    let fake = Fake::new();
+    let _node = start(&fake, options(None)).await;
+    let mut altered = lease(OWN, 1);
+    altered.attrs.backend_type = "vxlan".to_owned();
+    fake.tell(LeaseUpdate::Snapshot(vec![altered.clone()]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 1);
+    for _ in 0..10 {
+        fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Added(altered.clone())]));
+        sleep(Duration::from_secs(1)).await;
+    }
+    assert_eq!(fake.script().renewals, 3);
+    // What an old server leaves out or words otherwise is no alteration.
+    sleep(Duration::from_secs(700)).await;
+    fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Added(lease(OWN, 1))]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 3);
+    fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Added(altered)]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 4);
+}
+
+/// B6 and B7 of the list of upstream bugs: a first look that fails ends flannel's renewals, and its view of the peers.
+#[tokio::test(start_paused = true)]
+async fn a_first_look_that_fails_stops_neither_renewals_nor_the_watch() {
+    let fake = Fake::new();
+    fake.fail_watch();
+    let node = start(&fake, options(None)).await;
+    sleep(Duration::from_secs(1)).await;
+    assert!(fake.script().watches >= 2);
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 2),
+    ]));
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(node.published.peers.borrow().len(), 1);
+    sleep(HOUR * 24).await;
+    assert_eq!(fake.script().renewals, 1);
+}
+
+/// B8: a second complete list, as after a compaction, must not take our own lease for one that went.
+#[tokio::test(start_paused = true)]
+async fn a_second_complete_list_changes_nothing_that_did_not_change() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    let all = || LeaseUpdate::Snapshot(vec![lease(OWN, 1), lease("10.0.2.0-24", 2)]);
+    fake.tell(all());
+    sleep(Duration::from_secs(1)).await;
+    let mut peers = node.published.peers.clone();
+    peers.mark_unchanged();
+    fake.tell(all());
+    sleep(Duration::from_secs(1)).await;
+    assert!(!peers.has_changed().unwrap());
+    assert_eq!(fake.script().renewals, 0);
+    // B9: but what did change is seen, the subnet being the same.
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 22),
+    ]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        peers.borrow_and_update().get(subnet("10.0.2.0-24")),
+        Some(&attrs(22))
+    );
+}
+
+/// F8: the node too many asks again, but not all the time; and gets a subnet once there is one.
+#[tokio::test(start_paused = true)]
+async fn a_node_without_a_subnet_keeps_asking_slowly() {
+    let fake = Fake::new();
+    let mut control = Control::new(fake.clone(), options(None));
+    control.network_config().await;
+    fake.script().mood = Mood::Refusing;
+    let own = attrs(1);
+    let waiting = control.acquire(&own);
+    let freed = async {
+        sleep(HOUR).await;
+        let tries = fake.script().acquisitions;
+        assert!((3600 / 15..3600 / 7 + 10).contains(&tries), "{tries}");
+        fake.script().mood = Mood::Fine;
+        Instant::now()
+    };
+    let (_, freed) = futures_util::future::join(waiting, freed).await;
+    assert!(
+        freed.elapsed() <= Duration::from_secs(15),
+        "{:?}",
+        freed.elapsed()
+    );
+}
+
+/// A server whose clock is days ahead must not make us believe that our lease lives for days.
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_within_a_day_whatever_its_end_is_said_to_be() {
+    let fake = Fake::new();
+    fake.script().ahead = HOUR * 24 * 3;
+    let _node = start(&fake, options(None)).await;
+    sleep(HOUR * 24).await;
+    assert_eq!(fake.script().renewals, 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_lost_lease_is_given_up_and_another_published() {
     let fake = Fake::new();
@@ -324,6 +427,9 @@ struct Script {
     config: &'static str,
     next_subnet: &'static str,
     renewals: usize,
+    acquisitions: usize,
+    /// How far its clock is ahead of ours.
+    ahead: Duration,
     watches: usize,
     told: VecDeque<Told>,
 }
@@ -410,20 +516,24 @@ impl Store for Fake {
         attrs: &'a LeaseAttrs,
         _previous: Option<Subnet>,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(self.answer(|script| Ok(day_lease(script.next_subnet, attrs))))
+        self.script().acquisitions += 1;
+        Box::pin(self.answer(|script| Ok(later(day_lease(script.next_subnet, attrs), script.ahead))))
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
         self.script().renewals += 1;
         let lost = self.script().mood == Mood::Lost;
-        Box::pin(self.answer(move |_| {
+        Box::pin(self.answer(move |script| {
             if lost {
                 return Err(StoreError::LeaseLost {
                     subnet: lease.subnet,
                     cause: "a stranger has it".to_owned(),
                 });
             }
-            Ok(day_lease(&lease.subnet.to_string(), &lease.attrs))
+            Ok(later(
+                day_lease(&lease.subnet.to_string(), &lease.attrs),
+                script.ahead,
+            ))
         }))
     }
 
@@ -499,6 +609,13 @@ fn day_lease(key: &str, attrs: &LeaseAttrs) -> Lease {
         expiration: Expiration::At(SystemTime::now() + HOUR * 24),
         created: None,
     }
+}
+
+fn later(mut lease: Lease, by: Duration) -> Lease {
+    if let Expiration::At(end) = lease.expiration {
+        lease.expiration = Expiration::At(end + by);
+    }
+    lease
 }
 
 fn lease(key: &str, i: u8) -> Lease {

@@ -4,7 +4,7 @@
 //! ([`world`]). After each step: nobody took a subnet that another held (I3), and no node's table lost a peer that the
 //! store did not tell it is gone. At the end all is mended, and every node's table is what the store holds (I1).
 //!
-//! `KERSEY_SOAK=1` runs 10,000 sequences of 200 steps.
+//! `KERSEY_SOAK=1` runs 10,000 sequences of 200 steps, `KERSEY_SOAK=N` N of them.
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
 
@@ -69,10 +69,10 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 fn size() -> (u32, usize) {
-    if std::env::var_os("KERSEY_SOAK").is_some() {
-        (10_000, 200)
-    } else {
-        (250, 40)
+    match std::env::var("KERSEY_SOAK").ok().map(|text| text.parse()) {
+        None => (150, 40),
+        Some(Ok(sequences)) if sequences > 1 => (sequences, 200),
+        Some(_) => (10_000, 200),
     }
 }
 

@@ -101,7 +101,7 @@ fn the_unit_starts_again_but_where_that_is_in_vain_and_comes_before_docker() {
     for line in [
         "Type=notify",
         "Restart=always",
-        "RestartPreventExitStatus=2 3 4 7",
+        "RestartPreventExitStatus=2 3 4",
         "Before=docker.service",
         "RuntimeDirectory=kersey flannel",
         "RuntimeDirectoryPreserve=yes",

@@ -19,8 +19,10 @@
 
 mod auto;
 mod cleanup;
+mod expiry;
 mod faults;
 mod handover;
+mod hostile_data;
 mod icmp;
 mod ingress;
 mod leases;

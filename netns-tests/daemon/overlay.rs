@@ -233,6 +233,17 @@ impl Overlay {
         Child::start(name, self.namespace(nth), command, &log).unwrap()
     }
 
+    /// Starts a node's daemon, the next one, by a command of the test's own.
+    #[allow(dead_code, reason = "the interoperation tests share this file")]
+    pub(crate) fn adopt(&mut self, nth: usize, command: Command) {
+        assert_eq!(nth, self.nodes.len() + 1, "nodes are started in order");
+        let child = self.run(&format!("node {nth}"), nth, command);
+        self.nodes.push(Daemon {
+            child,
+            pods: Vec::new(),
+        });
+    }
+
     fn spawn(&mut self, nth: usize) -> Child {
         let command = self.command(nth);
         self.run(&format!("node {nth}"), nth, command)
@@ -293,6 +304,12 @@ impl Overlay {
     /// Everything a node's daemon wrote since it was last started.
     pub(crate) fn log(&self, nth: usize) -> String {
         fs::read_to_string(self.nodes[nth - 1].child.log()).unwrap()
+    }
+
+    /// The network config, as flannel's JSON.
+    #[allow(dead_code, reason = "the interoperation tests share this file")]
+    pub(crate) fn network(&self) -> String {
+        self.blueprint.network.clone()
     }
 
     /// Where etcd is.

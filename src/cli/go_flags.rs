@@ -4,7 +4,7 @@
 //! only after `=`; a value may itself start with a dash; `--` ends the flags, and so does the first word that is not a
 //! flag. Flannel ignores whatever follows there, which hides mistakes such as `--ip-masq true`; here it is an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::UsageError;
 
@@ -13,6 +13,8 @@ use super::UsageError;
 pub(super) struct Grammar {
     /// Name or old name → name and kind.
     flags: BTreeMap<String, (String, FlagKind)>,
+    /// Flags of which every value counts, not the last alone.
+    repeatable: BTreeSet<String>,
 }
 
 /// Whether a flag needs a value.
@@ -28,6 +30,7 @@ impl Grammar {
     /// Reads the grammar off a clap command.
     pub(super) fn of(command: &clap::Command) -> Self {
         let mut flags = BTreeMap::new();
+        let mut repeatable = BTreeSet::new();
         for arg in command.get_arguments() {
             let takes_value = arg.get_action().takes_values();
             let optional = arg.get_num_args().is_some_and(|range| range.min_values() == 0);
@@ -39,11 +42,31 @@ impl Grammar {
             let Some(long) = arg.get_long() else {
                 continue;
             };
+            if matches!(arg.get_action(), clap::ArgAction::Append) {
+                repeatable.insert(long.to_owned());
+            }
             for name in std::iter::once(long).chain(arg.get_all_aliases().unwrap_or_default()) {
                 flags.insert(name.to_owned(), (long.to_owned(), kind));
             }
         }
-        Self { flags }
+        Self { flags, repeatable }
+    }
+
+    /// The flags of both.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.flags.extend(other.flags);
+        self.repeatable.extend(other.repeatable);
+        self
+    }
+
+    /// The flag of a name, perhaps an old one: its name and kind.
+    pub(super) fn flag(&self, name: &str) -> Option<(&str, FlagKind)> {
+        self.flags.get(name).map(|(name, kind)| (name.as_str(), *kind))
+    }
+
+    /// Whether every value of a flag counts, not the last alone.
+    pub(super) fn is_repeatable(&self, name: &str) -> bool {
+        self.repeatable.contains(name)
     }
 
     /// All names, old ones left out.

@@ -1,64 +1,48 @@
-//! What may become a log line: nothing that a terminal obeys, nothing endless, and not the same for ever (S15).
+//! One event, one line, whatever is in it.
 //!
-//! Names, values and errors come from stores, peers and files, so whoever writes those writes into our log. Each line that leaves
+//! What a store, a peer or a file says ends up in the log as part of a message or of a field. A line break in it would forge a line; an
+//! escape sequence would reach into the terminal of whoever reads; a megabyte would fill the disk. So each event is made
+//! printable where it leaves: control characters and those that turn the direction of text are written as `\u{1b}`, and
+//! a line ends after [`MAX_BYTES`]. The formatter hands an event over in one piece, so that no state is needed.
 //!
-//! - has its control characters escaped, so that it is one line and moves no cursor;
-//! - is at most [`MAX_BYTES`] long; text is cut, and of JSON the longest strings are, so that it stays JSON;
-//! - is one of [`BURST`] of its kind, or the first in [`PAUSE`]; what is held back is counted and told with the next one that is not.
-//!
-//! A kind is a place in the code. Lines below `info` are for someone who looks for something, and are not held back.
+//! In colour, for a terminal, the formatter's own sequences for colours pass, and with them any other for colours: they can
+//! do no more than annoy.
 
-use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
-use tracing::callsite::Identifier;
-use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::layer::{Context, Layer};
 
-use crate::options::LogFormat;
+/// The longest line, its end included. A journal or collector cuts at some KB anyway.
+const MAX_BYTES: usize = 2048;
+/// What shows that a line was cut.
+const CUT: &str = " ...";
 
-/// The longest line, its end included.
-pub(super) const MAX_BYTES: usize = 2048;
-/// Lines of one kind in a row: as many bad keys as an operator would want to see by name.
-const BURST: u32 = 50;
-/// How long until there is another one.
-const PAUSE: Duration = Duration::from_secs(10);
-/// Appended to what was cut.
-const CUT: &str = "…";
-
-/// Writes tame lines to standard error.
+/// Makes events printable on their way to standard error.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Tame {
-    pub(super) format: LogFormat,
-    /// Whether the lines have colours of ours.
-    pub(super) colours: bool,
+pub(super) struct LogLines {
+    pub(super) colour: Colour,
 }
 
-/// One line on its way out.
-pub(super) struct Line(Tame);
+/// Whether sequences for colours may pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Colour {
+    On,
+    Off,
+}
 
-impl<'a> MakeWriter<'a> for Tame {
-    type Writer = Line;
+impl<'a> MakeWriter<'a> for LogLines {
+    type Writer = Self;
 
-    fn make_writer(&'a self) -> Line {
-        Line(*self)
+    fn make_writer(&'a self) -> Self {
+        *self
     }
 }
 
-impl Write for Line {
-    /// Takes a whole line, which is how the formatter hands them over.
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let text = String::from_utf8_lossy(line);
-        let tamed = match self.0.format {
-            LogFormat::Text => tame_text(text.trim_end_matches('\n'), self.0.colours),
-            LogFormat::Json => tame_json(text.trim_end_matches('\n')),
-        };
-        io::stderr().lock().write_all(tamed.as_bytes())?;
-        Ok(line.len())
+impl Write for LogLines {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let line = printable(&String::from_utf8_lossy(event), self.colour);
+        io::stderr().write_all(line.as_bytes())?;
+        Ok(event.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -66,137 +50,60 @@ impl Write for Line {
     }
 }
 
-fn tame_text(line: &str, colours: bool) -> String {
-    let mut out = String::with_capacity(line.len() + 1);
-    for letter in line.chars() {
-        if letter.is_control() && !(colours && letter == '\u{1b}') {
-            let _ = write!(out, "\\x{:02x}", u32::from(letter));
-        } else {
-            out.push(letter);
-        }
-        if out.len() > MAX_BYTES {
-            break;
-        }
-    }
-    if out.len() >= MAX_BYTES {
-        cut(&mut out, MAX_BYTES - CUT.len() - 1);
-        out.push_str(CUT);
-    }
-    out.push('\n');
-    out
-}
-
-fn cut(text: &mut String, bytes: usize) {
-    text.truncate(text.floor_char_boundary(bytes));
-}
-
-/// JSON has its control characters escaped already.
-fn tame_json(line: &str) -> String {
-    let mut out = line.to_owned();
-    let mut longest = MAX_BYTES / 4;
-    while out.len() >= MAX_BYTES {
-        let Ok(mut value) = serde_json::from_str::<serde_json::Value>(line) else {
-            return tame_text(line, false);
+/// An event as one line of at most [`MAX_BYTES`].
+fn printable(event: &str, colour: Colour) -> String {
+    let event = event.strip_suffix('\n').unwrap_or(event);
+    let room = MAX_BYTES - CUT.len() - 1;
+    let mut line = String::with_capacity(event.len().min(MAX_BYTES) + 1);
+    // Where the line is cut should the event not fit.
+    let mut cut = 0;
+    let mut rest = event;
+    while let Some(first) = rest.chars().next() {
+        let sequence = match colour {
+            Colour::On => colour_sequence(rest),
+            Colour::Off => None,
         };
-        shorten(&mut value, longest);
-        out = value.to_string();
-        if longest == 0 {
-            break;
-        }
-        longest /= 2;
-    }
-    out.push('\n');
-    out
-}
-
-fn shorten(value: &mut serde_json::Value, bytes: usize) {
-    use serde_json::Value;
-    match value {
-        Value::String(text) if text.len() > bytes => {
-            cut(text, bytes);
-            text.push_str(CUT);
-        }
-        Value::Array(values) => values.iter_mut().for_each(|value| shorten(value, bytes)),
-        Value::Object(fields) => fields.values_mut().for_each(|value| shorten(value, bytes)),
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
-    }
-}
-
-/// Holds back lines that come again and again.
-#[derive(Debug, Default)]
-pub(super) struct Dam(Mutex<HashMap<Identifier, Kind>>);
-
-/// Lines of one kind.
-#[derive(Debug)]
-struct Kind {
-    left: u32,
-    since: Instant,
-    held_back: u64,
-}
-
-/// What becomes of a line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    /// It goes; so many before it did not.
-    Goes(u64),
-    HeldBack,
-}
-
-impl Kind {
-    fn new(now: Instant) -> Self {
-        Self {
-            left: BURST,
-            since: now,
-            held_back: 0,
-        }
-    }
-
-    fn next(&mut self, now: Instant) -> Fate {
-        let pauses = now.saturating_duration_since(self.since).as_secs() / PAUSE.as_secs();
-        if pauses > 0 {
-            let earned = u32::try_from(pauses).unwrap_or(BURST);
-            self.left = self.left.saturating_add(earned).min(BURST);
-            self.since = now;
-        }
-        if self.left == 0 {
-            self.held_back += 1;
-            return Fate::HeldBack;
-        }
-        self.left -= 1;
-        Fate::Goes(std::mem::take(&mut self.held_back))
-    }
-}
-
-impl<S: Subscriber> Layer<S> for Dam {
-    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
-        let metadata = event.metadata();
-        if *metadata.level() > Level::INFO {
-            return true;
-        }
-        let now = now();
-        let fate = {
-            let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let kind = kinds.entry(metadata.callsite()).or_insert_with(|| Kind::new(now));
-            kind.next(now)
-        };
-        match fate {
-            Fate::Goes(0) => true,
-            Fate::Goes(held_back) => {
-                tracing::warn!(
-                    held_back,
-                    of = metadata.target(),
-                    "lines like the next one came too often"
-                );
-                true
+        let taken = match sequence {
+            Some(sequence) => {
+                line.push_str(sequence);
+                sequence.len()
             }
-            Fate::HeldBack => false,
+            None => {
+                match first {
+                    '\n' => line.push_str("\\n"),
+                    '\r' => line.push_str("\\r"),
+                    '\t' => line.push_str("\\t"),
+                    _ if is_unsafe(first) => line.extend(first.escape_unicode()),
+                    _ => line.push(first),
+                }
+                first.len_utf8()
+            }
+        };
+        rest = &rest[taken..];
+        if line.len() <= room {
+            cut = line.len();
+        }
+        if line.len() > MAX_BYTES - 1 {
+            line.truncate(cut);
+            line.push_str(CUT);
+            break;
         }
     }
+    line.push('\n');
+    line
 }
 
-#[expect(clippy::disallowed_methods, reason = "a shell: lines come by the clock")]
-fn now() -> Instant {
-    Instant::now()
+/// A sequence at the start of a text that changes colours and nothing else.
+fn colour_sequence(text: &str) -> Option<&str> {
+    let parameters = text.strip_prefix("\u{1b}[")?;
+    let end = parameters.find(|c: char| !c.is_ascii_digit() && c != ';')?;
+    (parameters[end..].starts_with('m') && end < 16).then(|| &text[..end + 3])
+}
+
+/// Controls, and marks that turn or hide text.
+fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
 #[cfg(test)]
@@ -204,90 +111,64 @@ mod tests {
     use super::*;
 
     #[test]
-    fn control_characters_move_no_cursor_and_end_no_line() {
-        let hostile = "peer \u{1b}[2J\u{7}a\nINFO forged\r\u{85}\u{0}\u{7f} ü";
-        let line = tame_text(hostile, false);
-        assert_eq!(
-            line,
-            "peer \\x1b[2J\\x07a\\x0aINFO forged\\x0d\\x85\\x00\\x7f ü\n"
-        );
-        assert_eq!(tame_text("\u{1b}[31mred\u{8}", true), "\u{1b}[31mred\\x08\n");
+    fn what_could_forge_a_line_or_reach_a_terminal_is_written_out() {
+        for (event, expected) in [
+            ("INFO plain text\n", "INFO plain text\n"),
+            ("", "\n"),
+            ("a\nERROR forged\n", "a\\nERROR forged\n"),
+            ("a\r\tb", "a\\r\\tb\n"),
+            (
+                "\u{1b}[2J\u{1b}]0;owned\u{7}",
+                "\\u{1b}[2J\\u{1b}]0;owned\\u{7}\n",
+            ),
+            ("\u{9b}31m", "\\u{9b}31m\n"),
+            ("\0", "\\u{0}\n"),
+            ("\u{202e}txt.exe", "\\u{202e}txt.exe\n"),
+            ("naïve 日本 😀", "naïve 日本 😀\n"),
+            ("\u{1b}[31m", "\\u{1b}[31m\n"),
+        ] {
+            assert_eq!(printable(event, Colour::Off), expected);
+        }
     }
 
     #[test]
-    fn a_line_of_a_megabyte_is_cut() {
-        for filling in ["x", "\u{0}", "ü", "€"] {
-            let line = tame_text(&filling.repeat(1 << 20), false);
+    fn colours_pass_where_there_are_any_and_nothing_else_does() {
+        assert_eq!(
+            printable("\u{1b}[2m\u{1b}[1;32mINFO\u{1b}[0m", Colour::On),
+            "\u{1b}[2m\u{1b}[1;32mINFO\u{1b}[0m\n"
+        );
+        for hostile in [
+            "\u{1b}[2J",
+            "\u{1b}[1;1H",
+            "\u{1b}]0;x\u{7}",
+            "\u{1b}c",
+            "\u{1b}[",
+            "\u{1b}[0000000000000000000m",
+        ] {
+            assert!(!printable(hostile, Colour::On).contains('\u{1b}'), "{hostile:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_has_an_end() {
+        let line = |event: &str| printable(event, Colour::Off);
+        let fits = "x".repeat(MAX_BYTES - 1);
+        assert_eq!(line(&fits).len(), MAX_BYTES);
+        assert!(!line(&fits).contains(CUT));
+        for event in [
+            "x".repeat(MAX_BYTES),
+            "x".repeat(1 << 20),
+            "é".repeat(5000),
+            "\u{1b}".repeat(5000),
+            format!("{}\n", "\n".repeat(3000)),
+        ] {
+            let line = line(&event);
             assert!(
-                line.len() <= MAX_BYTES && line.len() > MAX_BYTES - 16,
+                line.len() <= MAX_BYTES && line.len() > MAX_BYTES - 20,
                 "{}",
                 line.len()
             );
-            assert!(line.ends_with("…\n"));
+            assert!(line.ends_with(" ...\n"), "{line:.50}");
         }
-        assert_eq!(tame_text(&"x".repeat(2000), false).len(), 2001);
-    }
-
-    #[test]
-    fn json_stays_json_when_it_is_cut() {
-        let line = serde_json::json!({
-            "level": "WARN",
-            "fields": {"message": "m".repeat(4000), "key": "\u{1b}".repeat(4000), "n": 7},
-            "more": vec!["y".repeat(600); 20],
-        });
-        let tamed = tame_json(&line.to_string());
-        assert!(tamed.len() <= MAX_BYTES, "{}", tamed.len());
-        let back: serde_json::Value = serde_json::from_str(&tamed).unwrap();
-        assert_eq!(
-            (back["level"].as_str(), back["fields"]["n"].as_u64()),
-            (Some("WARN"), Some(7))
-        );
-        let short = r#"{"level":"INFO"}"#;
-        assert_eq!(tame_json(short), format!("{short}\n"));
-    }
-
-    #[test]
-    fn a_flood_of_one_kind_becomes_a_line_in_ten_seconds_and_says_how_many() {
-        let start = now();
-        let mut kind = Kind::new(start);
-        let mut gone = 0;
-        for n in 0..1_000_000u32 {
-            // A million lines in a hundred seconds.
-            let at = start + Duration::from_micros(u64::from(n) * 100);
-            gone += u32::from(matches!(kind.next(at), Fate::Goes(_)));
-        }
-        assert!((BURST + 8..=BURST + 10).contains(&gone), "{gone}");
-        let Fate::Goes(held_back) = kind.next(start + Duration::from_secs(200)) else {
-            panic!("it goes after a pause");
-        };
-        assert!(held_back > 90_000, "{held_back}");
-    }
-
-    #[test]
-    fn the_dam_is_in_the_way_of_info_and_not_of_debug() {
-        use tracing_subscriber::layer::SubscriberExt;
-        #[derive(Clone, Default)]
-        struct Count(std::sync::Arc<Mutex<(u32, u32)>>);
-        impl<S: Subscriber> Layer<S> for Count {
-            fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-                let mut count = self.0.lock().unwrap();
-                if *event.metadata().level() == Level::DEBUG {
-                    count.1 += 1;
-                } else {
-                    count.0 += 1;
-                }
-            }
-        }
-        let count = Count::default();
-        let subscriber = tracing_subscriber::registry()
-            .with(Dam::default())
-            .with(count.clone());
-        tracing::subscriber::with_default(subscriber, || {
-            for _ in 0..1000 {
-                tracing::info!("again");
-                tracing::debug!("again");
-            }
-        });
-        assert_eq!(*count.0.lock().unwrap(), (BURST, 1000));
     }
 }

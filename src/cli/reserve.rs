@@ -133,7 +133,7 @@ fn parse_subnet(text: &str) -> Result<Subnet, UsageError> {
         let v6: Option<Ipv6Prefix> = v6.map(str::parse).transpose().ok()?;
         let subnet = Subnet { v4, v6 };
         // Parsing a prefix takes its host bits off, and what was meant is not known then.
-        if !text.split(',').all(|part| without_host_bits(part)) {
+        if !text.split(',').all(without_host_bits) {
             return None;
         }
         // What has no key is no subnet of a lease.

@@ -22,7 +22,7 @@ use crate::options::{
 ///
 /// Flags are flannel's where flannel has one, in Go's syntax: one dash or two, `-x=v` or `-x v`, booleans as
 /// `-x=false`. Each can be set by a variable as well: KERSEY_X or FLANNELD_X, upper case, `-` as `_`. The command line
-/// wins over KERSEY_X, and that over FLANNELD_X.
+/// wins over KERSEY_X, that over FLANNELD_X, and that over the file of --config, which has flags' names as keys.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct RunArgs {
@@ -55,8 +55,8 @@ Flannel's remaining flags, of all versions, are known by name. Those that ask fo
 (--ip-masq, --kube-subnet-mgr and more) are refused with a sentence that says what to do \
 instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
 
-Exit status: 0 stopped on request, 1 failed, 2 misused, 3 this machine lacks something, 4 the network config is \
-invalid, 7 another daemon runs.";
+Exit status: 0 stopped on request; 1 failed; 2 the command line, a variable or the config file is wrong; 3 this machine \
+lacks something; 4 the network config cannot be run; 7 another daemon runs.";
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Node (flannel's flags)")]

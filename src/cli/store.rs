@@ -241,7 +241,8 @@ fn network_config(text: &str) -> Result<NetworkConfigArg, String> {
     }
 }
 
-fn config_source(text: &str) -> Result<NetworkConfigSource, String> {
+/// Tells JSON text from a file's name.
+pub(super) fn config_source(text: &str) -> Result<NetworkConfigSource, String> {
     if text.trim_start().starts_with('{') {
         return Ok(NetworkConfigSource::Inline(text.to_owned()));
     }

@@ -12,6 +12,8 @@ use crate::control::state_file;
 
 /// The file in the data directory.
 const FILE: &str = "vtep-mac";
+/// Where the kernel tells the number of this boot.
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// The file with the number.
 const ID_FILE: &str = "node-id";
 /// An address in text takes 17 bytes; a line end may follow.
@@ -47,7 +49,7 @@ pub struct Holder {
     pub id: String,
     /// The host's name, for people.
     pub host: String,
-    /// The kernel's number of this boot; with the name it shows a copy of a data directory.
+    /// The kernel's number of this boot, empty if it cannot be read; with the name it shows a copy of a data directory.
     pub boot: String,
 }
 
@@ -66,14 +68,12 @@ pub fn holder(data_dir: &Path) -> Holder {
             id
         }
     };
-    let kernel = |file: &str| {
-        let text = std::fs::read_to_string(Path::new("/proc/sys/kernel").join(file)).unwrap_or_default();
-        text.trim().to_owned()
-    };
+    let host = nix::sys::utsname::uname().map(|name| name.nodename().to_string_lossy().into_owned());
+    let boot = std::fs::read_to_string(BOOT_ID);
     Holder {
         id,
-        host: kernel("hostname"),
-        boot: kernel("random/boot_id"),
+        host: host.unwrap_or_default(),
+        boot: boot.map(|text| text.trim().to_owned()).unwrap_or_default(),
     }
 }
 

@@ -38,7 +38,7 @@ pub mod identity;
 mod maintain;
 pub mod peers;
 mod retry;
-pub(crate) mod state_file;
+pub mod state_file;
 pub mod store;
 pub mod subnet_file;
 

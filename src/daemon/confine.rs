@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, User};
 
+use crate::control::identity;
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, StoreKind};
 
@@ -99,6 +100,7 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     for path in KERNEL {
         plan.read(path);
     }
+    plan.read(identity::BOOT_ID);
     for file in files(options) {
         plan.read_file(&file);
     }

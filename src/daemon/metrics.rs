@@ -238,6 +238,11 @@ impl Scrape {
             "Errors of the store",
             self.each(|_, sample| Some((Vec::new(), sample.store_errors))),
         )?;
+        out.counters(
+            "store_resets",
+            "How often the store was found wiped, restored from a backup or exchanged",
+            self.each(|_, sample| Some((Vec::new(), sample.status.store.resets))),
+        )?;
         out.gauges(
             "rejected_leases",
             "Leases of others that are not believed",

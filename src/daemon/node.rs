@@ -15,7 +15,9 @@ use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{Backoff, Control, ControlOptions, Published, RateLimit, identity, subnet_file};
+use crate::control::{
+    Backoff, Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file,
+};
 use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::health::TURN;
@@ -38,6 +40,8 @@ const RETRY_PORT: Duration = Duration::from_secs(5);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
 /// changing it against us should not keep us busy.
 const GATHER: Duration = Duration::from_millis(100);
+/// A file of keys has a line a key, of up to some hundred bytes.
+const MAX_KEYS_BYTES: u64 = 1 << 20;
 
 /// Joins a network and stays in it; returns only with an error nothing can mend.
 ///
@@ -81,6 +85,21 @@ pub(super) async fn run(
             ended => return ended,
         }
     }
+}
+
+/// Why no node could run by a network config, in one line, if that is so; what depends on the node itself is not looked at.
+pub fn unusable(network_config: &str) -> Option<String> {
+    let config = match NetworkConfig::parse(network_config) {
+        Ok(config) => config,
+        Err(error) => return Some(error.to_string()),
+    };
+    let identity = Identity {
+        mac: MacAddr::from([2, 0, 0, 0, 0, 1]),
+        srv6: Srv6Node::default(),
+    };
+    select(config.backend.kind.as_deref(), &config.backend.json, identity)
+        .err()
+        .map(|error| error.to_string())
 }
 
 /// The link is too small for this backend and network.
@@ -168,7 +187,7 @@ fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
                 file: file.clone(),
                 cause,
             };
-            let text = std::fs::read_to_string(file).map_err(|error| unusable(error.to_string()))?;
+            let text = state_file::read(file, MAX_KEYS_BYTES).map_err(|error| unusable(error.to_string()))?;
             Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };

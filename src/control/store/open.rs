@@ -12,10 +12,14 @@ use super::{
     EmbeddedNetworks, EtcdNetworks, EtcdOptions, Networks, RemoteNetworks, RemoteStore, Store, StoreError,
 };
 use crate::control::config::{ConfigError, NetworkConfig};
+use crate::control::state_file;
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
 
 /// The embedded store's file in its directory.
 const FILE: &str = "leases.redb";
+
+/// A network config is a few hundred bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +106,7 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
         let text = match source {
             NetworkConfigSource::Inline(text) => text.clone(),
             NetworkConfigSource::File(path) => {
-                fs::read_to_string(path).map_err(|source| OpenError::ReadConfig {
+                state_file::read(path, MAX_CONFIG_BYTES).map_err(|source| OpenError::ReadConfig {
                     path: path.clone(),
                     source,
                 })?

@@ -4,7 +4,7 @@
 //! files from before there were any lack; they are made when such a file is opened.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
@@ -114,8 +114,13 @@ fn open_file(path: &Path) -> std::io::Result<File> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)?;
-    if !file.metadata()?.is_file() {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
         return Err(std::io::Error::other("not a regular file"));
+    }
+    // Whoever writes it decides where packets go.
+    if metadata.permissions().mode() & 0o002 != 0 {
+        return Err(std::io::Error::other("everybody may write it (chmod o-w)"));
     }
     Ok(file)
 }

@@ -18,14 +18,15 @@
 //! The key is a help, not a condition: where etcd does not let us write it, this is said once, and all goes on without.
 //!
 //! Limits: a host that runs no Kersey is seen only when it writes. A reservation has no etcd lease, so who put it cannot
-//! be told. Hosts cloned with the data directory count as one while they also have one name.
+//! be told. Hosts cloned with the data directory count as one while they also have one name; what runs under one name on
+//! one kernel counts as one host whatever its data directory, so that a container made anew need not wait for itself.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
+use etcd_client::{Compare, CompareOp, Error, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
@@ -235,16 +236,14 @@ async fn sign(connection: &Connection, lease: i64) -> Result<bool, StoreError> {
     const DOING: &str = "keep the node's address";
     let mut client = connection.client(DOING).await?;
     let exchange = async {
-        let (mut keeper, mut answers) = client.lease_keep_alive(lease).await?;
-        keeper.keep_alive().await?;
-        answers.message().await
+        match client.lease_keep_alive(lease).await {
+            Ok(_) => Ok(true),
+            // What etcd-client makes of an answer that has no time left in it.
+            Err(Error::LeaseKeepAliveError(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
     };
-    match connection.ask(DOING, &Right::None, exchange).await {
-        Ok(answer) => Ok(answer.is_some_and(|answer| answer.ttl() > 0)),
-        // How etcd-client puts a lease that is gone depends on when it finds out.
-        Err(StoreError::Unavailable { cause, .. }) if cause.contains("lease") => Ok(false),
-        Err(error) => Err(error),
-    }
+    connection.ask(DOING, &Right::None, exchange).await
 }
 
 /// Makes the key ours, unless another host has it.
@@ -311,8 +310,17 @@ fn theirs(value: &[u8], holder: &Holder) -> Option<Record> {
         return None;
     }
     let record: Record = serde_json::from_slice(value).ok()?;
-    let cloned = record.boot != holder.boot && record.host != holder.host;
-    (record.id != holder.id || cloned).then_some(record)
+    let known = |one: &str, two: &str| !one.is_empty() && !two.is_empty();
+    let same = |one: &str, two: &str| known(one, two) && one == two;
+    let differ = |one: &str, two: &str| known(one, two) && one != two;
+    let other = if record.id == holder.id {
+        // A copy of a data directory on another machine.
+        differ(&record.boot, &holder.boot) && differ(&record.host, &holder.host)
+    } else {
+        // Else a data directory that was lost, or a container made anew on this machine.
+        !(same(&record.boot, &holder.boot) && same(&record.host, &holder.host))
+    };
+    other.then_some(record)
 }
 
 #[cfg(test)]
@@ -337,7 +345,22 @@ mod tests {
             ("a clone", holder("1", "b", "y"), true),
             ("another", holder("2", "b", "y"), true),
             ("another of the same name", holder("2", "a", "y"), true),
-            ("a second one on the same host", holder("2", "a", "x"), true),
+            (
+                "a container made anew on the same host",
+                holder("2", "a", "x"),
+                false,
+            ),
+            ("another container on the same host", holder("2", "b", "x"), true),
+            (
+                "itself, unable to read what boot it is",
+                holder("1", "b", ""),
+                false,
+            ),
+            (
+                "another, unable to read what boot it is",
+                holder("2", "a", ""),
+                true,
+            ),
         ] {
             assert_eq!(theirs(found, &who).is_some(), other, "{case}");
         }

@@ -18,8 +18,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::EtcdOptions;
-use crate::control::RateLimit;
 use crate::control::store::StoreError;
+use crate::control::{RateLimit, state_file};
 
 /// Where the system keeps its root certificates, by distribution.
 const SYSTEM_ROOTS: [&str; 3] = [
@@ -27,6 +27,9 @@ const SYSTEM_ROOTS: [&str; 3] = [
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/cert.pem",
 ];
+
+/// The largest file read; the roots of a whole system have some 200 KB.
+const MAX_BYTES: u64 = 4 << 20;
 
 /// What TLS with etcd takes.
 pub(super) struct TlsFiles {
@@ -124,7 +127,8 @@ fn read(roots: &Path, client: Option<&(PathBuf, PathBuf)>) -> Result<TlsOptions,
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+    state_file::read_bytes(path, MAX_BYTES)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))
 }
 
 fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -213,6 +217,55 @@ mod tests {
                 error.contains(&path(named).display().to_string()),
                 "{ca} {client:?}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_key_that_everybody_can_read_is_warned_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = rcgen::generate_simple_self_signed(vec!["one".to_owned()]).unwrap();
+        let (certificate, key) = (dir.path().join("cert"), dir.path().join("the-key"));
+        fs::write(&certificate, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        let options = EtcdOptions {
+            cafile: Some(certificate.clone()),
+            certfile: Some(certificate),
+            keyfile: Some(key.clone()),
+            ..EtcdOptions::default()
+        };
+        for (mode, warned) in [(0o600, false), (0o640, false), (0o644, true), (0o666, true)] {
+            fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+            let log = Log::default();
+            let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).finish();
+            tracing::subscriber::with_default(subscriber, || TlsFiles::open(&options).map(drop)).unwrap();
+            let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(
+                text.contains("the-key") && text.contains("chmod 600"),
+                warned,
+                "{mode:o}: {text}"
+            );
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Log {
+        type Writer = Self;
+
+        fn make_writer(&'a self) -> Self {
+            self.clone()
         }
     }
 

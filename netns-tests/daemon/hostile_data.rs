@@ -1,0 +1,330 @@
+//! What a store says is only data: nothing of it is executed (S9), no line of the log is forged by it (S15), and a bad config
+//! takes no running node down (B1). Secrets are shown nowhere (S11).
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use etcd_client::PermissionType;
+use kersey::status::Status;
+
+use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for};
+use crate::support::require_etcd;
+
+/// Texts that mean something to a shell, a terminal, a path or a log.
+const NASTY: [&str; 12] = [
+    "$(touch /tmp/kersey-owned)",
+    "`touch /tmp/kersey-owned`",
+    "; touch /tmp/kersey-owned #",
+    "| sh",
+    "&& reboot",
+    "../../../../etc/passwd",
+    "%s%s%n",
+    "x\\n2026-01-01T00:00:00Z ERROR forged: all is lost",
+    "x\\r\\u001b[2J\\u001b]0;owned\\u0007",
+    "\\u202etxt.exe\\u0000",
+    "'\\\" OR 1=1 --",
+    "\\ud83d\\ude00",
+];
+
+/// The only programs a daemon may start: they set firewall rules, with arguments of its own.
+const FIREWALL: [&str; 8] = [
+    "nft",
+    "iptables",
+    "ip6tables",
+    "iptables-restore",
+    "ip6tables-restore",
+    "iptables-save",
+    "ip6tables-save",
+    "iptables-nft-restore",
+];
+
+#[test]
+fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
+    if !require_etcd("nothing_the_store_says_is_executed_or_forges_a_log_line") {
+        return;
+    }
+    let mut blueprint = Blueprint::new("hostile", 2);
+    // What is written below stays clear of what the nodes lease.
+    blueprint.network =
+        r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.50.0","Backend":{"Type":"udp"}}"#.into();
+    blueprint
+        .own_flags
+        .insert(2, vec!["--log-format=json".into(), "--log-level=debug".into()]);
+    let mut overlay = blueprint.build();
+    let calls = overlay.file("execve");
+    let traced = overlay.command(1);
+    let mut command = Command::new("strace");
+    // The tracer stands beside, so that the process we start and end is the daemon.
+    command.args([
+        "-D",
+        "-f",
+        "-qq",
+        "-s",
+        "4096",
+        "-e",
+        "trace=execve,execveat",
+        "-o",
+    ]);
+    command
+        .arg(&calls)
+        .arg(traced.get_program())
+        .args(traced.get_args());
+    overlay.adopt(1, command);
+    let plain = overlay.command(2);
+    overlay.adopt(2, plain);
+    overlay.wait_all();
+
+    let mut puts = 0;
+    for (nth, nasty) in NASTY.iter().enumerate() {
+        let third = 100 + nth;
+        for value in [
+            format!(r#"{{"PublicIP":"{nasty}"}}"#),
+            format!(r#"{{"PublicIP":"192.0.2.{third}","BackendType":"{nasty}"}}"#),
+            format!(r#"{{"PublicIP":"192.0.2.{third}","BackendType":"{nasty}","BackendData":"{nasty}"}}"#),
+            format!(
+                r#"{{"PublicIP":"192.0.2.{third}","BackendType":"extension","BackendData":{{"PreStartupCommand":"{nasty}"}}}}"#
+            ),
+            (*nasty).to_owned(),
+        ] {
+            overlay.put(&format!("subnets/10.244.{third}.0-24"), value);
+            puts += 1;
+        }
+        let raw: String = serde_json::from_str(&format!("\"{nasty}\"")).unwrap();
+        overlay.put(&format!("subnets/{raw}"), r#"{"PublicIP":"192.0.2.9"}"#);
+        overlay.put(&format!("subnets/10.244.{third}.0-24{raw}"), *nasty);
+        puts += 2;
+    }
+    // Rotten a hundred times over, one cause.
+    for nth in 0..100 {
+        overlay.put(&format!("subnets/rotten-{nth}"), "\u{1b}[31m");
+        puts += 1;
+    }
+    // A last good one shows that all before it was read.
+    overlay.put("subnets/10.244.99.0-24", r#"{"PublicIP":"192.0.2.99"}"#);
+    for nth in [1, 2] {
+        overlay.wait(nth, READY, |status| {
+            status.peers.iter().any(|peer| peer.subnets == ["10.244.99.0/24"])
+        });
+    }
+    overlay.ping_all();
+
+    for nth in [1, 2] {
+        overlay.terminate(nth);
+        let log = overlay.log(nth);
+        let lines: Vec<&str> = log.lines().collect();
+        // At debug a change of the peers is a line; what is wrong with an entry is not, at any level.
+        let plain = lines.iter().filter(|line| !line.contains("DEBUG")).count();
+        figure("log lines after hostile puts", (puts, plain));
+        assert!(plain < 60, "{plain} lines for {puts} puts:\n{log}");
+        for line in &lines {
+            assert!(line.len() <= 2048, "{} bytes: {line:.300}", line.len());
+            assert!(!line.chars().any(|c| c.is_control()), "{line:?}");
+            assert!(!line.starts_with("2026-01-01T00:00:00Z ERROR forged"), "{line}");
+            if nth == 2 {
+                let parsed: serde_json::Value =
+                    serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+                assert!(parsed.get("level").is_some(), "{line}");
+            }
+        }
+        let alarms = lines.iter().filter(|line| line.contains("ERROR")).count();
+        assert!(nth == 2 || alarms == 0, "{log}");
+    }
+    assert!(!std::path::Path::new("/tmp/kersey-owned").exists());
+    let trace = fs::read_to_string(&calls).unwrap();
+    let started: Vec<&str> = trace.lines().filter(|line| line.contains("execve")).collect();
+    let foreign: Vec<&&str> = started
+        .iter()
+        .filter(|line| {
+            let program = line.split('"').nth(1).unwrap_or_default();
+            let name = program.rsplit('/').next().unwrap_or_default();
+            let is_own = program == env!("CARGO_BIN_EXE_kersey");
+            let is_fixed = FIREWALL.contains(&name) && !NASTY.iter().any(|nasty| line.contains(nasty));
+            !is_own && !is_fixed
+        })
+        .collect();
+    assert!(!started.is_empty(), "strace saw nothing");
+    assert_eq!(foreign, [] as [&&str; 0]);
+    assert_eq!(
+        started
+            .iter()
+            .filter(|line| line.contains(env!("CARGO_BIN_EXE_kersey")))
+            .count(),
+        1,
+        "{trace}"
+    );
+}
+
+#[test]
+fn a_bad_config_in_the_store_takes_no_running_node_down() {
+    if !require_etcd("a_bad_config_in_the_store_takes_no_running_node_down") {
+        return;
+    }
+    let mut overlay = Blueprint::new("badconf", 2).start();
+    let good = overlay.get("config").unwrap().0;
+    for bad in [
+        "",
+        "null",
+        "{",
+        "{}",
+        r#"{"Network":"10.244.0.0/31"}"#,
+        r#"{"Network":"10.244.0.0/16","SubnetLen":31}"#,
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"ipsec"}}"#,
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
+        "\u{1b}[2J\nERROR forged",
+    ] {
+        overlay.put("config", bad);
+    }
+    overlay.put("config", "x".repeat(1 << 20));
+    std::thread::sleep(Duration::from_secs(1));
+    for nth in [1, 2] {
+        assert!(overlay.daemon(nth).is_running());
+        assert!(overlay.status(nth).ready, "node {nth}");
+    }
+    overlay.ping_all();
+
+    // One that starts waits for a better one, and says in one line why. A life with a cache would start from that.
+    overlay.put("config", r#"{"Network":"10.244.0.0/16","SubnetLen":31}"#);
+    overlay.terminate(2);
+    let _ = fs::remove_file(overlay.file("2.data/control.json"));
+    overlay.restart(2);
+    let log = overlay.nodes[1].child.log().to_owned();
+    let told = || fs::read_to_string(&log).unwrap();
+    wait_for("a line about the config", READY, || {
+        told().contains("SubnetLen is 31: must be 30 at most")
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(overlay.daemon(2).is_running(), "{}", told());
+    assert_eq!(told().matches("SubnetLen is 31").count(), 1, "{}", told());
+    overlay.put("config", good);
+    overlay.wait_all();
+    overlay.ping_all();
+}
+
+/// Words that must not be seen; letters only, so that no escape hides them.
+const PASSWORD: &str = "CanaryPasswordQxZkWv";
+const WRONG_PASSWORD: &str = "CanaryWrongPasswordJtBn";
+const HMAC_KEY: &str = "CanaryHmacKeyRrLpTu";
+
+#[test]
+fn secrets_are_shown_nowhere() {
+    if !require_etcd("secrets_are_shown_nowhere") {
+        return;
+    }
+    let mut overlay = Blueprint::new("secrets", 1).build();
+    overlay.etcd(async |mut client| {
+        client.user_add("root", "root", None).await?;
+        client.user_grant_role("root", "root").await?;
+        client.role_add("node").await?;
+        let all = etcd_client::Permission::new(PermissionType::Readwrite, "/").with_prefix();
+        client.role_grant_permission("node", all).await?;
+        client.user_add("node", PASSWORD, None).await?;
+        client.user_grant_role("node", "node").await?;
+        client.auth_enable().await.map(drop)
+    });
+    let keys = overlay.file("hmac-keys");
+    fs::write(&keys, format!("7 sha256 {HMAC_KEY}\n")).unwrap();
+    let mut shown = String::new();
+
+    // The password in the environment, then in a file; and a wrong one, which etcd refuses.
+    let file = overlay.file("kersey.toml");
+    let write = |password: &str| {
+        let text = format!(
+            "etcd-username = 'node'\netcd-password = '{password}'\nsrv6-hmac-keys = '{}'\nlog-level = 'trace'\n",
+            keys.display()
+        );
+        fs::write(&file, text).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    };
+    write(PASSWORD);
+    let mut by_variable = overlay.command(1);
+    by_variable
+        .args(["--log-level=trace", "--etcd-username=node", "--log-format=json"])
+        .env("KERSEY_ETCD_PASSWORD", PASSWORD);
+    let mut by_file = overlay.command(1);
+    by_file.arg(format!("--config={}", file.display()));
+    for command in [by_variable, by_file] {
+        overlay.nodes.clear();
+        overlay.adopt(1, command);
+        overlay.wait(1, READY, |status| status.ready);
+        shown += &everything_shown(&mut overlay);
+        overlay.terminate(1);
+        shown += &overlay.log(1);
+    }
+    write(WRONG_PASSWORD);
+    let mut refused = overlay.command(1);
+    refused.arg(format!("--config={}", file.display()));
+    overlay.nodes.clear();
+    let _ = fs::remove_dir_all(overlay.file("1.data"));
+    overlay.adopt(1, refused);
+    let log = overlay.nodes[0].child.log().to_owned();
+    let is_told = || {
+        fs::read_to_string(&log)
+            .unwrap()
+            .contains("authentication failed")
+    };
+    wait_for("etcd's refusal in the log", READY, is_told);
+    shown += &everything_shown(&mut overlay);
+    overlay.terminate(1);
+    shown += &overlay.log(1);
+
+    assert_eq!(shown.matches("kersey starts").count(), 3, "{shown}");
+    for secret in [PASSWORD, WRONG_PASSWORD, HMAC_KEY] {
+        let as_numbers = secret
+            .bytes()
+            .map(|byte| byte.to_string())
+            .collect::<Vec<_>>()
+            .join(", ");
+        let as_hex: String = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
+        for form in [secret.to_owned(), as_numbers, as_hex, secret[..12].to_owned()] {
+            let at = shown.find(&form);
+            assert_eq!(
+                at,
+                None,
+                "{secret}: {}",
+                shown[at.unwrap_or(0).saturating_sub(200)..]
+                    .get(..400)
+                    .unwrap_or_default()
+            );
+        }
+    }
+    // Etcd's token for the session, which is as good as the password.
+    for line in shown.lines() {
+        let lower = line.to_ascii_lowercase();
+        assert!(
+            !lower.contains("authorization") && !lower.contains("token:"),
+            "{line}"
+        );
+    }
+    // And the open file was warned of.
+    assert!(
+        shown.contains("has a secret, etcd-password, and mode 0644"),
+        "{:.2000}",
+        shown
+    );
+}
+
+/// What a daemon shows to whoever asks: status, files in its directory, its command line, metrics if there are any.
+fn everything_shown(overlay: &mut Overlay) -> String {
+    let mut shown = String::new();
+    let status: Status = overlay.status(1);
+    shown += &format!("{status:#?}\n");
+    for form in [&[] as &[&str], &["--json"]] {
+        let done = Command::new(env!("CARGO_BIN_EXE_kersey"))
+            .args(["status", "--status-socket"])
+            .arg(overlay.socket(1))
+            .args(form)
+            .output()
+            .unwrap();
+        shown += &String::from_utf8_lossy(&done.stdout);
+        shown += &String::from_utf8_lossy(&done.stderr);
+    }
+    for name in ["1.env", "1.data/control.json"] {
+        shown += &fs::read_to_string(overlay.file(name)).unwrap_or_default();
+    }
+    let pid = overlay.daemon(1).pid();
+    shown += &fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    shown.push('\n');
+    shown
+}

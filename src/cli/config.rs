@@ -1,0 +1,220 @@
+//! `kersey config check`: whether a config file or a network config would do, without starting anything.
+//!
+//! The file goes the same way as at the start of a daemon, but alone: neither flags nor variables add to it. What it names
+//! (certificates, keys) is not opened; the network config in it is.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use super::store::config_source;
+use super::{Parsed, Stop, UsageError, Variables, config_file, exit, parse};
+use crate::control::state_file;
+use crate::options::{NetworkConfigSource, StoreKind};
+
+/// A network config is a few hundred bytes.
+const MAX_NETWORK_CONFIG: u64 = 1 << 20;
+
+/// Look at configuration before a daemon does
+#[derive(Debug, Args)]
+pub struct ConfigOptions {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Check a config file, or a network config
+    ///
+    /// Exit status: 0 it would do; 2 the config file would not; 4 the network config would not.
+    Check(CheckOptions),
+}
+
+#[derive(Debug, Args)]
+struct CheckOptions {
+    /// TOML or JSON file with flags [default: /etc/kersey/kersey.toml, unless --network-config is given]
+    file: Option<PathBuf>,
+    /// The daemon that is to read the file
+    #[arg(long = "for", value_name = "DAEMON", default_value = "run", value_parser = ["run", "server", "flanneld"])]
+    daemon: String,
+    /// A network config as well: a file, flannel's net-conf.json, or JSON text
+    #[arg(long, value_name = "FILE|JSON", value_parser = config_source)]
+    network_config: Option<NetworkConfigSource>,
+}
+
+/// Checks, and says what is wrong or that nothing is. `unusable` tells why no node could run by a network config.
+#[expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the answer is for the person who asked"
+)]
+pub fn run(options: &ConfigOptions, unusable: impl Fn(&str) -> Option<String>) -> ExitCode {
+    let Action::Check(check) = &options.action;
+    let mut complaints = Vec::new();
+    let file = match (&check.file, &check.network_config) {
+        (Some(file), _) => Some(file.clone()),
+        (None, Some(_)) => None,
+        (None, None) => Some(PathBuf::from(config_file::DEFAULT_PATH)),
+    };
+    if let Some(file) = file {
+        match check_file(&file, &check.daemon, &unusable) {
+            Ok(notes) => {
+                for note in notes {
+                    eprintln!("warning: {note}");
+                }
+                println!("{}: the config file would do", file.display());
+            }
+            Err(complaint) => complaints.push(complaint),
+        }
+    }
+    if let Some(given) = &check.network_config {
+        match check_network(given, &unusable) {
+            Ok(()) => println!("the network config would do"),
+            Err(complaint) => complaints.push(complaint),
+        }
+    }
+    for complaint in &complaints {
+        eprintln!("error: {}", complaint.text);
+    }
+    complaints.first().map_or(ExitCode::from(exit::OK), |complaint| {
+        ExitCode::from(complaint.status)
+    })
+}
+
+/// What is wrong, and the exit status that says so.
+#[derive(Debug)]
+struct Complaint {
+    text: String,
+    status: u8,
+}
+
+impl Complaint {
+    fn usage(text: impl ToString) -> Self {
+        Self {
+            text: text.to_string(),
+            status: exit::USAGE,
+        }
+    }
+}
+
+/// Reads a file as the daemon would; the sentences are what the daemon would log.
+fn check_file(
+    file: &Path,
+    daemon: &str,
+    unusable: impl Fn(&str) -> Option<String>,
+) -> Result<Vec<String>, Complaint> {
+    let path = file
+        .to_str()
+        .ok_or_else(|| Complaint::usage("the file's name is no UTF-8"))?;
+    let flag = format!("--config={path}");
+    let words: &[&str] = match daemon {
+        "flanneld" => &["flanneld", &flag],
+        daemon => &["kersey", daemon, &flag],
+    };
+    let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+    let Parsed { command, notes } = match parse(&words, &Variables::new()) {
+        Ok(parsed) => parsed,
+        Err(Stop::Misused(error)) => return Err(Complaint::usage(error)),
+        Err(Stop::Clap(error)) => return Err(Complaint::usage(error)),
+        Err(Stop::Told { text, .. } | Stop::Refused { text, .. }) => return Err(Complaint::usage(text)),
+    };
+    let store = match &command {
+        super::Command::Run(options) => Some(&options.store.kind),
+        super::Command::Server(options) => Some(&options.store.kind),
+        _ => None,
+    };
+    if let Some(StoreKind::Embedded(embedded)) = store {
+        for (_, given) in &embedded.network_configs {
+            check_network(given, &unusable)?;
+        }
+    }
+    Ok(notes)
+}
+
+fn check_network(
+    source: &NetworkConfigSource,
+    unusable: impl Fn(&str) -> Option<String>,
+) -> Result<(), Complaint> {
+    let text = match source {
+        NetworkConfigSource::Inline(text) => text.clone(),
+        NetworkConfigSource::File(path) => state_file::read(path, MAX_NETWORK_CONFIG).map_err(|error| {
+            Complaint::usage(UsageError::new(
+                format!("cannot read the network config {}: {error}", path.display()),
+                "",
+            ))
+        })?,
+    };
+    match unusable(&text) {
+        None => Ok(()),
+        Some(text) => Err(Complaint {
+            text,
+            status: exit::CONFIG,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::config::NetworkConfig;
+
+    fn source(text: &str) -> NetworkConfigSource {
+        config_source(text).unwrap()
+    }
+
+    fn unusable(text: &str) -> Option<String> {
+        NetworkConfig::parse(text).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_file_is_checked_as_the_daemon_would_read_it() {
+        for (text, daemon, expected) in [
+            ("iface = 'eth1'", "run", Ok(())),
+            (
+                "listen = ':8888'\nnetwork-config = '{\"Network\":\"10.0.0.0/16\"}'",
+                "run",
+                Ok(()),
+            ),
+            ("listen = ':8888'", "server", Ok(())),
+            ("listen = ':8888'", "flanneld", Ok(())),
+            (
+                "queues = 0",
+                "run",
+                Err((exit::USAGE, "line 1: expected a whole number")),
+            ),
+            (
+                "remote = 'a:1'\nlisten = ':1'",
+                "run",
+                Err((exit::USAGE, "exclude each other")),
+            ),
+            (
+                "listen = ':8888'\nnetwork-config = '{\"Network\":\"10.0.0.0/31\"}'",
+                "run",
+                Err((exit::CONFIG, "Network is 10.0.0.0/31")),
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("kersey.toml");
+            std::fs::write(&path, text).unwrap();
+            let checked = check_file(&path, daemon, unusable).map(|_| ());
+            match (checked, expected) {
+                (Ok(()), Ok(())) => {}
+                (Err(complaint), Err((status, part))) => {
+                    assert_eq!(complaint.status, status, "{text}");
+                    assert!(complaint.text.contains(part), "{text}: {}", complaint.text);
+                }
+                (checked, _) => panic!("{text}: {checked:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_network_config_is_checked_from_text_and_from_a_file() {
+        assert!(check_network(&source(" {\"Network\":\"10.0.0.0/16\"}"), unusable).is_ok());
+        let error = check_network(&source("{}"), unusable).unwrap_err();
+        assert_eq!(error.status, exit::CONFIG);
+        let error = check_network(&source("/nowhere/net-conf.json"), unusable).unwrap_err();
+        assert_eq!(error.status, exit::USAGE);
+    }
+}

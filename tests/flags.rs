@@ -1,0 +1,323 @@
+//! Every flag flannel has or had gets a verdict: it acts, it is noted, or it is refused with a sentence that says what to do.
+//!
+//! The lists are flannel's: v0.28.9, and what v0.1 to v0.22 had besides. A flag that is neither acted upon nor spoken of is
+//! a failure here, and so is one that `docs/flannel-compat.md` does not name.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command as Process;
+
+use kersey::cli::{Parsed, Stop, parse};
+
+/// Flags of v0.28.9 with a value that asks for something other than the default.
+const CURRENT: &[(&str, &str)] = &[
+    ("etcd-endpoints", "http://10.0.0.1:2379"),
+    ("etcd-prefix", "/lab/network"),
+    ("etcd-keyfile", "/k"),
+    ("etcd-certfile", "/c"),
+    ("etcd-cafile", "/ca"),
+    ("etcd-username", "node"),
+    ("etcd-password", "secret"),
+    ("kube-subnet-mgr", "true"),
+    ("kube-api-url", "http://127.0.0.1:8080"),
+    ("kubeconfig-file", "/kubeconfig"),
+    ("kube-annotation-prefix", "example.com"),
+    ("net-config-path", "/net-conf.json"),
+    ("set-node-network-unavailable", "false"),
+    ("iface", "eth1"),
+    ("iface-regex", "^eth"),
+    ("iface-can-reach", "192.0.2.1"),
+    ("public-ip", "192.0.2.1"),
+    ("public-ipv6", "2001:db8::1"),
+    ("subnet-file", "/subnet.env"),
+    ("subnet-lease-renew-margin", "30"),
+    ("ip-masq", "true"),
+    ("ip-masq-fully-random-disable", "true"),
+    ("iptables-forward-rules", "false"),
+    ("iptables-resync", "7"),
+    ("ip-blackhole-route", "true"),
+    ("healthz-ip", "127.0.0.2"),
+    ("healthz-port", "8081"),
+    ("v", "3"),
+    ("vmodule", "a=1"),
+    ("log_backtrace_at", "a.go:1"),
+];
+
+/// Flags only older versions had.
+const FORMER: &[(&str, &str)] = &[
+    ("etcd-endpoint", "http://10.0.0.1:2379"),
+    ("listen", "0.0.0.0:8888"),
+    ("remote", "10.0.0.1:8888"),
+    ("remote-keyfile", "/k"),
+    ("remote-certfile", "/c"),
+    ("remote-cafile", "/ca"),
+    ("networks", "blue,red"),
+    ("watch-networks", "true"),
+    ("subnet-dir", "/run/flannel/other"),
+    ("use-multi-cluster-cidr", "true"),
+    ("logtostderr", "true"),
+    ("alsologtostderr", "true"),
+    ("stderrthreshold", "INFO"),
+    ("log_dir", "/var/log"),
+];
+
+/// What they ask for is so in any case: lines go to standard error.
+const ALREADY_SO: [&str; 3] = ["logtostderr", "alsologtostderr", "stderrthreshold"];
+
+/// Flags that need another one beside them.
+fn partner(flag: &str) -> &'static [&'static str] {
+    match flag {
+        "etcd-keyfile" => &["--etcd-certfile=/c"],
+        "etcd-certfile" => &["--etcd-keyfile=/k"],
+        "etcd-username" => &["--etcd-password=p"],
+        "etcd-password" => &["--etcd-username=u"],
+        "remote-keyfile" => &["--remote-certfile=/c", "--remote=10.0.0.1:8888"],
+        "remote-certfile" => &["--remote-keyfile=/k", "--remote=10.0.0.1:8888"],
+        "remote-cafile" => &["--remote=10.0.0.1:8888"],
+        "subnet-dir" => &["--networks=blue"],
+        "healthz-ip" => &["--healthz-port=8081"],
+        "ip-masq-fully-random-disable" => &["--ip-masq=true"],
+        _ => &[],
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Acts,
+    Noted,
+    Refused(String),
+    Silent,
+}
+
+#[test]
+fn every_flag_of_flannels_has_a_verdict() {
+    for (flag, value) in CURRENT.iter().chain(FORMER) {
+        let written = [
+            vec![format!("--{flag}={value}")],
+            vec![format!("-{flag}={value}")],
+            vec![format!("-{flag}"), (*value).to_owned()],
+        ];
+        // A boolean takes its value after an equals sign only.
+        let forms = if ["true", "false"].contains(value) { 2 } else { 3 };
+        let verdicts: Vec<Verdict> = written[..forms]
+            .iter()
+            .map(|words| verdict(flag, words, &[]))
+            .collect();
+        assert!(
+            verdicts.windows(2).all(|pair| pair[0] == pair[1]),
+            "{flag}: {verdicts:?}"
+        );
+        match &verdicts[0] {
+            Verdict::Acts | Verdict::Noted => {}
+            Verdict::Refused(text) => {
+                let (what, hint) = text.split_once("hint: ").expect(text);
+                assert!(what.contains(flag), "{flag}: {text}");
+                assert!(
+                    hint.split(' ').count() > 3,
+                    "{flag} is refused without a way out: {text}"
+                );
+            }
+            Verdict::Silent => assert!(ALREADY_SO.contains(flag), "{flag} is swallowed"),
+        }
+    }
+}
+
+#[test]
+fn a_variable_gets_the_verdict_of_its_flag() {
+    for (flag, value) in CURRENT.iter().chain(FORMER) {
+        // The old name of etcd-endpoints is older than the variables.
+        if *flag == "etcd-endpoint" {
+            continue;
+        }
+        let suffix = flag.to_ascii_uppercase().replace('-', "_");
+        let by_flag = verdict(flag, &[format!("--{flag}={value}")], &[]);
+        for prefix in ["FLANNELD", "KERSEY"] {
+            let variable = format!("{prefix}_{suffix}");
+            let by_variable = verdict(flag, &[], &[(&variable, value)]);
+            match (&by_flag, &by_variable) {
+                (Verdict::Refused(_), Verdict::Refused(text)) => {
+                    assert!(text.contains(&variable), "{variable}: {text}");
+                }
+                (by_flag, by_variable) => assert_eq!(by_flag, by_variable, "{variable}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_misspelt_flag_is_refused_with_its_name() {
+    for (flag, value) in CURRENT.iter().chain(FORMER).filter(|(flag, _)| flag.len() > 5) {
+        let wrong = format!("{}x{}", &flag[..3], &flag[4..]);
+        let Err(Stop::Misused(error)) = parse(
+            &words(&["flanneld", &format!("--{wrong}={value}")]),
+            &BTreeMap::new(),
+        ) else {
+            panic!("--{wrong} is taken");
+        };
+        let text = error.to_string();
+        // The old name leads to the new one.
+        let meant = if *flag == "etcd-endpoint" {
+            "etcd-endpoints"
+        } else {
+            *flag
+        };
+        assert!(
+            text.contains(&format!("did you mean --{meant}?")),
+            "--{wrong}: {text}"
+        );
+        let variable = format!("FLANNELD_{}", wrong.to_ascii_uppercase().replace('-', "_"));
+        let noted = parse(
+            &words(&["flanneld"]),
+            &BTreeMap::from([(variable.clone(), (*value).to_owned())]),
+        );
+        let notes = noted.unwrap().notes;
+        assert!(
+            notes.iter().any(|note| note.contains(&variable)),
+            "{variable}: {notes:?}"
+        );
+    }
+}
+
+#[test]
+fn every_flag_is_in_the_compatibility_page() {
+    let page = fs::read_to_string("docs/flannel-compat.md").unwrap();
+    for (flag, _) in CURRENT.iter().chain(FORMER) {
+        assert!(
+            page.contains(&format!("`{flag}`")),
+            "docs/flannel-compat.md does not name {flag}"
+        );
+    }
+}
+
+#[test]
+fn variables_with_a_typo_are_warned_about() {
+    for (variable, meant) in [
+        ("FLANNEL_IFACE", "FLANNELD_IFACE"),
+        ("FLANNEL_ETCD_KEYFILE", "FLANNELD_ETCD_KEYFILE"),
+        ("FLANNELD_IFASE", "FLANNELD_IFACE"),
+        ("FLANNELD_ETCD_ENDPOINT", "FLANNELD_ETCD_ENDPOINTS"),
+        ("KERSEYD_PUBLIC_IP", "KERSEY_PUBLIC_IP"),
+        ("KERSEY_LOG_LEVL", "KERSEY_LOG_LEVEL"),
+    ] {
+        let variables = BTreeMap::from([(variable.to_owned(), "x".to_owned())]);
+        let notes = parse(&words(&["flanneld"]), &variables).unwrap().notes;
+        assert!(
+            notes.len() == 1
+                && notes[0].contains(variable)
+                && notes[0].contains(&format!("did you mean {meant}?")),
+            "{variable}: {notes:?}"
+        );
+    }
+}
+
+/// As flanneld: what goes where, with which status.
+#[test]
+fn help_version_and_mistakes_as_a_shell_sees_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let flanneld = dir.path().join("flanneld");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kersey"), &flanneld).unwrap();
+    let kersey = std::path::PathBuf::from(env!("CARGO_BIN_EXE_kersey"));
+    let version = format!("kersey {}\n", env!("CARGO_PKG_VERSION"));
+    for (program, args, status, out, err) in [
+        (&flanneld, &["--help"] as &[&str], 0, "", "Usage: flanneld"),
+        (&flanneld, &["-h"], 0, "", "Usage: flanneld"),
+        (&flanneld, &["-help"], 0, "", "Usage: flanneld"),
+        (&flanneld, &["-version"], 0, "", version.as_str()),
+        (&flanneld, &["--version"], 0, "", version.as_str()),
+        (&flanneld, &["--version=true"], 0, "", version.as_str()),
+        (&flanneld, &["-version=1", "--iface=x"], 0, "", version.as_str()),
+        (&flanneld, &["--ifase=x"], 2, "", "did you mean --iface?"),
+        (&flanneld, &["-v=x"], 2, "", "invalid value \"x\" for --v"),
+        (&flanneld, &["-v"], 2, "", "--v needs a value"),
+        (
+            &flanneld,
+            &["--config=/nowhere", "--iface=x"],
+            2,
+            "",
+            "cannot use the config file /nowhere",
+        ),
+        (&kersey, &["--version"], 0, version.as_str(), ""),
+        (&kersey, &["-version"], 0, version.as_str(), ""),
+        (&kersey, &["version"], 0, version.as_str(), ""),
+        (&kersey, &["run", "--version"], 0, "", version.as_str()),
+        (&kersey, &["--help"], 0, "Commands:", ""),
+        (&kersey, &["run", "--help"], 0, "--etcd-endpoints", ""),
+        (&kersey, &["--iface=eth1"], 2, "", "kersey run --iface=eth1"),
+        (&kersey, &["runn"], 2, "", "run"),
+        (&kersey, &[], 2, "", "Commands:"),
+    ] {
+        let done = Process::new(program).args(args).env_clear().output().unwrap();
+        let (stdout, stderr) = (text(&done.stdout), text(&done.stderr));
+        assert_eq!(done.status.code(), Some(status), "{args:?}: {stdout}{stderr}");
+        assert!(
+            stdout.contains(out) && stderr.contains(err),
+            "{args:?}: {stdout}|{stderr}"
+        );
+        if out.is_empty() {
+            assert_eq!(stdout, "", "{args:?}");
+        }
+        if err.is_empty() {
+            assert_eq!(stderr, "", "{args:?}");
+        }
+    }
+}
+
+#[test]
+fn verbosity_is_klogs() {
+    for (form, level) in [
+        (&["-v=0"] as &[&str], "Info"),
+        (&["-v", "1"], "Debug"),
+        (&["--v=5"], "Debug"),
+        (&["-v=10"], "Trace"),
+        (&["-v=0x7"], "Trace"),
+        (&["-v=9", "--log-level=warn"], "Warn"),
+    ] {
+        let parsed = parse(&words(&[&["flanneld"], form].concat()), &BTreeMap::new()).unwrap();
+        let shown = format!("{:?}", parsed.command);
+        assert!(shown.contains(&format!("level: {level}")), "{form:?}: {shown}");
+    }
+}
+
+fn verdict(flag: &str, given: &[String], variables: &[(&str, &str)]) -> Verdict {
+    let mut beside: Vec<String> = partner(flag).iter().map(|&word| word.to_owned()).collect();
+    // A partner that is refused for itself says nothing about the flag.
+    let alone: Vec<String> = [&["flanneld".to_owned()], &beside[..]].concat();
+    if let Err(Stop::Misused(error)) = parse(&alone, &BTreeMap::new())
+        && error.to_string().contains("is not supported")
+    {
+        beside.clear();
+    }
+    let ask = |given: &[String], variables: &[(&str, &str)]| {
+        let words: Vec<String> = [&["flanneld".to_owned()], &beside[..], given].concat();
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        parse(&words, &variables)
+    };
+    match ask(given, variables) {
+        Ok(Parsed { command, notes }) => {
+            // A partner alone may be refused; then its flag makes the difference.
+            let without = ask(&[], &[]).map(|parsed| format!("{:?}", parsed.command));
+            if notes.iter().any(|note| {
+                note.contains(flag) || note.contains(&flag.to_ascii_uppercase().replace('-', "_"))
+            }) {
+                Verdict::Noted
+            } else if without.ok() == Some(format!("{command:?}")) {
+                Verdict::Silent
+            } else {
+                Verdict::Acts
+            }
+        }
+        Err(Stop::Misused(error)) => Verdict::Refused(error.to_string()),
+        Err(other) => panic!("{flag}: {other:?}"),
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
