@@ -227,7 +227,9 @@ pub fn reread_run_options() -> Result<RunOptions, String> {
         }
         Ok(_) => Err("they ask for another subcommand".to_owned()),
         Err(Stop::Misused(error)) => Err(error.to_string().replace('\n', ";")),
-        Err(Stop::Told { .. } | Stop::Clap(_)) => Err("they cannot be read".to_owned()),
+        Err(Stop::Told { .. } | Stop::Clap(_) | Stop::Refused { .. }) => {
+            Err("they cannot be read".to_owned())
+        }
     }
 }
 
