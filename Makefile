@@ -5,8 +5,8 @@
 #   make check   format, lints, documentation, licences of dependencies
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
-#   make soak    SOAK_CASES (20000) mutated VXLAN datagrams, each to Kersey and to a kernel, and what both let through compared;
-#                and the long forms of the model, of races and of many nodes
+#   make soak    faults at length; SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel, and what both let through
+#                compared; the long forms of the model, of races and of many nodes; see CONTRIBUTING.md
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -68,11 +68,12 @@ soak: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --locked $(RUNNER) --test netns_interop --run-ignored only --retries 0 --no-capture $(ARGS); \
+	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
+	    KERSEY_SOAK=1 cargo nextest run --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model --no-tests pass $(ARGS); \
 	else \
-	    cargo test --locked $(RUNNER) --test netns_interop -- --ignored --nocapture $(ARGS); \
+	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
+	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model -- $(ARGS); \
 	fi
-	KERSEY_SOAK=1 cargo test --locked --test model --test etcd_many --test etcd -- --nocapture races whatever thousand
 
 build: build-deps
 	cargo build --release --locked

@@ -21,6 +21,7 @@ mod config_file;
 pub mod docker_opts;
 mod environment;
 mod go_flags;
+mod http;
 pub mod lab;
 mod log_dam;
 mod log_lines;
@@ -39,7 +40,6 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use clap::{Args, FromArgMatches};
 
@@ -684,11 +684,6 @@ fn documented<A: Args>(name: &'static str) -> clap::Command {
     subcommand::<A>(name, Entry::Kersey).no_binary_name(false)
 }
 
-/// A clap value parser for an address type.
-fn address<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -765,14 +760,17 @@ mod tests {
     #[test]
     fn the_store_follows_from_the_flags() {
         for (flags, expected) in [
-            (&["--remote=a:1,http://b:2"] as &[&str], "Remote([a:1, b:2])"),
+            (
+                &["--remote=a:1,http://b:2"] as &[&str],
+                "servers: [a:1, b:2], tls: None",
+            ),
             (&["--listen=:8888"], "Embedded"),
             (&["--listen=:8888", "--etcd-endpoints=http://e:2379"], "Etcd"),
             (&[], "Etcd"),
         ] {
             let args = [&["kersey", "run"], flags].concat();
             let kind = format!("{:?}", run_options(&args, &[]).store.kind);
-            assert!(kind.starts_with(expected), "{flags:?}: {kind}");
+            assert!(kind.contains(expected), "{flags:?}: {kind}");
         }
     }
 
@@ -791,7 +789,7 @@ mod tests {
         let Command::Server(options) = parsed.command else {
             panic!("{:?}", parsed.command);
         };
-        assert_eq!(options.listen.to_string(), "0.0.0.0:10253");
+        assert_eq!(options.serve.listen[0].to_string(), "0.0.0.0:10253");
         assert!(matches!(options.store.kind, StoreKind::Etcd(_)));
     }
 
@@ -819,6 +817,26 @@ mod tests {
             (&["--ip-blackhole-route=1"], &[], &["not supported"]),
             (&["--healthz-port=70000"], &[], &["--healthz-port", "0 to 65535"]),
             (
+                &["--remote=a:1", "--remote-certfile=x"],
+                &[],
+                &["need each other"],
+            ),
+            (
+                &["--listen=:1", "--remote-cafile=x"],
+                &[],
+                &["without TLS", "--remote-certfile"],
+            ),
+            (
+                &["--remote=http://a:1", "--remote-cafile=x"],
+                &[],
+                &["plain HTTP", "https://"],
+            ),
+            (
+                &["--remote=a:1", "--remote-token-file=x"],
+                &[],
+                &["in the clear", "https://"],
+            ),
+            (
                 &["--networks=a,../b"],
                 &[],
                 &["\"../b\" is no name of a network", "letters, digits"],
@@ -828,7 +846,6 @@ mod tests {
                 &[("FLANNELD_NETWORKS", "config")],
                 &["\"config\" is no name of a network"],
             ),
-            (&["--remote-cafile=x"], &[], &["not supported"]),
             (&["--use-multi-cluster-cidr"], &[], &["not supported"]),
             (&["--queues=0"], &[], &["\"0\" for --queues", "1 to 256"]),
             (
@@ -860,11 +877,16 @@ mod tests {
                 &["exclude each other"],
             ),
             (
-                &["--remote=https://a:1"],
+                &["--remote=ftp://a:1"],
                 &[],
-                &["--remote", "https:// is not supported"],
+                &["--remote", "ftp:// is not supported"],
             ),
-            (&["--listen=fd://"], &[], &["--listen", "fd:// is not supported"]),
+            (
+                &["--listen=fd://x"],
+                &[],
+                &["--listen", "fd://x is no inherited socket"],
+            ),
+            (&["--listen=unix://x"], &[], &["--listen", "absolute path"]),
             (
                 &["--network-config=x"],
                 &[],

@@ -52,9 +52,10 @@ use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession::{Doorbell, Handed, Ring};
 use crate::host::sandbox;
 use crate::host::tun::TunError;
+use crate::host::{inherited, limits};
 use crate::options::RunOptions;
-use crate::server;
 use crate::server::status::{StatusSocket, StatusSocketError};
+use crate::server::{self, Served};
 
 /// Exit statuses: `cli::exit` documents them.
 const OK: u8 = 0;
@@ -67,7 +68,8 @@ const GRACE: Duration = Duration::from_millis(500);
 
 /// Runs a node until it is asked to stop; `reread` gives the options anew when it is asked to reload.
 pub fn run(options: RunOptions, reread: impl Fn() -> Result<RunOptions, String>) -> ExitCode {
-    raise_open_files();
+    limits::raise_open_files();
+    crate::host::sys::map_large_blocks();
     if let Err(error) = succession::arrive(&options) {
         tracing::error!(%error, "cannot take the place of the daemon that runs");
         return ExitCode::from(INSTANCE);
@@ -136,16 +138,6 @@ fn on_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     // A name server that does not answer must not hold up the end.
     runtime.shutdown_timeout(GRACE);
     done
-}
-
-/// Raises the soft limit of open files to the hard one: a pool of source ports or many clients take more than the usual 1,024.
-fn raise_open_files() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::debug!(%error, "cannot raise the limit of open files");
-    }
 }
 
 fn exit_status(error: &anyhow::Error) -> u8 {
@@ -224,7 +216,7 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
     tokio::spawn(watchdog::tend(Arc::clone(&health)));
     tokio::spawn(succession::relieve_predecessor(Arc::clone(&health)));
 
-    let expirations = if options.listen.is_some() {
+    let expirations = if options.serve.is_some() {
         Expirations::Ask
     } else {
         Expirations::Assume
@@ -233,14 +225,11 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
     let store = networks.open(None)?;
     report.set_store(store.place());
     reports.set_place(networks.place());
-    if let Some(listen) = &options.listen {
-        let listener = server::listen(listen).await?;
-        tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
-        tokio::spawn(server::serve(
-            listener,
-            Arc::clone(&store),
-            std::future::pending(),
-        ));
+    if let Some(serve) = &options.serve {
+        let served = Served::open(Arc::clone(&store), serve)?.with_networks(Arc::clone(&networks));
+        let listeners = server::listen(&serve.listen, inherited::descriptor).await?;
+        server::announce(&listeners, &served);
+        tokio::spawn(server::serve_all(listeners, served, std::future::pending()));
     }
     tracing::info!(store = store.place(), "store opened");
     let nodes = async {

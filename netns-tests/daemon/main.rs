@@ -25,16 +25,15 @@ mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod lease_server;
 mod leases;
 mod mtu;
 mod networks;
 mod nodes;
 mod offloads;
-mod outage;
 mod overlay;
 mod path;
 mod privileges;
-mod restart;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;

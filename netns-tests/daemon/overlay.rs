@@ -151,6 +151,12 @@ impl Overlay {
         self.folder.path().join(name)
     }
 
+    /// Where the leases are.
+    #[allow(dead_code, reason = "the oracle asks, which not every test binary has")]
+    pub(crate) fn store_kind(&self) -> StoreKind {
+        self.blueprint.store
+    }
+
     pub(crate) fn namespace(&self, nth: usize) -> &Namespace {
         &self.lab.nodes[nth - 1].namespace
     }

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::go_flags::parse_bool;
+use super::http::{AskingArgs, CertificateArgs};
 use super::store::{EtcdArgs, OwnStoreArgs, Serving, servers, store_options};
 use super::{UsageError, exit};
 use crate::addr::{Ipv4Prefix, Ipv6Prefix};
@@ -37,6 +38,10 @@ pub(super) struct ReserveArgs {
     /// Ask these servers, comma-separated, the first that answers
     #[arg(long, value_name = "HOST:PORT,...", value_parser = remote_servers, help_heading = "Options")]
     remote: Option<Remote>,
+    #[command(flatten)]
+    certificates: CertificateArgs,
+    #[command(flatten)]
+    asking: AskingArgs,
     /// Use the embedded store in --data-dir; its server must not be running
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           default_value = "false", value_parser = parse_bool, help_heading = "Options")]
@@ -73,9 +78,13 @@ impl ReserveArgs {
                 "reserve for a node without one in the server's own store: --etcd-endpoints or --embedded",
             ));
         }
+        let remote = match self.remote {
+            Some(Remote(servers)) => Some(self.asking.into_options(servers, self.certificates)?),
+            None => None,
+        };
         Ok(ReserveOptions {
             action,
-            store: store_options(self.etcd, &self.own, self.remote.map(|remote| remote.0), serving)?,
+            store: store_options(self.etcd, &self.own, remote, serving)?,
             lease_ttl: self.own.lease_ttl,
             form: if self.json {
                 StatusForm::Json

@@ -56,6 +56,7 @@ pub(super) async fn run(
         complaints: RateLimit::default(),
         refusal_complaints: RateLimit::default(),
         cache_complaints: RateLimit::default(),
+        linger_complaints: RateLimit::default(),
     };
     tokio::join!(keep.run(source), follow.run());
 }
@@ -156,6 +157,7 @@ struct Follow<'a> {
     complaints: RateLimit,
     refusal_complaints: RateLimit,
     cache_complaints: RateLimit,
+    linger_complaints: RateLimit,
 }
 
 impl Follow<'_> {
@@ -198,10 +200,13 @@ impl Follow<'_> {
         let changes = self.table.apply(&update);
         let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
         if self.table.held() > 0 && self.linger_due.is_none() {
-            tracing::warn!(
-                peers = self.table.held(),
-                "more than half of the peers vanished at once; keeping them for a while"
-            );
+            // Peers that vanish and come back again and again are told of once a minute.
+            if self.linger_complaints.allows() {
+                tracing::warn!(
+                    peers = self.table.held(),
+                    "more than half of the peers vanished at once; keeping them for a while"
+                );
+            }
             self.linger_due = Some(Instant::now() + self.options.linger);
         } else if self.table.held() == 0 {
             self.linger_due = None;

@@ -158,11 +158,11 @@ impl Claims {
         device
     }
 
-    /// Takes what a network wants, in place of what it had.
+    /// Takes what a network wants, in place of what it had; gives the ranges that are nobody's any more.
     ///
     /// # Errors
     /// Another network has a part of it.
-    pub(super) fn take(&self, name: &NetworkName, wants: &Wants) -> Result<(), Conflict> {
+    pub(super) fn take(&self, name: &NetworkName, wants: &Wants) -> Result<Vec<Prefix>, Conflict> {
         let mut held = self.held();
         for (other, theirs) in held.iter().filter(|(other, _)| *other != name) {
             if let Some(what) = clash(wants, &theirs.wants) {
@@ -173,15 +173,13 @@ impl Claims {
                 });
             }
         }
-        if let Some(held) = held.get_mut(name)
-            && held.wants != *wants
-        {
-            held.wants = wants.clone();
-        } else {
-            return Ok(());
-        }
+        let Some(own) = held.get_mut(name).filter(|own| own.wants != *wants) else {
+            return Ok(Vec::new());
+        };
+        let mut former = std::mem::replace(&mut own.wants, wants.clone()).prefixes;
+        former.retain(|prefix| !wants.prefixes.contains(prefix));
         self.save(&held);
-        Ok(())
+        Ok(former)
     }
 
     /// Gives up all a network has, and tells which ranges that were.
@@ -306,8 +304,8 @@ mod tests {
             claims.device(&name(network), "flannel0", |_| false);
         }
         let blue = wants(&["10.1.0.0/16", "fd01::/48"], Some(8472));
-        claims.take(&name("blue"), &blue).unwrap();
-        claims.take(&name("blue"), &blue).unwrap();
+        assert_eq!(claims.take(&name("blue"), &blue), Ok(Vec::new()));
+        assert_eq!(claims.take(&name("blue"), &blue), Ok(Vec::new()));
         for (rival, said) in [
             (
                 wants(&["10.0.0.0/8"], None),
@@ -326,9 +324,8 @@ mod tests {
         }
         let green = wants(&["10.2.0.0/16", "fd02::/48"], Some(8473));
         claims.take(&name("green"), &green).unwrap();
-        claims
-            .take(&name("green"), &wants(&["10.3.0.0/16"], None))
-            .unwrap();
+        let former = claims.take(&name("green"), &wants(&["10.3.0.0/16", "fd02::/48"], None));
+        assert_eq!(former, Ok(wants(&["10.2.0.0/16"], None).prefixes));
         // After a restart the first is still the first, though the other comes up before it.
         let claims = Claims::load(dir.path());
         claims

@@ -19,7 +19,7 @@ use crate::control::peers::PeerTable;
 use crate::daemon::paths::Paths;
 use crate::daemon::succession;
 use crate::dataplane::endpoint::LocalSids;
-use crate::dataplane::forward::IngressCheck;
+use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
 use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
@@ -100,6 +100,7 @@ struct Waiting {
     underlays: Vec<AnyUnderlay>,
     layout: Layout,
     inbound: InboundOptions,
+    sources: Sources,
     busy_poll: Duration,
     /// Second descriptors of the device and of the sockets on the well-known port.
     held: Bundle,
@@ -219,11 +220,22 @@ impl<B: Backend> DataPlane<B> {
             inner_mtu: setup.inner_mtu,
             clamp_mss: options.clamp_mss,
         };
+        let interface = setup.interface;
+        let sources = Sources {
+            check: inbound.check,
+            node: [
+                interface.v4.map(IpAddr::V4),
+                interface.v6.map(IpAddr::V6),
+                interface.public_v4.map(IpAddr::V4),
+                interface.public_v6.map(IpAddr::V6),
+            ],
+        };
         let waiting = Waiting {
             tun,
             underlays,
             layout,
             inbound,
+            sources,
             busy_poll: options.busy_poll,
             held,
         };
@@ -310,7 +322,12 @@ impl<B: Backend> DataPlane<B> {
             waiting.tun,
             waiting.underlays,
             &self.routes,
-            (waiting.layout, waiting.busy_poll, waiting.inbound),
+            (
+                waiting.layout,
+                waiting.busy_poll,
+                waiting.inbound,
+                waiting.sources,
+            ),
             failed,
         )?;
         self.queues = Some(queues);

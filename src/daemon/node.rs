@@ -25,6 +25,7 @@ use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::reload::{self, InUse, Requests};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::withdraw::withdraw;
 use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
 use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
@@ -151,7 +152,10 @@ async fn live(
         *auto = auto.settled(!ours && socket::port_is_taken(port));
     }
     if let Some((name, claims)) = claims {
-        claims.take(name, &Wants::of(&backend, &config))?;
+        let former = claims.take(name, &Wants::of(&backend, &config))?;
+        if let Err(error) = withdraw(&former).await {
+            tracing::warn!(%error, "kernel routes from before the config changed stay; `kersey cleanup` removes them");
+        }
     }
     match backend {
         AnyBackend::Auto(backend) => {
@@ -345,7 +349,7 @@ async fn stay<B: Backend>(
             continue;
         }
         report.set_plane(&plane);
-        announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        let mut announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
         let mut look_due = None;
         let mut turns = interval(TURN);
         loop {
@@ -360,6 +364,9 @@ async fn stay<B: Backend>(
                         plane.follow(&table, &direct.refused);
                         report.set_plane(&plane);
                     }
+                }
+                () = at(announce_due) => {
+                    announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -431,26 +438,27 @@ async fn stay<B: Backend>(
     }
 }
 
-/// Writes the subnet file, and tells whoever waits for it.
+/// Writes the subnet file, and tells whoever waits for it; says when to try again if it cannot be written.
 pub(super) fn announce(
     options: &RunOptions,
     config: &NetworkConfig,
     own: Subnet,
     inner_mtu: Mtu,
     report: &Report,
-) {
+) -> Option<Instant> {
     let file = &options.subnet_file;
     if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
-        tracing::warn!(%error, file = %file.display(), "cannot write the subnet file");
-        return;
+        if report.unwritten.allows() {
+            tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
+        }
+        return Some(Instant::now() + RETRY);
     }
     report.set_ready();
-    if options.network.is_some() {
-        // The supervisor tells when all are up.
-        return;
+    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
+    if options.network.is_none() {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     }
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    None
 }
 
 /// Whether a change may have touched one of our devices.

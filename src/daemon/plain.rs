@@ -123,11 +123,12 @@ impl<B: NoTunnel> Node<'_, B> {
     async fn stay(mut self, mut own: Subnet, mut published: Published, report: &Report) -> Result<()> {
         let mut changes = Netlink::watch()?;
         let mut announced = None;
+        let mut announce_due = None;
         loop {
             let table = published.peers.borrow_and_update().clone();
             self.follow(&table, own, report).await?;
             if announced != Some(own) {
-                announce(self.options, self.config, own, self.interface.mtu, report);
+                announce_due = announce(self.options, self.config, own, self.interface.mtu, report);
                 announced = Some(own);
             }
             let mut turns = interval(TURN);
@@ -153,6 +154,9 @@ impl<B: NoTunnel> Node<'_, B> {
                     }
                     Some(change) = changes.next() => {
                         self.routes.note(&change, &self.interface.name);
+                    }
+                    () = at(announce_due) => {
+                        announce_due = announce(self.options, self.config, own, self.interface.mtu, report);
                     }
                     () = at(self.routes.due()) => break,
                 }

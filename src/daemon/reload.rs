@@ -114,7 +114,7 @@ async fn reload(options: &RunOptions, reread: Reread<'_>, networks: usize) -> Re
 fn at_start_only(old: &RunOptions, new: &RunOptions) -> Vec<&'static str> {
     let groups = [
         ("the store", old.store != new.store),
-        ("the address to listen on", old.listen != new.listen),
+        ("what is served", old.serve != new.serve),
         ("the interface", old.interface != new.interface),
         ("--data-dir", old.data_dir != new.data_dir),
         ("--subnet-file", old.subnet_file != new.subnet_file),

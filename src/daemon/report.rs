@@ -10,9 +10,9 @@ use tokio::time::Instant;
 
 use crate::addr::{Mtu, NetworkName};
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
-use crate::control::Published;
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
+use crate::control::{Published, RateLimit};
 use crate::daemon::health::Health;
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
@@ -25,6 +25,8 @@ use crate::status::{self, Status};
 /// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
 pub(super) struct Report {
     started: Instant,
+    /// How often to complain that the subnet file cannot be written.
+    pub(super) unwritten: RateLimit,
     parts: Mutex<Parts>,
     ready: watch::Sender<bool>,
 }
@@ -78,6 +80,7 @@ impl Report {
         };
         Self {
             started: Instant::now(),
+            unwritten: RateLimit::default(),
             parts: Mutex::new(Parts {
                 fixed,
                 ..Parts::default()

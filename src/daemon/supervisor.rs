@@ -113,53 +113,46 @@ impl Supervisor<'_> {
     /// Starts the networks there are; without an answer, those there were, and without a listing, those asked for.
     async fn begin(&mut self) {
         let networks = Arc::clone(&self.networks);
+        let allowed = self.choice.allowed.clone();
         let complaints = RateLimit::default();
         let mut backoff = Backoff::new(Duration::from_secs(1));
         let listing = async {
             loop {
-                match networks.watch(None).next().await {
-                    Some(Ok(item)) => return Ok(item.update),
-                    Some(Err(error)) if !error.is_unavailable() => return Err(error),
-                    Some(Err(error)) if complaints.allows() => {
-                        tracing::warn!(%error, "waiting for the list of networks");
-                    }
-                    Some(Err(_)) | None => {}
+                let error = match networks.watch(None).next().await {
+                    Some(Ok(item)) => return item.update,
+                    Some(Err(error)) => error,
+                    // It never ends without a word.
+                    None => continue,
+                };
+                if let Some(presumed) = presumed(&error, allowed.as_ref()) {
+                    tracing::warn!(%error, "the store does not list its networks; those asked for are taken to exist");
+                    return presumed;
+                }
+                if complaints.allows() {
+                    tracing::warn!(%error, "waiting for the list of networks");
                 }
                 sleep(backoff.next_pause()).await;
             }
         };
-        let mut listing = std::pin::pin!(listing);
         let known: Vec<NetworkName> = self.claims.names();
         let known: BTreeSet<NetworkName> = known
             .into_iter()
             .filter(|name| self.choice.allows(name))
             .collect();
-        let listed: Result<NetworkUpdate, StoreError> = if known.is_empty() {
+        let listed = if known.is_empty() {
             listing.await
+        } else if let Ok(listed) = timeout(PATIENCE, listing).await {
+            listed
         } else {
-            match timeout(PATIENCE, listing.as_mut()).await {
-                Ok(listed) => listed,
-                Err(_) => {
-                    tracing::warn!(
-                        store = self.networks.place(),
-                        networks = join(&known),
-                        "the store is away: starting the networks there were"
-                    );
-                    self.start_all(&known).await;
-                    return;
-                }
-            }
+            tracing::warn!(
+                store = self.networks.place(),
+                networks = join(&known),
+                "the store is away: starting the networks there were"
+            );
+            self.start_all(&known).await;
+            return;
         };
-        match (listed, &self.choice.allowed) {
-            (Ok(update), _) => self.follow(update).await,
-            (Err(error), Some(allowed)) => {
-                tracing::warn!(%error, "the store does not list its networks; those asked for are taken to exist");
-                self.start_all(allowed).await;
-            }
-            (Err(error), None) => {
-                tracing::warn!(%error, "the store does not list its networks; trying on");
-            }
-        }
+        self.follow(listed).await;
     }
 
     /// Makes the networks that run those that are there.
@@ -271,6 +264,14 @@ impl Supervisor<'_> {
     }
 }
 
+/// The networks there are taken to be if the store, which answers, does not say; `None` if that cannot be known.
+fn presumed(error: &StoreError, allowed: Option<&BTreeSet<NetworkName>>) -> Option<NetworkUpdate> {
+    if error.is_unavailable() {
+        return None;
+    }
+    allowed.map(|allowed| NetworkUpdate::Snapshot(allowed.clone()))
+}
+
 /// Keeps one network up: whatever ends its node, it is started again.
 async fn keep(
     name: NetworkName,
@@ -368,6 +369,28 @@ mod tests {
             sleep(Duration::from_secs(seconds)).await;
             report.set_ready();
         });
+    }
+
+    /// Flannel's bug: `--networks` never gets anywhere with a server that does not know `GET /v1/`, as those before v0.5.6.
+    #[test]
+    fn a_store_that_does_not_list_its_networks_leaves_those_asked_for() {
+        let refused = StoreError::Refused {
+            doing: "watch the networks",
+            cause: "404 Not Found: 404 page not found".to_owned(),
+        };
+        let away = StoreError::Unavailable {
+            doing: "watch the networks",
+            place: "server".to_owned(),
+            cause: "connection refused".to_owned(),
+        };
+        let allowed: BTreeSet<NetworkName> = ["a".parse().unwrap(), "b".parse().unwrap()].into();
+        let presumed = |error, allowed| super::presumed(error, allowed);
+        assert_eq!(
+            presumed(&refused, Some(&allowed)),
+            Some(NetworkUpdate::Snapshot(allowed.clone()))
+        );
+        assert_eq!(presumed(&refused, None), None);
+        assert_eq!(presumed(&away, Some(&allowed)), None);
     }
 
     #[tokio::test(start_paused = true)]

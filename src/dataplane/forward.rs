@@ -10,6 +10,9 @@
 //! 3. inner source is routable, not ours, and in the lease of that very peer (`martian_source`, `spoofed_source`, `foreign_source`),
 //! 4. inner destination is ours (`not_for_us`, `not_unicast`): we are no relay.
 //!
+//! Outbound, the source is held to the same rule from the other side ([`Sources`]): what a peer would refuse as spoofed or foreign does
+//! not leave. What is for our own subnet, or is the tunnel's own packet come back, is a `loop`.
+//!
 //! Limits: an attacker who can send with a peer's address on the underlay is that peer to us; only a filtered or encrypted underlay prevents it.
 
 use std::net::IpAddr;
@@ -20,7 +23,7 @@ use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
 use crate::dataplane::datagram::{Datagram, DatagramBatch, Envelope};
 use crate::dataplane::offload::{SuperPacket, finish_checksum, finish_for_kernel};
 use crate::dataplane::packet::{PacketBatch, RunKey, RunLimits, Segments, SendPlan};
-use crate::dataplane::route::{Hop, RouteTable};
+use crate::dataplane::route::{Hop, Overlay, RouteTable};
 use crate::dataplane::stats::{Count, DropReason, WorkerStats};
 use crate::dataplane::{EcnPolicy, Encap, Inner, Manners, PeerOffloads, TtlPolicy};
 use crate::wire::Malformed;
@@ -87,6 +90,40 @@ impl From<Malformed> for DropReason {
     }
 }
 
+/// Which packets of the device are this node's to send.
+#[derive(Clone, Copy, Debug)]
+pub struct Sources {
+    /// How strict to be.
+    pub check: IngressCheck,
+    /// The node's own addresses outside the overlay.
+    pub node: [Option<IpAddr>; 4],
+}
+
+impl Sources {
+    /// Everything is, whatever its source.
+    pub const ANY: Self = Self {
+        check: IngressCheck::Off,
+        node: [None; 4],
+    };
+
+    fn is_node(&self, addr: IpAddr) -> bool {
+        self.node.contains(&Some(addr))
+    }
+
+    /// Whether a packet may leave with this source: what a strict peer would refuse is not sent.
+    #[inline]
+    fn admit(&self, src: IpAddr, overlay: &Overlay) -> Result<(), DropReason> {
+        if self.check == IngressCheck::Off || overlay.is_own(src) || self.is_node(src) {
+            return Ok(());
+        }
+        match (self.check, overlay.contains(src)) {
+            (IngressCheck::Off, _) | (IngressCheck::Loose, true) => Ok(()),
+            (IngressCheck::Strict, true) => Err(DropReason::SpoofedSource),
+            (IngressCheck::Strict | IngressCheck::Loose, false) => Err(DropReason::ForeignSource),
+        }
+    }
+}
+
 /// What the underlay allows, as outbound needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Sending {
@@ -98,6 +135,8 @@ pub struct Sending {
     pub ports: usize,
     /// Whether SYNs are made to announce segments that fit the path.
     pub clamp_mss: bool,
+    /// Which sources packets may have.
+    pub sources: Sources,
 }
 
 /// Decides about packet `index` of the batch and puts its segments into the plan.
@@ -124,10 +163,20 @@ pub fn outbound<E: Encap>(
         }
         (Scope::Martian, Scope::Routable) => return Err(DropReason::MartianSource.into()),
     }
+    let overlay = routes.overlay();
+    sending.sources.admit(ip.addrs.src(), overlay)?;
     let found = routes.lookup(ip.addrs.dst());
     let Some((peer_index, peer)) = found.and_then(|index| Some((index, routes.peer(index)?))) else {
+        // The tunnel's own packets, if somebody routes the underlay into the tunnel: nobody is to be told.
+        if sending.sources.is_node(ip.addrs.src()) && !overlay.contains(ip.addrs.dst()) {
+            return Err(DropReason::Loop.into());
+        }
         return Err(Refusal {
-            reason: DropReason::NoRoute,
+            reason: if overlay.is_own(ip.addrs.dst()) {
+                DropReason::Loop
+            } else {
+                DropReason::NoRoute
+            },
             peer: None,
             answer: Some((IcmpError::NoRoute, ip)),
         });

@@ -67,13 +67,18 @@ named! {
         TtlExpired = "ttl_expired",
         /// Larger than the path to the peer carries; answered with too big.
         TooBig = "too_big",
+        /// The packet would come back to us: it is for our own subnet, or it is the tunnel's own. The first is answered with net
+        /// unreachable.
+        Loop = "loop",
+        /// It waited for seconds while this process was stopped.
+        Stale = "stale",
         /// Multicast, broadcast or link-local: never crosses a tunnel.
         NotUnicast = "not_unicast",
         /// The outer source is no peer's address.
         UnknownPeer = "unknown_peer",
-        /// The inner source lies in the overlay, but not in that peer's lease.
+        /// The inner source lies in the overlay, but not in that peer's lease; outbound, not in ours.
         SpoofedSource = "spoofed_source",
-        /// The inner source lies outside the overlay and is not the peer's own address.
+        /// The inner source lies outside the overlay and is not the peer's own address; outbound, not ours.
         ForeignSource = "foreign_source",
         /// The inner source is loopback, unspecified, reserved, or ours.
         MartianSource = "martian_source",

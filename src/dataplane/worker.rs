@@ -11,7 +11,7 @@ use std::time::Instant;
 use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge};
 use crate::dataplane::datagram::DatagramBatch;
-use crate::dataplane::forward::{self, ErrorLimiter, Ingress, IngressCheck, Sending};
+use crate::dataplane::forward::{self, ErrorLimiter, Ingress, IngressCheck, Sending, Sources};
 use crate::dataplane::offload::SuperPacket;
 use crate::dataplane::packet::{MAX_PACKET, PacketBatch, SendPlan};
 use crate::dataplane::route::{RouteReader, RouteTable};
@@ -20,6 +20,9 @@ use crate::dataplane::{Device, DeviceError, Encap, SendError, SendFailure, Under
 use crate::wire::icmp::{self, IcmpError};
 use crate::wire::ip::IpHeader;
 use crate::wire::virtio::{GsoKind, VirtioHeader};
+
+/// Batches dropped at once at the most: more than any socket buffer holds, so that a flood cannot keep us at it.
+const MOST_DISCARDED: u32 = 4096;
 
 /// Whether a turn found something to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +64,7 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             v6: underlay.limits(any_v6),
             ports: underlay.source_ports().max(1),
             clamp_mss: false,
+            sources: Sources::ANY,
         };
         Self {
             encap,
@@ -80,6 +84,27 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
     /// Makes TCP connections announce segments that fit the path from now on, or no longer.
     pub fn set_clamp_mss(&mut self, clamp: bool) {
         self.sending.clamp_mss = clamp;
+    }
+
+    /// Refuses packets of the device whose source is not this node's from now on.
+    pub fn set_sources(&mut self, sources: Sources) {
+        self.sending.sources = sources;
+    }
+
+    /// Drops all that waits in the device: nobody wants it any more.
+    ///
+    /// # Errors
+    /// The device is beyond use and must be made anew.
+    pub fn discard_waiting(&mut self) -> io::Result<()> {
+        for _ in 0..MOST_DISCARDED {
+            self.batch.clear();
+            while self.device.recv(&mut self.batch)? {}
+            if self.batch.is_empty() {
+                break;
+            }
+            self.stats.discard(DropReason::Stale, self.batch.len() as u64);
+        }
+        Ok(())
     }
 
     /// Moves one batch.
@@ -228,6 +253,27 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
             whole: Vec::with_capacity(MAX_PACKET),
             spread: Vec::new(),
         }
+    }
+
+    /// Drops all that waits in the underlay: nobody wants it any more.
+    ///
+    /// # Errors
+    /// The underlay is beyond use and must be made anew.
+    pub fn discard_waiting(&mut self) -> io::Result<()> {
+        for _ in 0..MOST_DISCARDED {
+            self.batch.clear();
+            self.underlay.recv(&mut self.batch)?;
+            self.stats.count(Count::ReceiveOverflows, self.batch.overflows());
+            if self.batch.is_empty() {
+                break;
+            }
+            let packets = self.batch.datagrams().iter().map(|datagram| {
+                let step = datagram.segment_size.unwrap_or(datagram.len).max(1);
+                datagram.len.div_ceil(step) as u64
+            });
+            self.stats.discard(DropReason::Stale, packets.sum());
+        }
+        Ok(())
     }
 
     /// Moves one batch.

@@ -8,7 +8,9 @@
 pub mod endpoint;
 pub mod ethtool;
 pub mod handover;
+pub mod inherited;
 pub mod interface;
+pub mod limits;
 pub mod netlink;
 pub mod outer_tun;
 pub mod pulse;

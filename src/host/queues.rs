@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::dataplane::Encap;
+use crate::dataplane::forward::Sources;
 use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
@@ -28,6 +29,10 @@ use crate::host::underlay::AnyUnderlay;
 
 /// How long an idle thread sleeps at the most.
 const IDLE_MS: i32 = 1000;
+
+/// A thread that has not looked for so long was stopped (SIGSTOP, a frozen machine, no processor at all). What has waited since is of no
+/// use to anybody, and delivered in one burst it would push out what is.
+const STOPPED: Duration = Duration::from_secs(2);
 
 /// Which threads turn which directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +75,7 @@ impl Queues {
         tun: Tun,
         underlays: Vec<AnyUnderlay>,
         routes: &SharedRoutes<E::Hop>,
-        (layout, busy_poll, options): (Layout, Duration, InboundOptions),
+        (layout, busy_poll, options, sources): (Layout, Duration, InboundOptions, Sources),
         failed: mpsc::Sender<io::Error>,
     ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
@@ -95,6 +100,7 @@ impl Queues {
                 now,
             );
             outbound.set_clamp_mss(options.clamp_mss);
+            outbound.set_sources(sources);
             let mut inbound = Inbound::new(
                 encap.clone(),
                 (tun_in, underlay),
@@ -189,6 +195,8 @@ impl Drop for Queues {
 /// Something a thread turns until there is nothing to do, and then waits for.
 trait Work {
     fn turn(&mut self, now: Instant) -> io::Result<Turn>;
+    /// Drops what waits.
+    fn discard_waiting(&mut self) -> io::Result<()>;
     fn stats(&self) -> &WorkerStats;
     /// Bytes moved so far.
     fn moved(&self) -> u64;
@@ -201,6 +209,10 @@ trait Work {
 impl<E: Encap> Work for Outbound<E, TunQueue, AnyUnderlay> {
     fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         Outbound::turn(self, now)
+    }
+
+    fn discard_waiting(&mut self) -> io::Result<()> {
+        Outbound::discard_waiting(self)
     }
 
     fn stats(&self) -> &WorkerStats {
@@ -223,6 +235,10 @@ impl<E: Encap> Work for Outbound<E, TunQueue, AnyUnderlay> {
 impl<E: Encap> Work for Inbound<E, TunQueue, AnyUnderlay> {
     fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         Inbound::turn(self, now)
+    }
+
+    fn discard_waiting(&mut self) -> io::Result<()> {
+        Inbound::discard_waiting(self)
     }
 
     fn stats(&self) -> &WorkerStats {
@@ -257,6 +273,11 @@ impl<E: Encap> Work for Joined<E> {
         } else {
             Turn::Busy
         })
+    }
+
+    fn discard_waiting(&mut self) -> io::Result<()> {
+        self.inbound.discard_waiting()?;
+        self.outbound.discard_waiting()
     }
 
     fn stats(&self) -> &WorkerStats {
@@ -355,8 +376,18 @@ fn run(work: &mut impl Work, mut watch: Watch, stopped: &PipeReader) -> io::Resu
     const CHECK_EVERY: u32 = 256;
     let mut turns = 0u32;
     let mut before = work.moved();
+    let mut looked = now();
     loop {
         let now = now();
+        let away = now.duration_since(looked);
+        looked = now;
+        if away > STOPPED {
+            tracing::warn!(
+                away_ms = away.as_millis(),
+                "this process was stopped for a while; packets that waited are dropped"
+            );
+            work.discard_waiting()?;
+        }
         match work.turn(now)? {
             Turn::Busy => {
                 let moved = work.moved();

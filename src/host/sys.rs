@@ -764,6 +764,17 @@ pub fn advise_huge_pages(memory: &mut [u8]) -> io::Result<()> {
     check(result).map(drop)
 }
 
+/// Has the allocator map every block of a megabyte or more by itself, so that it goes back to the kernel when it is freed and is untouched
+/// when it comes: otherwise glibc keeps the packet buffers of a device that is gone, and clears them for the next one, which is
+/// to write to every page of them.
+pub fn map_large_blocks() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number within the allocator, which takes any; setting it also keeps it from changing. It takes a lock of its own.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
 /// Which of the descriptors waited for are ready, by their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready(u32);

@@ -432,6 +432,115 @@ fn no_route_is_answered_with_net_unreachable_at_a_limited_rate() {
 }
 
 #[test]
+fn what_is_not_this_nodes_is_not_sent() {
+    use DropReason::{ForeignSource, MartianSource, SpoofedSource};
+    for (what, src, dst, strict, loose) in [
+        ("our pod", v4(2, 9), v4(1, 2), None, None),
+        ("our node", ip("192.0.2.2"), v4(1, 2), None, None),
+        ("another's pod", v4(3, 2), v4(1, 2), Some(SpoofedSource), None),
+        (
+            "the receiver's own",
+            v4(1, 9),
+            v4(1, 2),
+            Some(SpoofedSource),
+            None,
+        ),
+        ("nobody's pod", v4(77, 2), v4(1, 2), Some(SpoofedSource), None),
+        (
+            "another node",
+            ip("192.0.2.3"),
+            v4(1, 2),
+            Some(ForeignSource),
+            Some(ForeignSource),
+        ),
+        (
+            "the internet",
+            ip("8.8.8.8"),
+            v4(1, 2),
+            Some(ForeignSource),
+            Some(ForeignSource),
+        ),
+        ("v6: our pod", v6(2, 9), v6(1, 2), None, None),
+        ("v6: another's pod", v6(3, 2), v6(1, 2), Some(SpoofedSource), None),
+        (
+            "v6: the internet",
+            ip("2001:4860::8888"),
+            v6(1, 2),
+            Some(ForeignSource),
+            Some(ForeignSource),
+        ),
+        (
+            "loopback",
+            ip("127.0.0.1"),
+            v4(1, 2),
+            Some(MartianSource),
+            Some(MartianSource),
+        ),
+    ] {
+        for (check, refused) in [(IngressCheck::Strict, strict), (IngressCheck::Loose, loose)] {
+            let mut node = node(check);
+            let sent = node.send(
+                vec![(VirtioHeader::default(), Packet::new(src, dst).udp())],
+                start(),
+            );
+            let expected: Vec<_> = refused.map(|reason| (reason, 1)).into_iter().collect();
+            assert_eq!(node.drops(), expected, "{what}, {check:?}");
+            assert_eq!(sent.len(), usize::from(refused.is_none()), "{what}, {check:?}");
+            assert!(node.outbound.device().answers.is_empty(), "{what}, {check:?}");
+        }
+    }
+    let mut node = node(IngressCheck::Off);
+    let foreign = Packet::new(ip("8.8.8.8"), v4(1, 2)).udp();
+    assert_eq!(
+        node.send(vec![(VirtioHeader::default(), foreign)], start()).len(),
+        1
+    );
+}
+
+#[test]
+fn what_would_come_back_is_a_loop() {
+    for (what, src, dst, answers) in [
+        ("for a pod of ours that is not there", v4(2, 9), v4(2, 77), 1),
+        ("for a pod of ours, from a peer", ip("192.0.2.2"), v4(2, 77), 1),
+        ("the tunnel's own packet", ip("192.0.2.2"), ip("192.0.2.1"), 0),
+        ("v6: for a pod of ours", v6(2, 9), v6(2, 77), 1),
+    ] {
+        let mut node = node(IngressCheck::Strict);
+        let sent = node.send(
+            vec![(VirtioHeader::default(), Packet::new(src, dst).udp())],
+            start(),
+        );
+        assert!(sent.is_empty(), "{what}");
+        assert_eq!(node.drops(), [(DropReason::Loop, 1)], "{what}");
+        assert_eq!(node.outbound.device().answers.len(), answers, "{what}");
+    }
+}
+
+#[test]
+fn what_waited_while_we_were_stopped_is_dropped_and_counted() {
+    let mut node = node(IngressCheck::Strict);
+    let waiting = Packet::new(v4(2, 9), v4(1, 2)).udp();
+    node.outbound
+        .device()
+        .from_host
+        .extend(vec![(VirtioHeader::default(), waiting.clone()); 150]);
+    let arrived = from_peer(1, &Packet::new(v4(1, 2), v4(2, 9)).udp());
+    node.inbound
+        .underlay()
+        .incoming
+        .extend(vec![arrived.clone(); 300]);
+    node.outbound.discard_waiting().unwrap();
+    node.inbound.discard_waiting().unwrap();
+    assert_eq!(node.drops(), [(DropReason::Stale, 450)]);
+    // And then it goes on.
+    assert_eq!(
+        node.send(vec![(VirtioHeader::default(), waiting)], start()).len(),
+        1
+    );
+    assert_eq!(node.receive([arrived], start()).len(), 1);
+}
+
+#[test]
 fn what_may_not_be_answered_is_only_counted() {
     let mut node = node(IngressCheck::Strict);
     let mut fragment = Packet::new(v4(2, 7), v4(99, 1)).udp();

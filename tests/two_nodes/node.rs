@@ -9,7 +9,7 @@ use kersey::backend::udp::{Udp, UdpHop};
 use kersey::backend::vxlan::{Vxlan, VxlanHop};
 use kersey::dataplane::Encap;
 use kersey::dataplane::coalesce::Merge;
-use kersey::dataplane::forward::IngressCheck;
+use kersey::dataplane::forward::{IngressCheck, Sources};
 use kersey::dataplane::memory::{MemoryDevice, MemoryUnderlay, Message};
 use kersey::dataplane::route::{Network, Overlay, Peer, RouteTable, SharedRoutes};
 use kersey::dataplane::stats::{Count, DropReason, PeerStats, WorkerStats};
@@ -121,9 +121,14 @@ impl<E: Tunnel> NodeOf<E> {
             clamp_mss: false,
         };
         let start = start();
+        let mut outbound = Outbound::new(encap.clone(), edges(), routes.reader(), stats(), start);
+        outbound.set_sources(Sources {
+            check: kind.check,
+            node: [Some(underlay(number).ip()), None, None, None],
+        });
         Self {
             number,
-            outbound: Outbound::new(encap.clone(), edges(), routes.reader(), stats(), start),
+            outbound,
             inbound: Inbound::new(encap, edges(), routes.reader(), stats(), options, start),
             routes,
         }
