@@ -18,6 +18,7 @@
 mod claims;
 mod confine;
 mod direct;
+mod firewall;
 mod health;
 mod instance;
 mod kernel_routes;
@@ -30,6 +31,7 @@ mod reload;
 mod report;
 mod succession;
 mod supervisor;
+mod underlay_watch;
 mod watchdog;
 mod withdraw;
 

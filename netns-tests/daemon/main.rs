@@ -21,6 +21,7 @@ mod auto;
 mod cleanup;
 mod expiry;
 mod faults;
+mod firewall;
 mod handover;
 mod hostile_data;
 mod icmp;
@@ -37,4 +38,5 @@ mod privileges;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlay;
 mod vxlan;
