@@ -391,7 +391,9 @@ fn run(flags: &[String], variables: &Variables, entry: Entry) -> Result<Parsed, 
     let command = if entry == Entry::Flanneld && args.wants_server() {
         Command::Server(Box::new(args.into_flannel_server()?))
     } else {
-        Command::Run(Box::new(args.into_options()?))
+        let mut options = args.into_options()?;
+        options.process.config_file = config_file::path(flags, variables);
+        Command::Run(Box::new(options))
     };
     Ok(Parsed { command, notes })
 }

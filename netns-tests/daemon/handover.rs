@@ -16,7 +16,7 @@ use kersey::lab::traffic::probe::{Probe, ProbeReport};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 
-use crate::overlay::{Blueprint, Conversation, Overlay, READY, figure, wait_for, within};
+use crate::overlay::{Blueprint, Conversation, Daemon, Overlay, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
 
 /// Starts a daemon in the place of node `nth`'s, and waits until the old one has gone and the new one is up.
@@ -400,4 +400,37 @@ fn a_reload_takes_another_config_and_refuses_a_wrong_one() {
     overlay.ping_all();
     assert_eq!(overlay.subnet(2), subnet);
     assert_eq!([overlay.daemon(1).pid(), overlay.daemon(2).pid()], pids);
+}
+
+/// SIGHUP inside the sandbox: the config file is read again, and what cannot be read changes nothing.
+#[test]
+fn a_reload_reads_the_config_file_again() {
+    if !require_root("a_reload_reads_the_config_file_again") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("conffile", 1).build();
+    let file = overlay.file("kersey.toml");
+    let write = |text: &str| {
+        fs::write(&file, text).unwrap();
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    };
+    write("log-level = \"warn\"\n");
+    let mut command = overlay.command(1);
+    command.arg("--config").arg(&file);
+    let child = overlay.run("node 1", 1, command);
+    overlay.nodes.push(Daemon {
+        child,
+        pods: Vec::new(),
+    });
+    overlay.wait(1, READY, |status| status.ready);
+    assert!(!overlay.log(1).contains("INFO"), "{}", overlay.log(1));
+    let hangup = |overlay: &mut Overlay, text: &str| {
+        overlay.daemon(1).signal(Signal::SIGHUP).unwrap();
+        wait_for(text, READY, || overlay.log(1).contains(text));
+    };
+    write("log-level = \"info\"\n");
+    hangup(&mut overlay, "outcome=Applied");
+    write("log-level = \"loud\"\n");
+    hangup(&mut overlay, "outcome=Refused");
+    overlay.wait(1, READY, |status| status.ready);
 }

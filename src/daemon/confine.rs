@@ -179,7 +179,8 @@ fn folder_of(file: &Path) -> PathBuf {
 
 /// The files the options name.
 fn files(options: &RunOptions) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = options.srv6.hmac_keys.iter().cloned().collect();
+    let named = options.srv6.hmac_keys.iter().chain(&options.process.config_file);
+    let mut files: Vec<PathBuf> = named.cloned().collect();
     match &options.store.kind {
         StoreKind::Etcd(etcd) => {
             files.extend(etcd.ca_file.clone());
