@@ -5,6 +5,11 @@ use std::process::ExitCode;
 use kersey::cli::{self, Command};
 
 fn main() -> ExitCode {
+    let text = |word: std::ffi::OsString| word.to_string_lossy().into_owned();
+    let args: Vec<String> = std::env::args_os().map(text).collect();
+    if let Some(ended) = kersey::host::firewall::helper::run_if_asked(&args) {
+        return ended;
+    }
     let parsed = match cli::parse_process() {
         Ok(parsed) => parsed,
         Err(stop) => return stop.report(),
@@ -16,7 +21,7 @@ fn main() -> ExitCode {
         tracing::warn!("{note}");
     }
     match parsed.command {
-        Command::Run(options) => kersey::daemon::run(*options),
+        Command::Run(options) => kersey::daemon::run(*options, cli::reread_run_options),
         Command::Server(options) => cli::server::run(&options),
         Command::Reserve(options) => cli::reserve::run(&options),
         Command::Status(options) => cli::status::run(&options),

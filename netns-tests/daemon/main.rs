@@ -21,6 +21,8 @@ mod auto;
 mod cleanup;
 mod expiry;
 mod faults;
+mod firewall;
+mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
@@ -32,7 +34,9 @@ mod nodes;
 mod offloads;
 mod overlay;
 mod path;
+mod privileges;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlay;
 mod vxlan;

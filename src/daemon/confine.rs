@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid, User};
 
 use crate::control::identity;
+use crate::host::firewall;
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
-    ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress, StoreKind,
+    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress,
+    StoreKind,
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
@@ -34,12 +36,16 @@ const TRUST: [&str; 6] = [
     "/usr/local/share/ca-certificates",
     "/usr/lib/ssl",
 ];
-/// What the standard library asks for the number of processors.
-const PROCESSORS: [&str; 4] = [
+/// What the kernel tells: to the standard library, how many processors there are.
+const KERNEL: [&str; 7] = [
     "/proc/self/cgroup",
     "/proc/self/mountinfo",
     "/sys/fs/cgroup",
     "/sys/devices/system/cpu",
+    // The node's name, and which firewall tables there are.
+    "/proc/sys/kernel/hostname",
+    "/proc/sys/kernel/domainname",
+    "/proc/self/net",
 ];
 /// Switches of devices and interfaces.
 const SWITCHES: &str = "/proc/sys/net";
@@ -88,14 +94,26 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
         give_contents(&options.data_dir, account)?;
         give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
     }
-    let parts = options.process.sandbox.0.iter().map(|part| part_of(*part));
-    let mut plan = Plan::new(parts.collect(), account);
+    let parts: Vec<Part> = options
+        .process
+        .sandbox
+        .0
+        .iter()
+        .map(|part| part_of(*part))
+        .collect();
+    if options.firewall.tool != FirewallTool::Off
+        && let Err(error) = firewall::helper::start(&parts)
+    {
+        // Without a sandbox the daemon runs the tools itself; inside, it will say that it cannot.
+        tracing::warn!(%error, "cannot start the process that runs firewall tools");
+    }
+    let mut plan = Plan::new(parts.into_iter().collect(), account);
     for (folder, _) in folders {
         plan.write(folder);
     }
     plan.write(SWITCHES);
     plan.device(TUN);
-    for path in PROCESSORS {
+    for path in KERNEL {
         plan.read(path);
     }
     plan.read(identity::BOOT_ID);
@@ -161,7 +179,8 @@ fn folder_of(file: &Path) -> PathBuf {
 
 /// The files the options name.
 fn files(options: &RunOptions) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = options.srv6.hmac_keys.iter().cloned().collect();
+    let named = options.srv6.hmac_keys.iter().chain(&options.process.config_file);
+    let mut files: Vec<PathBuf> = named.cloned().collect();
     match &options.store.kind {
         StoreKind::Etcd(etcd) => {
             files.extend(etcd.ca_file.clone());

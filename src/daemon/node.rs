@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, interval, sleep, sleep_until};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
 use crate::addr::{MacAddr, Mtu, NetworkName};
@@ -20,13 +20,16 @@ use crate::control::{
 };
 use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
+use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
+use crate::daemon::reload::{self, InUse, Requests};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{ENVIRONMENT, exit_status, plain};
-use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
+use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -43,6 +46,15 @@ const GATHER: Duration = Duration::from_millis(100);
 /// A file of keys has a line a key, of up to some hundred bytes.
 const MAX_KEYS_BYTES: u64 = 1 << 20;
 
+/// What tells the rules of the network without a name from those of another daemon's on this host: nothing, unless the device has a name
+/// of its own.
+pub(super) fn rules_name(options: &RunOptions) -> &str {
+    match options.packet_path.device.as_str() {
+        "flannel0" => "",
+        device => device,
+    }
+}
+
 /// Joins a network and stays in it; returns only with an error nothing can mend.
 ///
 /// One of several networks comes with its name, and takes what it needs of the host before anything is touched.
@@ -52,13 +64,44 @@ pub(super) async fn run(
     report: Arc<Report>,
     claims: Option<(NetworkName, Arc<Claims>)>,
 ) -> Result<()> {
+    let mut requests = Requests::new();
+    let in_use = InUse::default();
+    // A config to go by rather than the store's; and the last that could be run, once another came after it.
+    let (mut given, mut last_good) = (None, None);
+    let mut moving = None;
     loop {
-        match live(&options, claims.as_ref(), Arc::clone(&store), Arc::clone(&report)).await {
-            Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
-                tracing::info!("choosing a backend again: {error}");
+        let life = live(
+            &options,
+            claims.as_ref(),
+            Arc::clone(&store),
+            Arc::clone(&report),
+            (given.take(), &in_use),
+            moving.take(),
+        );
+        let ended = tokio::select! {
+            ended = life => ended,
+            config = reload::new_config(&mut requests, &store, &in_use, &report) => {
+                last_good = reload::in_use(&in_use);
+                given = Some(config);
                 report.not_ready();
+                continue;
             }
-            ended => return ended,
+        };
+        match ended.map_err(|error| error.downcast::<ChooseAgain>()) {
+            Err(Ok(again)) => {
+                tracing::info!("joining anew: {again}");
+                report.not_ready();
+                moving = again.lease();
+                if moving.is_some() {
+                    store.distrust();
+                }
+            }
+            Err(Err(error)) if last_good.is_some() && exit_status(&error) == CONFIG => {
+                tracing::warn!("the new network config cannot be run here, so the last one is: {error:#}");
+                given.clone_from(&last_good);
+            }
+            Err(Err(error)) => return Err(error),
+            Ok(()) => return Ok(()),
         }
     }
 }
@@ -87,9 +130,9 @@ pub(super) struct UnusableMtu {
     pub(super) rule: String,
 }
 
-/// Another backend can be had now, or the one chosen can not: an automatic choice is to be made again.
+/// Another backend can be had now, or the one chosen can not, or the underlay is another: what was chosen is to be chosen again.
 #[derive(Debug, thiserror::Error)]
-enum ChooseAgain {
+pub(super) enum ChooseAgain {
     /// The better one's port has become free.
     #[error("port {0} is free")]
     PortFree(u16),
@@ -99,6 +142,24 @@ enum ChooseAgain {
     /// The port of the one chosen is taken.
     #[error("port {0} is taken")]
     PortTaken(u16),
+    /// The underlay is another; the lease comes along.
+    #[error("the underlay is another: {what}")]
+    Underlay {
+        /// What is different.
+        what: String,
+        /// Our lease, as the store knows it.
+        lease: Box<Lease>,
+    },
+}
+
+impl ChooseAgain {
+    /// The lease to take along.
+    fn lease(self) -> Option<Lease> {
+        match self {
+            Self::Underlay { lease, .. } => Some(*lease),
+            Self::PortFree(_) | Self::Moved(_) | Self::PortTaken(_) => None,
+        }
+    }
 }
 
 /// Joins the network with the backend its config names, and stays in it.
@@ -107,16 +168,25 @@ async fn live(
     claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
+    (given, in_use): (Option<NetworkConfig>, &InUse),
+    moving: Option<Lease>,
 ) -> Result<()> {
-    let mut control = Control::new(Arc::clone(&store), control_options(options));
-    let config = control.network_config().await;
+    let mut control = Control::new(Arc::clone(&store), control_options(options)).moving(moving);
+    let config = match given {
+        Some(given) => given,
+        None => control.network_config().await,
+    };
+    reload::set_in_use(in_use, &config);
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
     let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
     if let AnyBackend::Auto(auto) = &mut backend {
-        *auto = auto.settled(socket::port_is_taken(auto.port()));
+        let port = auto.port();
+        // What an earlier life of ours has is ours.
+        let ours = succession::held().has_port(&options.packet_path.device, port);
+        *auto = auto.settled(!ours && socket::port_is_taken(port));
     }
     if let Some((name, claims)) = claims {
         let former = claims.take(name, &Wants::of(&backend, &config))?;
@@ -190,7 +260,8 @@ async fn join<B: Backend>(
     report: Arc<Report>,
 ) -> Result<()> {
     let netlink = Netlink::open()?;
-    let interface = underlay_interface(options, &families(&config, backend.needs_v6()), &netlink).await;
+    let wanted = families(&config, backend.needs_v6());
+    let interface = underlay_interface(options, &wanted, &netlink).await;
     let mut place = Place {
         mac: netlink
             .link(&interface.name)
@@ -254,11 +325,13 @@ async fn join<B: Backend>(
         interface: &interface,
         inner_mtu,
         netlink,
+        firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
     };
     let (publish, published) = control.channels(&config, &lease);
     let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_node(&setup, &published, store);
-    stay(options, &setup, lease, published, &report).await
+    let watch = UnderlayWatch::new(&options.interface, &wanted, &interface);
+    stay(options, &setup, lease, published, (&report, watch)).await
 }
 
 /// What our lease is to say.
@@ -282,7 +355,7 @@ async fn stay<B: Backend>(
     setup: &Setup<'_, B>,
     mut lease: Lease,
     mut published: Published,
-    report: &Report,
+    (report, mut underlay): (&Report, UnderlayWatch),
 ) -> Result<()> {
     let mut changes = Netlink::watch()?;
     let repairs = RateLimit::default();
@@ -291,8 +364,17 @@ async fn stay<B: Backend>(
     let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
-        let mut plane = up(setup, &lease, failed).await?;
+        let mut plane = up(setup, &lease).await?;
         let mut table = published.peers.borrow_and_update().clone();
+        // Packets may be waiting, or still be moved by another: better they wait on than find no peer.
+        let patience = if table.is_confirmed() {
+            Duration::ZERO
+        } else {
+            plane.patience(table.is_empty())
+        };
+        if !patience.is_zero() && timeout(patience, published.peers.changed()).await.is_ok() {
+            table = published.peers.borrow_and_update().clone();
+        }
         if !by_locators {
             plane.follow(&table, &direct.refused);
         }
@@ -301,8 +383,15 @@ async fn stay<B: Backend>(
         if by_locators {
             plane.follow(&table, &direct.refused);
         }
+        if let Err(error) = plane.launch(failed) {
+            tracing::warn!(%error, "cannot start the threads; trying again");
+            sleep(RETRY).await;
+            continue;
+        }
         report.set_plane(&plane);
-        let mut announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        setup.want_firewall(lease.subnet).await;
+        let (mtu, ip_masq) = (setup.inner_mtu, setup.firewall.ip_masq());
+        let mut announce_due = announce(options, setup.config, lease.subnet, mtu, ip_masq, report);
         let mut look_due = None;
         let mut turns = interval(TURN);
         loop {
@@ -319,7 +408,7 @@ async fn stay<B: Backend>(
                     }
                 }
                 () = at(announce_due) => {
-                    announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+                    announce_due = announce(options, setup.config, lease.subnet, mtu, setup.firewall.ip_masq(), report);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -351,7 +440,13 @@ async fn stay<B: Backend>(
                     }
                     lease = new;
                 }
+                () = at(underlay.due()) => {
+                    if let Some(Moved { what }) = underlay.look(&setup.netlink).await {
+                        return Err(ChooseAgain::Underlay { what, lease: Box::new(lease) }.into());
+                    }
+                }
                 Some(change) = changes.next() => {
+                    underlay.note(&change);
                     direct.kernel.note(&change, &setup.interface.name);
                     if let LinkChange::Link(link) = &change
                         && link.name == setup.interface.name
@@ -397,10 +492,11 @@ pub(super) fn announce(
     config: &NetworkConfig,
     own: Subnet,
     inner_mtu: Mtu,
+    ip_masq: subnet_file::IpMasq,
     report: &Report,
 ) -> Option<Instant> {
     let file = &options.subnet_file;
-    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
+    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, ip_masq) {
         if report.unwritten.allows() {
             tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
         }
@@ -420,6 +516,7 @@ fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
         LinkChange::Link(link) => devices.contains(&link.index),
         LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
         LinkChange::RouteGone(route) => devices.contains(&route.index),
+        LinkChange::DefaultRoute(_) => false,
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,
@@ -435,15 +532,11 @@ pub(super) async fn at(time: Option<Instant>) {
 }
 
 /// Brings the data plane up, trying again while it may still come right.
-async fn up<B: Backend>(
-    setup: &Setup<'_, B>,
-    lease: &Lease,
-    failed: mpsc::Sender<std::io::Error>,
-) -> Result<DataPlane<B>> {
+async fn up<B: Backend>(setup: &Setup<'_, B>, lease: &Lease) -> Result<DataPlane<B>> {
     let mut told = String::new();
     let mut backoff = Backoff::new(RETRY);
     loop {
-        let error = match DataPlane::start(setup, lease, failed.clone()).await {
+        let error = match DataPlane::start(setup, lease).await {
             Ok(plane) => return Ok(plane),
             Err(error) => error,
         };
@@ -511,15 +604,7 @@ pub(super) async fn underlay_interface(
     loop {
         let mut first_error = None;
         for &families in wanted {
-            let request = InterfaceRequest {
-                ifaces: options.interface.iface.clone(),
-                iface_regexes: options.interface.iface_regex.clone(),
-                can_reach: options.interface.can_reach,
-                public_ip: options.interface.public_ip,
-                public_ipv6: options.interface.public_ipv6,
-                families,
-            };
-            match request.choose(netlink).await {
+            match request(&options.interface, families).choose(netlink).await {
                 Ok(interface) => return interface,
                 Err(error) => first_error.get_or_insert(error),
             };

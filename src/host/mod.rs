@@ -7,6 +7,8 @@
 
 pub mod endpoint;
 pub mod ethtool;
+pub mod firewall;
+pub mod handover;
 pub mod inherited;
 pub mod interface;
 pub mod limits;
