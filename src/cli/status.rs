@@ -245,6 +245,9 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
     if let Some(error) = &store.error {
         row(out, colour, "", error);
     }
+    if !status.firewall.is_empty() {
+        row(out, colour, "firewall", &status.firewall);
+    }
 
     let device = &status.device;
     if device.is_absent() {
