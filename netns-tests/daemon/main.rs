@@ -22,6 +22,7 @@ mod cleanup;
 mod expiry;
 mod faults;
 mod firewall;
+mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
@@ -33,6 +34,7 @@ mod nodes;
 mod offloads;
 mod overlay;
 mod path;
+mod privileges;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;

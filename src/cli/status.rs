@@ -247,6 +247,14 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
     }
     if !status.firewall.is_empty() {
         row(out, colour, "firewall", &status.firewall);
+    if store.resets > 0 {
+        let times = store.resets;
+        row(
+            out,
+            colour,
+            "",
+            &format!("was wiped, restored or exchanged: {times} times"),
+        );
     }
 
     let device = &status.device;
