@@ -245,8 +245,6 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
     if let Some(error) = &store.error {
         row(out, colour, "", error);
     }
-    if !status.firewall.is_empty() {
-        row(out, colour, "firewall", &status.firewall);
     if store.resets > 0 {
         let times = store.resets;
         row(
@@ -255,6 +253,9 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
             "",
             &format!("was wiped, restored or exchanged: {times} times"),
         );
+    }
+    if !status.firewall.is_empty() {
+        row(out, colour, "firewall", &status.firewall);
     }
 
     let device = &status.device;
