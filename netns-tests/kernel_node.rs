@@ -24,7 +24,7 @@ use kersey::lab::kernel_node::{Carrier, KernelNode, KernelPlan, Underlay, peers_
 use kersey::lab::topology::{HUB_V4, INTERFACE, Plan, Topology};
 use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
-use kersey::options::StoreKind;
+use kersey::options::{RemoteOptions, StoreKind};
 use support::require_root;
 use tempfile::TempDir;
 
@@ -213,7 +213,9 @@ impl Network {
     fn plan(&self, nth: usize, v4: bool, v6: bool) -> KernelPlan {
         let node = &self.lab.nodes[nth - 1];
         KernelPlan {
-            store: StoreKind::Remote(vec![format!("{HUB_V4}:8888").parse().unwrap()]),
+            store: StoreKind::Remote(RemoteOptions::plain(vec![
+                format!("{HUB_V4}:8888").parse().unwrap(),
+            ])),
             interface: INTERFACE.to_owned(),
             underlay: Underlay {
                 v4: v4.then_some(node.v4),

@@ -30,7 +30,7 @@ use kersey::lab::topology::{HUB_V4, INTERFACE, Plan, Topology, Wiring};
 use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::tcp::Verified;
-use kersey::options::StoreKind;
+use kersey::options::{RemoteOptions, StoreKind};
 use support::require_root;
 use support::sniffer::{Sniffer, Way};
 use tempfile::TempDir;
@@ -395,7 +395,9 @@ impl Network {
     fn plan(&self, nth: usize, form: Form, mode: Option<Seg6Mode>) -> Seg6Plan {
         let node = &self.lab.nodes[nth - 1];
         Seg6Plan {
-            store: StoreKind::Remote(vec![format!("{HUB_V4}:8888").parse().unwrap()]),
+            store: StoreKind::Remote(RemoteOptions::plain(vec![
+                format!("{HUB_V4}:8888").parse().unwrap(),
+            ])),
             interface: INTERFACE.to_owned(),
             v4: node.v4,
             v6: node.v6,

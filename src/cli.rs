@@ -20,7 +20,9 @@ pub mod config;
 mod config_file;
 pub mod docker_opts;
 mod environment;
+mod firewall;
 mod go_flags;
+mod http;
 pub mod lab;
 mod log_lines;
 mod logging;
@@ -38,7 +40,6 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use clap::{Args, FromArgMatches};
 
@@ -662,11 +663,6 @@ fn documented<A: Args>(name: &'static str) -> clap::Command {
     subcommand::<A>(name, Entry::Kersey).no_binary_name(false)
 }
 
-/// A clap value parser for an address type.
-fn address<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -674,7 +670,9 @@ mod tests {
 
     use super::*;
     use crate::addr::NetworkName;
-    use crate::options::{CleanupMode, IngressCheck, LogLevel, StatusForm, StoreKind};
+    use crate::options::{
+        CleanupMode, Enabled, FirewallTool, IngressCheck, LogLevel, Masquerade, StatusForm, StoreKind,
+    };
 
     #[test]
     fn flanneld_without_flags_is_flannels_defaults() {
@@ -741,16 +739,50 @@ mod tests {
     }
 
     #[test]
+    fn firewall_flags_are_flannels_with_flannels_defaults() {
+        let firewall = |flags: &[&str], variables: &[(&str, &str)]| {
+            run_options(&[&["kersey", "run"], flags].concat(), variables).firewall
+        };
+        let default = firewall(&[], &[]);
+        assert_eq!(default.masquerade, Masquerade::Off);
+        assert_eq!(default.resync, Duration::from_secs(5));
+        assert_eq!(
+            (default.forward_rules, default.blackhole, default.tunnel_guard),
+            (Enabled::Yes, Enabled::No, Enabled::Yes)
+        );
+        assert_eq!(default.tool, FirewallTool::Auto);
+        let flags = [
+            "-ip-masq",
+            "-ip-masq-fully-random-disable",
+            "-iptables-forward-rules=0",
+            "-iptables-resync=1",
+            "-ip-blackhole-route",
+        ];
+        let set = firewall(&flags, &[]);
+        assert_eq!(set.masquerade, Masquerade::Plain);
+        assert_eq!((set.forward_rules, set.blackhole), (Enabled::No, Enabled::Yes));
+        assert_eq!(set.resync, Duration::from_secs(1));
+        let set = firewall(&["--firewall", "iptables"], &[("FLANNELD_IP_MASQ", "true")]);
+        assert_eq!(
+            (set.masquerade, set.tool),
+            (Masquerade::Random, FirewallTool::Iptables)
+        );
+    }
+
+    #[test]
     fn the_store_follows_from_the_flags() {
         for (flags, expected) in [
-            (&["--remote=a:1,http://b:2"] as &[&str], "Remote([a:1, b:2])"),
+            (
+                &["--remote=a:1,http://b:2"] as &[&str],
+                "servers: [a:1, b:2], tls: None",
+            ),
             (&["--listen=:8888"], "Embedded"),
             (&["--listen=:8888", "--etcd-endpoints=http://e:2379"], "Etcd"),
             (&[], "Etcd"),
         ] {
             let args = [&["kersey", "run"], flags].concat();
             let kind = format!("{:?}", run_options(&args, &[]).store.kind);
-            assert!(kind.starts_with(expected), "{flags:?}: {kind}");
+            assert!(kind.contains(expected), "{flags:?}: {kind}");
         }
     }
 
@@ -769,7 +801,7 @@ mod tests {
         let Command::Server(options) = parsed.command else {
             panic!("{:?}", parsed.command);
         };
-        assert_eq!(options.listen.to_string(), "0.0.0.0:10253");
+        assert_eq!(options.serve.listen[0].to_string(), "0.0.0.0:10253");
         assert!(matches!(options.store.kind, StoreKind::Etcd(_)));
     }
 
@@ -784,18 +816,42 @@ mod tests {
                 &["unknown flag --etcd-endpiont", "--etcd-endpoints"],
             ),
             (
-                &["--ip-masq"],
+                &["--firewall=pf"],
                 &[],
-                &["--ip-masq=true is not supported", "MASQUERADE"],
+                &["--firewall", "auto, nft, iptables, off"],
+            ),
+            (
+                &["--iptables-resync=0"],
+                &[],
+                &["--iptables-resync", "1 to 86400"],
             ),
             (
                 &[],
-                &[("FLANNELD_IP_MASQ", "true")],
-                &["FLANNELD_IP_MASQ=true is not supported"],
+                &[("FLANNELD_IP_MASQ", "perhaps")],
+                &["FLANNELD_IP_MASQ", "\"perhaps\""],
             ),
             (&["--kube-subnet-mgr"], &[], &["not supported", "--remote"]),
-            (&["--ip-blackhole-route=1"], &[], &["not supported"]),
             (&["--healthz-port=70000"], &[], &["--healthz-port", "0 to 65535"]),
+            (
+                &["--remote=a:1", "--remote-certfile=x"],
+                &[],
+                &["need each other"],
+            ),
+            (
+                &["--listen=:1", "--remote-cafile=x"],
+                &[],
+                &["without TLS", "--remote-certfile"],
+            ),
+            (
+                &["--remote=http://a:1", "--remote-cafile=x"],
+                &[],
+                &["plain HTTP", "https://"],
+            ),
+            (
+                &["--remote=a:1", "--remote-token-file=x"],
+                &[],
+                &["in the clear", "https://"],
+            ),
             (
                 &["--networks=a,../b"],
                 &[],
@@ -806,7 +862,6 @@ mod tests {
                 &[("FLANNELD_NETWORKS", "config")],
                 &["\"config\" is no name of a network"],
             ),
-            (&["--remote-cafile=x"], &[], &["not supported"]),
             (&["--use-multi-cluster-cidr"], &[], &["not supported"]),
             (&["--queues=0"], &[], &["\"0\" for --queues", "1 to 256"]),
             (
@@ -838,11 +893,16 @@ mod tests {
                 &["exclude each other"],
             ),
             (
-                &["--remote=https://a:1"],
+                &["--remote=ftp://a:1"],
                 &[],
-                &["--remote", "https:// is not supported"],
+                &["--remote", "ftp:// is not supported"],
             ),
-            (&["--listen=fd://"], &[], &["--listen", "fd:// is not supported"]),
+            (
+                &["--listen=fd://x"],
+                &[],
+                &["--listen", "fd://x is no inherited socket"],
+            ),
+            (&["--listen=unix://x"], &[], &["--listen", "absolute path"]),
             (
                 &["--network-config=x"],
                 &[],
@@ -874,11 +934,10 @@ mod tests {
     fn what_has_no_effect_is_noted() {
         for (flags, environment, expected) in [
             (
-                &["--iptables-resync=5"] as &[&str],
+                &["--log_dir=/x"] as &[&str],
                 &[] as &[(&str, &str)],
-                Some("sets no firewall rules yet"),
+                Some("standard error only"),
             ),
-            (&["--log_dir=/x"], &[], Some("standard error only")),
             (&["--kubeconfig-file=/x"], &[], Some("--kube-subnet-mgr")),
             (
                 &[],

@@ -18,6 +18,7 @@
 mod claims;
 mod confine;
 mod direct;
+mod firewall;
 mod health;
 mod instance;
 mod kernel_routes;
@@ -28,6 +29,7 @@ mod paths;
 mod plain;
 mod report;
 mod supervisor;
+mod underlay_watch;
 mod watchdog;
 mod withdraw;
 
@@ -47,9 +49,10 @@ use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::report::{Report, Reports};
 use crate::host::sandbox;
 use crate::host::tun::TunError;
+use crate::host::{inherited, limits};
 use crate::options::RunOptions;
-use crate::server;
 use crate::server::status::{StatusSocket, StatusSocketError};
+use crate::server::{self, Served};
 
 /// Exit statuses: `cli::exit` documents them.
 const OK: u8 = 0;
@@ -60,7 +63,7 @@ const INSTANCE: u8 = 7;
 
 /// Runs a node until it is asked to stop.
 pub fn run(options: RunOptions) -> ExitCode {
-    raise_open_files();
+    limits::raise_open_files();
     crate::host::sys::map_large_blocks();
     if let Err(error) = confine::confine(&options) {
         tracing::error!("{:#}", anyhow::Error::from(error));
@@ -100,16 +103,6 @@ pub fn run(options: RunOptions) -> ExitCode {
             }
             ExitCode::from(status)
         }
-    }
-}
-
-/// Raises the soft limit of open files to the hard one: a pool of source ports or many clients take more than the usual 1,024.
-fn raise_open_files() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::debug!(%error, "cannot raise the limit of open files");
     }
 }
 
@@ -186,7 +179,7 @@ async fn start(options: &RunOptions) -> Result<()> {
     health::serve(&options.process.monitor, &health);
     tokio::spawn(watchdog::tend(Arc::clone(&health)));
 
-    let expirations = if options.listen.is_some() {
+    let expirations = if options.serve.is_some() {
         Expirations::Ask
     } else {
         Expirations::Assume
@@ -195,14 +188,11 @@ async fn start(options: &RunOptions) -> Result<()> {
     let store = networks.open(None)?;
     report.set_store(store.place());
     reports.set_place(networks.place());
-    if let Some(listen) = &options.listen {
-        let listener = server::listen(listen).await?;
-        tracing::info!(address = %listener.local_addr()?, store = store.place(), "serving leases");
-        tokio::spawn(server::serve(
-            listener,
-            Arc::clone(&store),
-            std::future::pending(),
-        ));
+    if let Some(serve) = &options.serve {
+        let served = Served::open(Arc::clone(&store), serve)?.with_networks(Arc::clone(&networks));
+        let listeners = server::listen(&serve.listen, inherited::descriptor).await?;
+        server::announce(&listeners, &served);
+        tokio::spawn(server::serve_all(listeners, served, std::future::pending()));
     }
     tracing::info!(store = store.place(), "store opened");
     match &options.networks {

@@ -27,4 +27,5 @@ pub mod lease;
 pub mod options;
 pub mod server;
 pub mod status;
+pub mod trust;
 pub mod wire;

@@ -3,6 +3,7 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+mod firewall;
 mod process;
 
 use std::collections::BTreeSet;
@@ -10,24 +11,30 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 use crate::lease::Subnet;
+pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
 pub use process::{
     Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, SandboxPart, UnknownPart,
     metrics_address,
 };
+
+mod address;
+mod http;
+
+pub use address::{AddressError, ListenAddress, Scheme, ServerAddress};
+pub use http::{ApiForm, KeyPairFiles, RemoteOptions, ServeOptions, TlsFiles};
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunOptions {
     /// Where config and leases live.
     pub store: StoreOptions,
-    /// Serve that store to other nodes here, while this node uses it too.
-    pub listen: Option<ListenAddress>,
+    /// Serve that store to other nodes, while this node uses it too.
+    pub serve: Option<ServeOptions>,
     /// Which underlay interface and addresses to use.
     pub interface: InterfaceOptions,
     /// Directory for state: the embedded store, and the cache of the last known leases.
@@ -44,6 +51,8 @@ pub struct RunOptions {
     pub packet_path: PacketPathOptions,
     /// This node's part in segment routing.
     pub srv6: Srv6Options,
+    /// Firewall rules.
+    pub firewall: FirewallOptions,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
     /// The process around the node.
@@ -60,7 +69,7 @@ impl RunOptions {
             subnet_file: choice.subnet_file(name),
             networks: None,
             network: Some(name.clone()),
-            listen: None,
+            serve: None,
             packet_path: PacketPathOptions {
                 device,
                 ..self.packet_path.clone()
@@ -115,8 +124,8 @@ pub struct Srv6Options {
 pub struct ServerOptions {
     /// The store served.
     pub store: StoreOptions,
-    /// Where to listen.
-    pub listen: ListenAddress,
+    /// Where and how.
+    pub serve: ServeOptions,
     /// How long a lease handed out lives without renewal.
     pub lease_ttl: Duration,
     /// Logging.
@@ -130,6 +139,8 @@ pub struct ReserveOptions {
     pub store: StoreOptions,
     /// How long the lease lives that a removed reservation becomes.
     pub lease_ttl: Duration,
+    /// The network meant; that without a name if absent.
+    pub network: Option<NetworkName>,
     /// What to do.
     pub action: ReserveAction,
     /// How to print.
@@ -207,8 +218,8 @@ pub enum StoreKind {
     Etcd(EtcdOptions),
     /// A database file of this process.
     Embedded(EmbeddedOptions),
-    /// Kersey (or old flannel) servers over HTTP, in order of preference.
-    Remote(Vec<ServerAddress>),
+    /// Kersey (or old flannel) servers over HTTP.
+    Remote(RemoteOptions),
 }
 
 /// Access to etcd.
@@ -422,87 +433,6 @@ pub enum LogLevel {
     Trace,
 }
 
-/// Why a text is no address to listen on or to connect to.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct AddressError(String);
-
-/// Where a server listens: `HOST:PORT` or `tcp://HOST:PORT`; an empty host means every address of this machine.
-#[derive(Clone, PartialEq, Eq)]
-pub struct ListenAddress {
-    /// Name or address, without brackets; empty for all.
-    pub host: String,
-    /// TCP port; 0 lets the kernel choose.
-    pub port: u16,
-}
-
-impl FromStr for ListenAddress {
-    type Err = AddressError;
-
-    fn from_str(text: &str) -> Result<Self, AddressError> {
-        let rest = text.strip_prefix("tcp://").unwrap_or(text);
-        if let Some((scheme, _)) = rest.split_once("://") {
-            return Err(AddressError(format!(
-                "{scheme}:// is not supported; listen on HOST:PORT or tcp://HOST:PORT"
-            )));
-        }
-        let (host, port) = split_host_port(rest)
-            .ok_or_else(|| AddressError("expected HOST:PORT, such as 0.0.0.0:8888 or [::1]:8888".into()))?;
-        Ok(Self { host, port })
-    }
-}
-
-impl fmt::Display for ListenAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_host_port(f, &self.host, self.port)
-    }
-}
-
-impl fmt::Debug for ListenAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// A server to connect to: `HOST:PORT` or `http://HOST:PORT`.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServerAddress {
-    /// Name or address, without brackets; never empty.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
-}
-
-impl FromStr for ServerAddress {
-    type Err = AddressError;
-
-    fn from_str(text: &str) -> Result<Self, AddressError> {
-        let rest = text.strip_prefix("http://").unwrap_or(text);
-        let rest = rest.strip_suffix('/').unwrap_or(rest);
-        if let Some((scheme, _)) = rest.split_once("://") {
-            return Err(AddressError(format!(
-                "{scheme}:// is not supported; a server is HOST:PORT or http://HOST:PORT"
-            )));
-        }
-        split_host_port(rest)
-            .filter(|(host, port)| !host.is_empty() && *port != 0)
-            .map(|(host, port)| Self { host, port })
-            .ok_or_else(|| AddressError("expected HOST:PORT, such as 10.0.0.1:8888".into()))
-    }
-}
-
-impl fmt::Display for ServerAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_host_port(f, &self.host, self.port)
-    }
-}
-
-impl fmt::Debug for ServerAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 impl fmt::Debug for EtcdOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EtcdOptions")
@@ -523,74 +453,9 @@ impl fmt::Debug for Login {
     }
 }
 
-/// Splits `host:port`, with IPv6 addresses in brackets.
-fn split_host_port(text: &str) -> Option<(String, u16)> {
-    let (host, port) = text.rsplit_once(':')?;
-    let host = match host.strip_prefix('[') {
-        Some(inner) => {
-            let inner = inner.strip_suffix(']')?;
-            inner.parse::<Ipv6Addr>().ok()?;
-            inner
-        }
-        None if host.contains([':', '/', '@', ' ']) => return None,
-        None => host,
-    };
-    if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    Some((host.to_owned(), port.parse().ok()?))
-}
-
-fn write_host_port(f: &mut fmt::Formatter<'_>, host: &str, port: u16) -> fmt::Result {
-    if host.contains(':') {
-        write!(f, "[{host}]:{port}")
-    } else {
-        write!(f, "{host}:{port}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn listen_addresses_take_flannels_forms() {
-        for (text, host, port) in [
-            ("0.0.0.0:8888", "0.0.0.0", 8888),
-            (":8888", "", 8888),
-            ("tcp://10.0.0.1:1", "10.0.0.1", 1),
-            ("[::]:8888", "::", 8888),
-            ("localhost:0", "localhost", 0),
-        ] {
-            let address: ListenAddress = text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
-            assert_eq!((address.host.as_str(), address.port), (host, port), "{text}");
-        }
-        for text in [
-            "",
-            "8888",
-            "host",
-            "::1:80",
-            "h:",
-            "h:+1",
-            "h:65536",
-            "fd://",
-            "fd://3",
-            "https://h:1",
-            "[h]:1",
-        ] {
-            assert!(text.parse::<ListenAddress>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn server_addresses_need_host_and_port() {
-        for (text, shown) in [("a:1", "a:1"), ("http://[::1]:80/", "[::1]:80")] {
-            assert_eq!(text.parse::<ServerAddress>().unwrap().to_string(), shown);
-        }
-        for text in ["a", ":1", "a:0", "https://a:1", "http://a:1/v1", "u@a:1"] {
-            assert!(text.parse::<ServerAddress>().is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn a_password_never_reaches_a_log_line() {

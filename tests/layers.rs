@@ -10,13 +10,18 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lease", &["addr"]),
     ("options", &["addr", "dataplane", "lease"]),
     ("status", &[]),
+    // Certificates and secrets in files, for both ends of the HTTP API.
+    ("trust", &["options"]),
     ("wire", &["addr"]),
     ("dataplane", &["addr", "wire"]),
     ("backend", &["addr", "dataplane", "lease", "wire"]),
     ("host", &["addr", "dataplane", "wire"]),
     // Of the data plane, control knows nothing; stores are opened from options.
-    ("control", &["addr", "lease", "options"]),
-    ("server", &["addr", "control", "lease", "options", "status"]),
+    ("control", &["addr", "lease", "options", "trust"]),
+    (
+        "server",
+        &["addr", "control", "lease", "options", "status", "trust"],
+    ),
     (
         "daemon",
         &[
@@ -36,7 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "addr", "control", "host", "lab", "lease", "options", "server", "status",
+            "addr", "control", "host", "lab", "lease", "options", "server", "status", "trust",
         ],
     ),
 ];

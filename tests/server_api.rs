@@ -211,8 +211,7 @@ async fn networks_are_none_and_a_poll_for_them_waits() {
 #[tokio::test]
 async fn a_web_page_is_refused() {
     let server = Server::start().await;
-    let head =
-        "POST /v1/_/leases HTTP/1.1\r\nHost: x\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n";
+    let head = "POST /v1/_/leases HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n";
     assert_eq!(server.raw(head.as_bytes()).await.status, 403);
 }
 
@@ -230,7 +229,7 @@ async fn slow_and_oversized_heads_cost_others_nothing() {
     assert_eq!(server.get("/v1/_/config").await.status, 200);
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     // A head of a megabyte is cut off.
-    let mut big = b"GET /v1/_/config HTTP/1.1\r\nHost: x\r\nX: ".to_vec();
+    let mut big = b"GET /v1/_/config HTTP/1.1\r\nHost: localhost\r\nX: ".to_vec();
     big.resize(1 << 20, b'a');
     assert_eq!(server.raw(&big).await.status, 431);
     // The slow ones are gone after the head timeout.
@@ -242,7 +241,7 @@ async fn slow_and_oversized_heads_cost_others_nothing() {
 #[tokio::test]
 async fn ten_thousand_pipelined_requests_are_answered_in_turn() {
     let server = Server::start().await;
-    let one = b"GET /v1/_/config HTTP/1.1\r\nHost: x\r\n\r\n";
+    let one = b"GET /v1/_/config HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let mut stream = TcpStream::connect(&server.address).await.unwrap();
     let (mut reader, mut writer) = stream.split();
     let write = async {
@@ -290,7 +289,7 @@ async fn a_stopping_server_lets_polls_go() {
     let mut server = Server::start().await;
     let cursor = server.get("/v1/_/leases").await.field("cursor");
     let store = RemoteStore::new(vec![server.address.parse().unwrap()]);
-    let mut watch = store.watch(Some(Cursor(cursor)));
+    let mut watch = store.watch(Some(Cursor(format!("0-{cursor}"))));
     let (item, ()) = tokio::join!(timeout(Duration::from_secs(10), watch.next()), async {
         sleep(Duration::from_millis(100)).await;
         server.stop().await;
@@ -535,7 +534,7 @@ impl Answer {
 async fn ask(address: &str, method: &str, path: &str, body: &str) -> Answer {
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
     );
     raw(address, (head + body).as_bytes()).await
 }

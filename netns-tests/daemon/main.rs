@@ -21,9 +21,11 @@ mod auto;
 mod cleanup;
 mod expiry;
 mod faults;
+mod firewall;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod lease_server;
 mod leases;
 mod mtu;
 mod networks;
@@ -35,4 +37,5 @@ mod path;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlay;
 mod vxlan;

@@ -30,7 +30,7 @@ pub(super) const DEFAULT_PATH: &str = "/etc/kersey/kersey.toml";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// Flags whose one value is a list with commas; a file may give an array instead.
-const COMMA_LISTS: [&str; 3] = ["etcd-endpoints", "remote", "networks"];
+const COMMA_LISTS: [&str; 5] = ["etcd-endpoints", "remote", "networks", "listen", "server-name"];
 
 /// Flags that make no sense in a file.
 pub(super) const NOT_IN_A_FILE: [&str; 4] = ["help", "version", "config", "dry-run"];

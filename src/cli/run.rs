@@ -6,16 +6,18 @@ use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::UsageError;
+use super::firewall::FirewallArgs;
 use super::go_flags::parse_bool;
+use super::http::{AskingArgs, CertificateArgs, Listen, ServingArgs, listen_list};
 use super::logging::LogArgs;
 use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
-use super::{UsageError, address};
 use crate::addr::{Ipv6Prefix, NetworkName, NetworkNameError};
 use crate::options::{
-    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, ListenAddress, NetworkChoice, NodeSid,
-    Offload, OuterDf, PacketPathOptions, RunOptions, ServerAddress, ServerOptions, Srv6Io, Srv6Options,
-    StoreKind, ThreadLayout,
+    IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, NetworkChoice, NodeSid, Offload, OuterDf,
+    PacketPathOptions, RemoteOptions, RunOptions, ServeOptions, ServerAddress, ServerOptions, Srv6Io,
+    Srv6Options, StoreKind, ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -41,6 +43,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     srv6: Srv6Args,
     #[command(flatten)]
+    firewall: FirewallArgs,
+    #[command(flatten)]
     process: ProcessArgs,
     #[command(flatten)]
     log: LogArgs,
@@ -52,8 +56,8 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--ip-masq, --kube-subnet-mgr and more) are refused with a sentence that says what to do \
-instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
+(--kube-subnet-mgr and more) are refused with a sentence that says what to do \
+instead; those that do not matter here (--logtostderr, --kube-api-url and more) are accepted.
 
 Exit status: 0 stopped on request; 1 failed; 2 the command line, a variable or the config file is wrong; 3 this machine \
 lacks something; 4 the network config cannot be run; 7 another daemon runs.";
@@ -90,12 +94,20 @@ struct NodeArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = OWN_STORE)]
 struct ShareArgs {
-    /// Get config and leases from these servers, comma-separated, the first that answers
+    /// Get config and leases from these servers, comma-separated, the first that answers: HOST:PORT, https://HOST:PORT,
+    /// unix:///PATH
     #[arg(long, value_name = "HOST:PORT,...", value_parser = servers_list)]
     remote: Option<Servers>,
-    /// Serve this node's store to others, as `kersey server` does; an embedded store unless --etcd-endpoints is given
-    #[arg(long, value_name = "HOST:PORT", value_parser = address::<ListenAddress>)]
-    listen: Option<ListenAddress>,
+    /// Serve this node's store to others, as `kersey server` does; an embedded store unless --etcd-endpoints is given.
+    /// HOST:PORT, unix:///PATH or fd://, comma-separated
+    #[arg(long, value_name = "HOST:PORT,...", value_parser = listen_list)]
+    listen: Option<Listen>,
+    #[command(flatten)]
+    certificates: CertificateArgs,
+    #[command(flatten)]
+    asking: AskingArgs,
+    #[command(flatten)]
+    serving: ServingArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -287,11 +299,10 @@ macro_rules! hidden_flags {
 hidden_flags! {
     /// Flannel's flags, of all versions, that Kersey does not act on.
     UnservedArgs {
-        booleans: ip_masq ip_masq_fully_random_disable ip_blackhole_route iptables_forward_rules kube_subnet_mgr
+        booleans: kube_subnet_mgr
             set_node_network_unavailable use_multi_cluster_cidr logtostderr alsologtostderr;
-        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync
-            remote_keyfile remote_certfile remote_cafile stderrthreshold
-            vmodule;
+        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path
+            stderrthreshold vmodule;
         underscored: log_dir log_backtrace_at
     }
 }
@@ -307,30 +318,17 @@ enum Verdict {
     Refuse(&'static str),
 }
 
-const NO_FIREWALL: &str = "Kersey sets no firewall rules yet";
 const NO_KUBE: &str = "it matters only with --kube-subnet-mgr";
 
 /// Judges a flag by its name and value. Values that ask for nothing (`false`, 0, empty) pass.
 fn judge(flag: &str, value: &str) -> Verdict {
     let asks = !value.is_empty() && value != "false";
     match flag {
-        "ip-masq" if asks => Verdict::Refuse(
-            "Kersey does not masquerade yet; drop the flag and add a MASQUERADE rule for traffic that leaves the overlay",
-        ),
         "kube-subnet-mgr" if asks => Verdict::Refuse(
             "Kersey does not read Kubernetes nodes yet; use etcd, or --remote with a Kersey server",
         ),
-        "ip-blackhole-route" if asks => Verdict::Refuse(
-            "Kersey adds no blackhole route yet; drop the flag, or add `ip route add blackhole SUBNET` yourself",
-        ),
-        "remote-keyfile" | "remote-certfile" | "remote-cafile" if asks => Verdict::Refuse(
-            "Kersey speaks plain HTTP between nodes and servers; drop the flag and keep that traffic on a trusted network",
-        ),
         "use-multi-cluster-cidr" if asks => {
             Verdict::Refuse("this was an experiment that flannel dropped; drop the flag")
-        }
-        "iptables-forward-rules" | "iptables-resync" | "ip-masq-fully-random-disable" => {
-            Verdict::Note(NO_FIREWALL)
         }
         "kube-api-url"
         | "kubeconfig-file"
@@ -360,6 +358,17 @@ impl RunArgs {
     /// Refuses what Kersey does not do and notes what has no effect. `variables` names the variable that set a flag.
     pub(super) fn review(&self, variables: &BTreeMap<String, String>) -> Result<Vec<String>, UsageError> {
         let mut notes = Vec::new();
+        let share = &self.share;
+        if share.remote.is_none()
+            && share.listen.is_none()
+            && (share.certificates.are_given() || share.asking.are_given())
+        {
+            notes.push(
+                "--remote-keyfile, --remote-certfile, --remote-cafile and --remote-token-file have no effect without \
+                 --remote or --listen; files for etcd are --etcd-keyfile, --etcd-certfile and --etcd-cafile"
+                    .to_owned(),
+            );
+        }
         for (flag, value) in self.unserved.given() {
             let shown = match variables.get(&flag) {
                 Some(variable) => format!("{variable}={value}"),
@@ -377,7 +386,8 @@ impl RunArgs {
     }
 
     pub(super) fn into_options(self) -> Result<RunOptions, UsageError> {
-        let serving = if self.share.listen.is_some() {
+        let (remote, serve) = self.share.into_options()?;
+        let serving = if serve.is_some() {
             Serving::Yes
         } else {
             Serving::No
@@ -402,13 +412,8 @@ impl RunArgs {
         let path = self.packet_path;
         Ok(RunOptions {
             data_dir: self.own.data_dir.clone(),
-            store: store_options(
-                self.etcd,
-                &self.own,
-                self.share.remote.map(|servers| servers.0),
-                serving,
-            )?,
-            listen: self.share.listen,
+            store: store_options(self.etcd, &self.own, remote, serving)?,
+            serve,
             interface: InterfaceOptions {
                 iface: self
                     .node
@@ -455,6 +460,7 @@ impl RunArgs {
                 sids: self.srv6.srv6_sid,
                 hmac_keys: self.srv6.srv6_hmac_keys,
             },
+            firewall: self.firewall.options(),
             status_socket: self.other.status_socket,
             process: self.process.into_options(),
             log: self.log.options(),
@@ -468,7 +474,7 @@ impl RunArgs {
         let StoreKind::Etcd(_) = options.store.kind else {
             return Err(UsageError::new("a server needs etcd", "give --etcd-endpoints"));
         };
-        let Some(listen) = options.listen else {
+        let Some(serve) = options.serve else {
             return Err(UsageError::new(
                 "a server needs an address",
                 "give --listen HOST:PORT",
@@ -476,10 +482,32 @@ impl RunArgs {
         };
         Ok(ServerOptions {
             store: options.store,
-            listen,
+            serve,
             lease_ttl: options.lease.ttl,
             log: options.log,
         })
+    }
+}
+
+impl ShareArgs {
+    /// Which servers to ask, or how to serve.
+    fn into_options(self) -> Result<(Option<RemoteOptions>, Option<ServeOptions>), UsageError> {
+        let servers = self.remote.map(|servers| servers.0);
+        match (servers, self.listen) {
+            (Some(_), Some(_)) => Err(UsageError::new(
+                "--listen and --remote exclude each other",
+                "a server opens a store of its own; give --remote to the other nodes",
+            )),
+            (Some(servers), None) => {
+                let remote = self.asking.into_options(servers, self.certificates)?;
+                Ok((Some(remote), None))
+            }
+            (None, Some(listen)) => {
+                let serve = self.serving.into_options(listen, self.certificates)?;
+                Ok((None, Some(serve)))
+            }
+            (None, None) => Ok((None, None)),
+        }
     }
 }
 

@@ -4,25 +4,33 @@ use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::UsageError;
 use super::exit;
+use super::http::{CertificateArgs, Listen, ServingArgs, listen_list};
 use super::logging::LogArgs;
 use super::store::{EtcdArgs, OwnStoreArgs, Serving, store_options};
-use super::{UsageError, address};
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
-use crate::options::{ListenAddress, ServerOptions};
-use crate::server::{self, ListenError};
+use crate::host::{inherited, limits};
+use crate::options::ServerOptions;
+use crate::server::{self, ListenError, Served};
+use crate::trust::TrustError;
 
 /// Serve config and leases to other nodes over HTTP, without joining the overlay
 ///
 /// The store is a database of this process (give --network-config the first time), or etcd if --etcd-endpoints is
-/// given. Nodes join with `kersey run --remote HOST:PORT`; flannel 0.5 to 0.7 clients are served too. There is no
-/// authentication: listen on an address only your nodes can reach.
+/// given. Nodes join with `kersey run --remote HOST:PORT`; flannel 0.5 to 0.7 clients are served too. Without
+/// --remote-cafile or --access-file whoever can connect can take leases: listen on an address only your nodes can reach.
 #[derive(Debug, clap::Args)]
 pub(super) struct ServerArgs {
-    /// Where to listen; port 0 lets the kernel choose
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8888", value_parser = address::<ListenAddress>)]
-    listen: ListenAddress,
+    /// Where to listen, comma-separated: HOST:PORT (port 0 lets the kernel choose), unix:///PATH, or fd:// for sockets
+    /// passed by systemd, fd://N for one of them
+    #[arg(long, value_name = "HOST:PORT,...", default_value = "127.0.0.1:8888", value_parser = listen_list)]
+    listen: Listen,
+    #[command(flatten)]
+    certificates: CertificateArgs,
+    #[command(flatten)]
+    serving: ServingArgs,
     #[command(flatten)]
     own: OwnStoreArgs,
     #[command(flatten)]
@@ -35,7 +43,7 @@ impl ServerArgs {
     pub(super) fn into_options(self) -> Result<ServerOptions, UsageError> {
         Ok(ServerOptions {
             store: store_options(self.etcd, &self.own, None, Serving::Yes)?,
-            listen: self.listen,
+            serve: self.serving.into_options(self.listen, self.certificates)?,
             lease_ttl: self.own.lease_ttl,
             log: self.log.options(),
         })
@@ -44,6 +52,7 @@ impl ServerArgs {
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(options: &ServerOptions) -> ExitCode {
+    limits::raise_open_files();
     let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -55,7 +64,10 @@ pub fn run(options: &ServerOptions) -> ExitCode {
             tracing::error!("{error}");
             ExitCode::from(match error {
                 ServeError::Open(OpenError::Config(_)) => exit::CONFIG,
-                ServeError::Open(_) | ServeError::Listen(_) | ServeError::Runtime(_) => exit::FAILED,
+                ServeError::Open(_)
+                | ServeError::Trust(_)
+                | ServeError::Listen(_)
+                | ServeError::Runtime(_) => exit::FAILED,
             })
         }
     }
@@ -67,6 +79,8 @@ enum ServeError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
+    Trust(#[from] TrustError),
+    #[error(transparent)]
     Listen(#[from] ListenError),
     #[error("cannot start the runtime: {0}")]
     Runtime(std::io::Error),
@@ -76,10 +90,11 @@ async fn serve(options: &ServerOptions) -> Result<(), ServeError> {
     // Taken first, so that a signal that comes while the store opens is not lost.
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Runtime)?;
-    let store = store::open(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
-    let listener = server::listen(&options.listen).await?;
-    let address = listener.local_addr().map_err(ServeError::Runtime)?;
-    tracing::info!(%address, store = store.place(), "serving leases");
+    let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
+    let store = networks.open(None).map_err(OpenError::Store)?;
+    let served = Served::open(store, &options.serve)?.with_networks(networks);
+    let listeners = server::listen(&options.serve.listen, inherited::descriptor).await?;
+    server::announce(&listeners, &served);
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let stop = async {
@@ -90,6 +105,6 @@ async fn serve(options: &ServerOptions) -> Result<(), ServeError> {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         tracing::info!("stopping");
     };
-    server::serve(listener, store, stop).await;
+    server::serve_all(listeners, served, stop).await;
     Ok(())
 }

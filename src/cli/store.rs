@@ -7,8 +7,8 @@ use super::UsageError;
 use super::go_flags::parse_int;
 use crate::addr::NetworkName;
 use crate::options::{
-    ClientCert, EmbeddedOptions, EtcdOptions, Login, NetworkConfigSource, ServerAddress, StoreKind,
-    StoreOptions,
+    ClientCert, EmbeddedOptions, EtcdOptions, Login, NetworkConfigSource, RemoteOptions, ServerAddress,
+    StoreKind, StoreOptions,
 };
 
 /// Where flannel looks for etcd if nobody says.
@@ -76,23 +76,17 @@ pub(super) enum Serving {
 pub(super) fn store_options(
     etcd: EtcdArgs,
     own: &OwnStoreArgs,
-    remote: Option<Vec<ServerAddress>>,
+    remote: Option<RemoteOptions>,
     serving: Serving,
 ) -> Result<StoreOptions, UsageError> {
     let kind = match (remote, serving) {
-        (Some(_), Serving::Yes) => {
-            return Err(UsageError::new(
-                "--listen and --remote exclude each other",
-                "a server opens a store of its own; give --remote to the other nodes",
-            ));
-        }
-        (Some(_), Serving::No) if etcd.etcd_endpoints.is_some() => {
+        (Some(_), _) if etcd.etcd_endpoints.is_some() => {
             return Err(UsageError::new(
                 "--remote and --etcd-endpoints exclude each other",
                 "drop one of them: a node uses one store",
             ));
         }
-        (Some(servers), Serving::No) => StoreKind::Remote(servers),
+        (Some(remote), _) => StoreKind::Remote(remote),
         (None, Serving::Yes) if etcd.etcd_endpoints.is_none() => StoreKind::Embedded(EmbeddedOptions {
             data_dir: own.data_dir.clone(),
             network_configs: network_configs(&own.network_config)?,

@@ -8,8 +8,12 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid, User};
 
 use crate::control::identity;
+use crate::host::firewall;
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
-use crate::options::{NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, StoreKind};
+use crate::options::{
+    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress,
+    StoreKind,
+};
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
 /// replaced as networks come and go.
@@ -86,8 +90,20 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
         give_contents(&options.data_dir, account)?;
         give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
     }
-    let parts = options.process.sandbox.0.iter().map(|part| part_of(*part));
-    let mut plan = Plan::new(parts.collect(), account);
+    let parts: Vec<Part> = options
+        .process
+        .sandbox
+        .0
+        .iter()
+        .map(|part| part_of(*part))
+        .collect();
+    if options.firewall.tool != FirewallTool::Off
+        && let Err(error) = firewall::helper::start(&parts)
+    {
+        // Without a sandbox the daemon runs the tools itself; inside, it will say that it cannot.
+        tracing::warn!(%error, "cannot start the process that runs firewall tools");
+    }
+    let mut plan = Plan::new(parts.into_iter().collect(), account);
     for (folder, _) in folders {
         plan.write(folder);
     }
@@ -99,6 +115,10 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     plan.read(identity::BOOT_ID);
     for file in files(options) {
         plan.read_file(&file);
+    }
+    if options.serve.is_some() {
+        // A name by which clients may call this server.
+        plan.read("/proc/sys/kernel/hostname");
     }
     if resolves_names(options) {
         for path in RESOLVER {
@@ -138,6 +158,11 @@ fn folders(options: &RunOptions) -> Vec<(PathBuf, u32)> {
     );
     let files = [&options.subnet_file, &options.status_socket];
     folders.extend(files.into_iter().map(|file| (folder_of(file), 0o755)));
+    for address in options.serve.iter().flat_map(|serve| &serve.listen) {
+        if let ListenAddress::Unix(file) = address {
+            folders.push((folder_of(file), 0o755));
+        }
+    }
     folders
 }
 
@@ -165,7 +190,22 @@ fn files(options: &RunOptions) -> Vec<PathBuf> {
                 }
             }
         }
-        StoreKind::Remote(_) => {}
+        StoreKind::Remote(remote) => {
+            let tls = remote.tls.iter();
+            files.extend(tls.clone().filter_map(|tls| tls.ca.clone()));
+            files.extend(
+                tls.flat_map(|tls| &tls.pair)
+                    .flat_map(|pair| [pair.cert.clone(), pair.key.clone()]),
+            );
+            files.extend(remote.token_file.clone());
+        }
+    }
+    if let Some(serve) = &options.serve {
+        if let Some((pair, ca)) = &serve.tls {
+            files.extend([pair.cert.clone(), pair.key.clone()]);
+            files.extend(ca.clone());
+        }
+        files.extend(serve.access_file.clone());
     }
     files
 }
@@ -179,9 +219,17 @@ fn resolves_names(options: &RunOptions) -> bool {
     let store = match &options.store.kind {
         StoreKind::Etcd(etcd) => etcd.endpoints.iter().any(|endpoint| named(host_of(endpoint))),
         StoreKind::Embedded(_) => false,
-        StoreKind::Remote(servers) => servers.iter().any(|server| named(&server.host)),
+        StoreKind::Remote(remote) => remote.servers.iter().any(|server| match server {
+            ServerAddress::Tcp { host, .. } => named(host),
+            ServerAddress::Unix(_) => false,
+        }),
     };
-    store || options.listen.as_ref().is_some_and(|listen| named(&listen.host))
+    let mut listen = options.serve.iter().flat_map(|serve| &serve.listen);
+    store
+        || listen.any(|address| match address {
+            ListenAddress::Tcp { host, .. } => named(host),
+            ListenAddress::Unix(_) | ListenAddress::Inherited(_) => false,
+        })
 }
 
 /// The host of a URL, or of `host:port`.

@@ -7,7 +7,10 @@
 
 pub mod endpoint;
 pub mod ethtool;
+pub mod firewall;
+pub mod inherited;
 pub mod interface;
+pub mod limits;
 pub mod netlink;
 pub mod outer_tun;
 pub mod pulse;

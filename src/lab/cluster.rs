@@ -30,7 +30,7 @@ use crate::lab::seg6_node::{Form, Seg6Node, Seg6Plan};
 use crate::lab::topology::{HUB_V4, INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
 use crate::lease::Lease;
-use crate::options::{self, EtcdOptions, ServerAddress};
+use crate::options::{self, EtcdOptions, RemoteOptions, Scheme, ServerAddress};
 use crate::status::Status;
 
 /// How long daemons have to know one another. A lease takes milliseconds; a retry after a refused connection a second.
@@ -283,12 +283,13 @@ impl ClusterPlan {
     /// The node without Kersey: with the families of the network, and from its own namespace's point of view.
     fn kernel(&self, node: &Node) -> Result<Kernel> {
         let network = NetworkConfig::parse(&self.network)?;
-        let first = |port| ServerAddress {
+        let first = |port| ServerAddress::Tcp {
+            scheme: Scheme::Http,
             host: first_node().to_string(),
             port,
         };
         let store = match self.store {
-            StoreKind::Embedded => options::StoreKind::Remote(vec![first(SERVER_PORT)]),
+            StoreKind::Embedded => options::StoreKind::Remote(RemoteOptions::plain(vec![first(SERVER_PORT)])),
             StoreKind::Etcd => options::StoreKind::Etcd(EtcdOptions {
                 endpoints: vec![etcd_place()],
                 prefix: DEFAULT_PREFIX.to_owned(),

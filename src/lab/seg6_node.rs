@@ -870,7 +870,7 @@ mod tests {
 
     fn plan(form: Form) -> Seg6Plan {
         Seg6Plan {
-            store: StoreKind::Remote(Vec::new()),
+            store: StoreKind::Remote(crate::options::RemoteOptions::plain(Vec::new())),
             interface: "eth0".to_owned(),
             v4: [192, 0, 2, 9].into(),
             v6: "2001:db8:1::9".parse().unwrap(),

@@ -2,7 +2,7 @@
 //!
 //! | method and path | answer |
 //! | --- | --- |
-//! | GET `/v1/` | names of networks: none, for the one served has no name |
+//! | GET `/v1/[?next=C]` | watch which networks with a name there are |
 //! | GET `/v1/_/config` | the network config, effective values filled in |
 //! | POST `/v1/_/leases` | acquire: attributes in, lease out |
 //! | GET `/v1/_/leases[?next=C]` | watch all leases |
@@ -11,52 +11,115 @@
 //! | DELETE `/v1/_/leases/{subnet}` | revoke |
 //! | GET, POST `/v1/_/reservations`, DELETE `/v1/_/reservations/{subnet}` | reservations |
 //!
-//! Answers are JSON and a newline; errors are plain text with status 400 (the request cannot be understood) or 500
-//! (everything else, as flannel has it); a path or method not in the table is 404. Two headers say more to Kersey's own
-//! nodes: [`ERROR_HEADER`] names the kind of an error, [`PREVIOUS_HEADER`] the subnet a node held before.
+//! Answers are JSON and a newline; errors are plain text, without one, with status 400 (the request cannot be understood) or
+//! 500 (everything else, as flannel has it); a path or method not in the table is 404. Whoever may not do what they ask gets
+//! 401 or 403 (`access`), a web page 403 (`front`). Two headers say more to Kersey's own nodes: [`ERROR_HEADER`] names the kind
+//! of an error, [`PREVIOUS_HEADER`] the subnet a node held before.
 //!
-//! A request from a web page is refused: there is no authentication, so a browser on the management network must not
-//! become a way in.
+//! The Kubernetes proposal writes the same paths without `/v1`, and `network` for the network without a name;
+//! [`from_kubernetes_form`] makes flannel's of them.
+//!
+//! # Bodies
+//!
+//! A body has at most [`MAX_BODY_BYTES`] and [`BODY_TIMEOUT`]. Ordinary ones are shorter than [`SMALL_BODY_BYTES`]; longer ones
+//! are read [`BIG_BODIES`] at a time, so that all together stay within two megabytes; where [`WAITING_BODIES`] wait for that,
+//! the next is an error.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{Path, Query, Request, State};
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
+use axum::http::uri::{PathAndQuery, Uri};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, put};
+use http_body_util::BodyExt;
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 
+use super::access::{Access, Denial, Peer, Right, UNNAMED};
+use super::directory::{Directory, Missing, Network};
 use super::feed::{Answer, Feed, History};
-use crate::addr::Ipv4Prefix;
+use super::front::Turned;
+use crate::addr::{Ipv4Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
+use crate::control::store::StoreError;
 use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
-use crate::control::store::remote::{ERROR_HEADER, ErrorKind, PREVIOUS_HEADER};
-use crate::control::store::{Store, StoreError};
+use crate::control::store::remote::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
 use crate::lease::json::{Object, compact};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
-/// The largest request body; a lease is a few hundred bytes.
-const MAX_BODY_BYTES: usize = 1024 * 1024;
+/// The largest request body: twice the attributes of a lease, which flannel's clients send once.
+const MAX_BODY_BYTES: usize = 128 * 1024;
+/// What a body may have without waiting for its turn.
+const SMALL_BODY_BYTES: usize = 4 * 1024;
+/// How many bodies may be longer than that at a time.
+const BIG_BODIES: usize = 16;
+/// How many more may wait for it; each has a buffer of some kilobytes.
+const WAITING_BODIES: usize = 48;
 /// How long a request body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a question waits for a store that was never heard, before it is an error.
 const FIRST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
-/// The name of the network without a name.
-const UNNAMED: &str = "_";
 
 /// What every handler needs.
 #[derive(Clone)]
-struct Api {
-    store: Arc<dyn Store>,
-    feed: Arc<Feed>,
+pub(super) struct Api {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    directory: Directory,
+    access: Access,
+    big_bodies: Semaphore,
+    waiting_bodies: Semaphore,
+}
+
+impl Api {
+    pub(super) fn new(directory: Directory, access: Access) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                directory,
+                access,
+                big_bodies: Semaphore::new(BIG_BODIES),
+                waiting_bodies: Semaphore::new(BIG_BODIES + WAITING_BODIES),
+            }),
+        }
+    }
+
+    /// Follows the stores for ever.
+    pub(super) async fn follow(&self) {
+        self.shared.directory.follow().await;
+    }
+
+    /// The network of that name, if the caller has `right` in it.
+    fn enter(&self, caller: &Caller, name: &str, right: Right) -> Result<Arc<Network>, ApiError> {
+        self.check(caller, name, right).map_err(ApiError::Denied)?;
+        let named = || name.chars().take(80).collect();
+        self.shared
+            .directory
+            .network(name)
+            .map_err(|missing| match missing {
+                Missing::NoSuchNetwork => ApiError::NoSuchNetwork(named()),
+                Missing::NotReady => ApiError::NotReady,
+                Missing::Store(error) => ApiError::Store(error),
+            })
+    }
+
+    fn check(&self, caller: &Caller, network: &str, right: Right) -> Result<(), Denial> {
+        self.shared
+            .access
+            .check(&caller.peer, caller.token.as_deref(), network, right)
+    }
 }
 
 /// The routes.
-pub(super) fn router(store: Arc<dyn Store>, feed: Arc<Feed>) -> Router {
+pub(super) fn router(api: &Api) -> Router {
     Router::new()
         .route("/v1/", get(networks))
         .route("/v1/{network}/config", get(config))
@@ -69,14 +132,85 @@ pub(super) fn router(store: Arc<dyn Store>, feed: Arc<Feed>) -> Router {
         .route("/v1/{network}/reservations/{subnet}", delete(unreserve))
         .fallback(not_found)
         .method_not_allowed_fallback(not_found)
-        .layer(from_fn(refuse_web_pages))
-        .with_state(Api { store, feed })
+        .layer(from_fn(refuse_head))
+        .with_state(api.clone())
+}
+
+/// Turns a path of the Kubernetes proposal into flannel's.
+pub(super) fn from_kubernetes_form<B>(request: &mut Request<B>) {
+    /// The proposal's name for the one network it knows.
+    const ONLY: &str = "/network/";
+
+    let uri = request.uri();
+    let path = uri.path();
+    if path.starts_with("/v1/") || path == "/v1" {
+        return;
+    }
+    let path = match path.strip_prefix(ONLY) {
+        Some(rest) => format!("/v1/{UNNAMED}/{rest}"),
+        None => format!("/v1{path}"),
+    };
+    let whole = match uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path,
+    };
+    // It was a path before, and is one still.
+    if let Ok(whole) = PathAndQuery::try_from(whole) {
+        *request.uri_mut() = Uri::from(whole);
+    }
+}
+
+/// What those get who are turned away at the front.
+pub(super) fn turn_away(turned: &Turned) -> Response {
+    let (status, text) = match turned {
+        Turned::WebPage => (
+            StatusCode::FORBIDDEN,
+            "requests from web pages are refused".to_owned(),
+        ),
+        Turned::ForeignHost(host) => (
+            StatusCode::FORBIDDEN,
+            format!(
+                "this server is not known as {host:?}; ask it by address, or start it with --server-name={host}"
+            ),
+        ),
+        Turned::TwoHosts => (StatusCode::BAD_REQUEST, "the request names two hosts".to_owned()),
+    };
+    refusal(status, text)
+}
+
+/// Who sends a request.
+struct Caller {
+    peer: Arc<Peer>,
+    token: Option<String>,
+}
+
+impl<S: Sync> FromRequestParts<S> for Caller {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Response> {
+        let Some(peer) = parts.extensions.get::<Arc<Peer>>() else {
+            return Err(plain(StatusCode::INTERNAL_SERVER_ERROR, "no peer".to_owned()));
+        };
+        let token = parts
+            .headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+            .map(|(_, token)| token.trim().to_owned());
+        Ok(Self {
+            peer: Arc::clone(peer),
+            token,
+        })
+    }
 }
 
 /// Why a request is not answered as asked.
 enum ApiError {
     /// It cannot be understood.
     Malformed(String),
+    /// Who asks may not.
+    Denied(Denial),
     /// There is no network of that name.
     NoSuchNetwork(String),
     /// There is no lease of that subnet.
@@ -87,6 +221,15 @@ enum ApiError {
     Config(String),
     /// The store was never heard.
     NotReady,
+    /// Too many send large bodies.
+    Busy,
+}
+
+impl ApiError {
+    /// A body that is not what it should be, in flannel's words.
+    fn body(why: impl std::fmt::Display) -> Self {
+        Self::Malformed(format!("JSON decoding error: {why}"))
+    }
 }
 
 impl From<StoreError> for ApiError {
@@ -100,6 +243,7 @@ impl IntoResponse for ApiError {
         // Flannel's server hands on etcd's words; clients look for "Key not found" at most.
         let (status, kind, text) = match self {
             Self::Malformed(why) => (StatusCode::BAD_REQUEST, ErrorKind::Refused, why),
+            Self::Denied(denial) => return denied(denial),
             Self::NoSuchNetwork(name) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 ErrorKind::Refused,
@@ -128,6 +272,11 @@ impl IntoResponse for ApiError {
                 ErrorKind::Unavailable,
                 "the server has not reached its store yet".to_owned(),
             ),
+            Self::Busy => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                ErrorKind::Unavailable,
+                "too many large requests at a time".to_owned(),
+            ),
         };
         let mut response = plain(status, text);
         response
@@ -135,6 +284,43 @@ impl IntoResponse for ApiError {
             .insert(ERROR_HEADER, header::HeaderValue::from_static(kind.as_str()));
         response
     }
+}
+
+fn denied(denial: Denial) -> Response {
+    let (status, text) = match denial {
+        Denial::Unknown => (
+            StatusCode::UNAUTHORIZED,
+            "this server takes requests from clients it knows: by certificate (--remote-certfile, --remote-keyfile) or by \
+             token (--remote-token-file)",
+        ),
+        Denial::NotAllowed => (
+            StatusCode::FORBIDDEN,
+            "the server's access file does not give this client the right to do that",
+        ),
+        Denial::NoFile => (
+            StatusCode::FORBIDDEN,
+            "leases and reservations are ended, and reservations made, from the server's own machine, with a client \
+             certificate, or by whom the server's --access-file gives the right",
+        ),
+    };
+    let mut response = refusal(status, text.to_owned());
+    if status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(
+            header::WWW_AUTHENTICATE,
+            header::HeaderValue::from_static("Bearer"),
+        );
+    }
+    response
+}
+
+/// An error that a retry does not mend.
+fn refusal(status: StatusCode, text: String) -> Response {
+    let mut response = plain(status, text);
+    response.headers_mut().insert(
+        ERROR_HEADER,
+        header::HeaderValue::from_static(ErrorKind::Refused.as_str()),
+    );
+    response
 }
 
 /// `?next=C`
@@ -150,30 +336,45 @@ impl Cursor {
     }
 }
 
-async fn networks(State(api): State<Api>, Query(cursor): Query<Cursor>) -> Response {
-    if cursor.next().is_some() {
-        // A network without a name is all this server will ever have: there is nothing to tell, ever.
-        std::future::pending::<()>().await;
-    }
-    let cursor = api.feed.history().newest_cursor();
-    json(format!(
-        "{{\"events\":null,\"snapshot\":[],\"cursor\":\"{cursor}\"}}\n"
-    ))
+async fn networks(
+    State(api): State<Api>,
+    caller: Caller,
+    Query(cursor): Query<Cursor>,
+) -> Result<Response, ApiError> {
+    let shared = &api.shared;
+    shared
+        .access
+        .check_any(&caller.peer, caller.token.as_deref())
+        .map_err(ApiError::Denied)?;
+    let readable = |name: &NetworkName| api.check(&caller, name.as_str(), Right::Read).is_ok();
+    let answer = shared.directory.answer(cursor.next(), readable);
+    let answer = match cursor.next() {
+        Some(_) => answer.await,
+        None => tokio::time::timeout(FIRST_WORD_TIMEOUT, answer)
+            .await
+            .map_err(|_| ApiError::NotReady)?,
+    };
+    Ok(json(answer))
 }
 
-async fn config(State(api): State<Api>, Path(network): Path<String>) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let text = api.store.config().await?;
+async fn config(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(network): Path<String>,
+) -> Result<Response, ApiError> {
+    let network = api.enter(&caller, &network, Right::Read)?;
+    let text = network.store.config().await?;
     effective_config(&text).map(json).map_err(ApiError::Config)
 }
 
 async fn watch_all(
     State(api): State<Api>,
+    caller: Caller,
     Path(network): Path<String>,
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    match watch(&api, &cursor, |history, next| history.answer(next)).await? {
+    let entered = api.enter(&caller, &network, Right::Read)?;
+    match watch(&entered, &network, &cursor, |history, next| history.answer(next)).await? {
         Answer::Body(body) => Ok(json(body)),
         Answer::NoSuchLease => Err(ApiError::NotReady),
     }
@@ -181,12 +382,17 @@ async fn watch_all(
 
 async fn watch_one(
     State(api): State<Api>,
+    caller: Caller,
     Path((network, subnet)): Path<(String, String)>,
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let subnet = parse_key(&subnet)?.v4;
-    match watch(&api, &cursor, |history, next| history.answer_one(subnet, next)).await? {
+    let entered = api.enter(&caller, &network, Right::Read)?;
+    let subnet = parse_key(&subnet, "bad subnet")?.v4;
+    match watch(&entered, &network, &cursor, |history, next| {
+        history.answer_one(subnet, next)
+    })
+    .await?
+    {
         Answer::Body(body) => Ok(json(body)),
         Answer::NoSuchLease => Err(ApiError::NoSuchLease(subnet)),
     }
@@ -194,14 +400,18 @@ async fn watch_one(
 
 /// Asks the history. Only a poll with a cursor may wait for ever.
 async fn watch(
-    api: &Api,
+    network: &Network,
+    name: &str,
     cursor: &Cursor,
     question: impl Fn(&mut History, Option<&str>) -> Option<Answer>,
 ) -> Result<Answer, ApiError> {
     let next = cursor.next();
-    let asked = api.feed.ask(|history| question(history, next));
+    let asked = network.feed.ask(|history| question(history, next));
     match next {
-        Some(_) => Ok(asked.await),
+        Some(_) => tokio::select! {
+            answer = asked => Ok(answer),
+            () = network.gone() => Err(ApiError::NoSuchNetwork(name.to_owned())),
+        },
         None => tokio::time::timeout(FIRST_WORD_TIMEOUT, asked)
             .await
             .map_err(|_| ApiError::NotReady),
@@ -210,53 +420,93 @@ async fn watch(
 
 async fn acquire(
     State(api): State<Api>,
+    caller: Caller,
     Path(network): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
+    let entered = api.enter(&caller, &network, Right::Lease)?;
+    let Network { store, feed, .. } = &*entered;
     let previous = previous_subnet(request.headers())?;
-    let body = read_body(request).await?;
-    let attrs = LeaseAttrs::from_json(&body).map_err(|error| ApiError::Malformed(error.to_string()))?;
-    let lease = api.store.acquire(&attrs, previous).await?;
-    tracing::info!(subnet = %lease.subnet, public_ip = %attrs.public_ip, "lease acquired");
-    wait_until_shown(&api, &lease).await;
+    let body = read_body(&api, request).await?;
+    let attrs = LeaseAttrs::from_json(&body).map_err(ApiError::body)?;
+    let lease = store.acquire(&attrs, previous).await?;
+    tracing::info!(network, subnet = %lease.subnet, public_ip = %attrs.public_ip, "lease acquired");
+    wait_until_shown(feed, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
 }
 
 async fn renew(
     State(api): State<Api>,
+    caller: Caller,
     Path((network, _subnet)): Path<(String, String)>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let text = text(&read_body(request).await?);
-    let read = parse_lease(&text).map_err(|error| ApiError::Malformed(error.to_string()))?;
+    let entered = api.enter(&caller, &network, Right::Lease)?;
+    let Network { store, feed, .. } = &*entered;
+    let formerly = former_address(request.headers())?;
+    let text = text(&read_body(&api, request).await?);
+    let read = parse_lease(&text).map_err(ApiError::body)?;
     let Some(mut lease) = read.into_lease() else {
-        return Err(ApiError::Malformed("Attrs is missing".to_owned()));
+        return Err(ApiError::body("Attrs is missing"));
     };
     repair_backend_data(&mut lease.attrs);
-    let lease = api.store.renew(&lease).await?;
-    wait_until_shown(&api, &lease).await;
+    let lease = match formerly {
+        Some(formerly) => store.readdress(None, &lease, &formerly).await?,
+        None => store.renew(&lease).await?,
+    };
+    wait_until_shown(feed, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
+}
+
+/// The node that a lease is still known as, by its public address.
+fn former_address(headers: &HeaderMap) -> Result<Option<LeaseAttrs>, ApiError> {
+    let Some(value) = headers.get(FORMERLY_HEADER) else {
+        return Ok(None);
+    };
+    let addr: IpAddr = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| ApiError::Malformed(format!("{FORMERLY_HEADER} must be an IP address")))?;
+    let (public_ip, public_ipv6) = match addr {
+        IpAddr::V4(addr) => (addr, None),
+        IpAddr::V6(addr) => (Ipv4Addr::UNSPECIFIED, Some(addr)),
+    };
+    Ok(Some(LeaseAttrs {
+        public_ip,
+        public_ipv6,
+        backend_type: String::new(),
+        backend_data: None,
+        backend_v6_data: None,
+    }))
 }
 
 async fn revoke(
     State(api): State<Api>,
+    caller: Caller,
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let subnet = known_subnet(&api, parse_key(&key)?);
-    api.store.revoke(subnet).await?;
-    tracing::info!(%subnet, "lease revoked");
-    api.feed
-        .wait_for(|history| history.lease(subnet.v4).is_none())
-        .await;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
+    let subnet = known_subnet(feed, parse_key(&key, "failed to parse subnet")?);
+    store.revoke(subnet).await?;
+    tracing::info!(network, %subnet, "lease revoked");
+    feed.wait_for(|history| history.lease(subnet.v4).is_none()).await;
     Ok(empty())
 }
 
-async fn reservations(State(api): State<Api>, Path(network): Path<String>) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let history = api.feed.history();
+async fn reservations(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(network): Path<String>,
+) -> Result<Response, ApiError> {
+    let entered = api.enter(&caller, &network, Right::Read)?;
+    let Network { feed, .. } = &*entered;
+    let known = feed.ask(|history| history.is_known().then_some(()));
+    tokio::time::timeout(FIRST_WORD_TIMEOUT, known)
+        .await
+        .map_err(|_| ApiError::NotReady)?;
+    let history = feed.history();
     let reserved: Vec<String> = history
         .leases()
         .filter(|lease| lease.expiration == Expiration::Never)
@@ -272,70 +522,64 @@ async fn reservations(State(api): State<Api>, Path(network): Path<String>) -> Re
 
 async fn reserve(
     State(api): State<Api>,
+    caller: Caller,
     Path(network): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let body = text(&read_body(request).await?);
-    let malformed = |error: crate::lease::json::JsonError| ApiError::Malformed(error.to_string());
-    let object = Object::parse(&body, MAX_BODY_BYTES).map_err(malformed)?;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
+    let body = text(&read_body(&api, request).await?);
+    let object = Object::parse(&body, MAX_BODY_BYTES).map_err(ApiError::body)?;
     let subnet: Option<Ipv4Prefix> = object
         .parsed("Subnet", "must be an IPv4 network in quotes")
-        .map_err(malformed)?;
-    let v4 = subnet.ok_or_else(|| ApiError::Malformed("Subnet is missing".to_owned()))?;
-    let attrs = LeaseAttrs::from_json(body.as_bytes()).map_err(malformed)?;
-    api.store.reserve(Subnet { v4, v6: None }, &attrs).await?;
-    tracing::info!(subnet = %v4, public_ip = %attrs.public_ip, "subnet reserved");
-    api.feed
-        .wait_for(|history| {
-            history
-                .lease(v4)
-                .is_some_and(|lease| lease.expiration == Expiration::Never)
-        })
-        .await;
+        .map_err(ApiError::body)?;
+    let v4 = subnet.ok_or_else(|| ApiError::body("Subnet is missing"))?;
+    let attrs = LeaseAttrs::from_json(body.as_bytes()).map_err(ApiError::body)?;
+    store.reserve(Subnet { v4, v6: None }, &attrs).await?;
+    tracing::info!(network, subnet = %v4, public_ip = %attrs.public_ip, "subnet reserved");
+    feed.wait_for(|history| {
+        history
+            .lease(v4)
+            .is_some_and(|lease| lease.expiration == Expiration::Never)
+    })
+    .await;
     Ok(empty())
 }
 
 async fn unreserve(
     State(api): State<Api>,
+    caller: Caller,
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    only_unnamed(&network)?;
-    let subnet = known_subnet(&api, parse_key(&key)?);
-    api.store.unreserve(subnet).await?;
-    tracing::info!(%subnet, "reservation ended");
-    api.feed
-        .wait_for(|history| {
-            history
-                .lease(subnet.v4)
-                .is_none_or(|lease| lease.expiration != Expiration::Never)
-        })
-        .await;
+    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let Network { store, feed, .. } = &*entered;
+    let subnet = known_subnet(feed, parse_key(&key, "bad subnet")?);
+    store.unreserve(subnet).await?;
+    tracing::info!(network, %subnet, "reservation ended");
+    feed.wait_for(|history| {
+        history
+            .lease(subnet.v4)
+            .is_none_or(|lease| lease.expiration != Expiration::Never)
+    })
+    .await;
     Ok(empty())
 }
 
 /// A node asks for its lease as soon as it has it: let it find what it was just given.
-async fn wait_until_shown(api: &Api, lease: &Lease) {
+async fn wait_until_shown(feed: &Feed, lease: &Lease) {
     let shown = |history: &History| {
         let seen = history.lease(lease.subnet.v4);
         seen.is_some_and(|seen| seen.attrs == lease.attrs)
     };
-    api.feed.wait_for(shown).await;
+    feed.wait_for(shown).await;
 }
 
 async fn not_found() -> Response {
-    plain(StatusCode::NOT_FOUND, "404 page not found".to_owned())
+    plain(StatusCode::NOT_FOUND, "404 page not found\n".to_owned())
 }
 
-/// Browsers say where a request comes from; nodes and command-line tools do not.
-async fn refuse_web_pages(request: Request, next: Next) -> Response {
-    let headers = request.headers();
-    if headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site") {
-        return plain(
-            StatusCode::FORBIDDEN,
-            "requests from web pages are refused".to_owned(),
-        );
-    }
+/// Flannel's routes know GET and not HEAD.
+async fn refuse_head(request: Request, next: Next) -> Response {
     if request.method() == Method::HEAD {
         return not_found().await;
     }
@@ -372,23 +616,14 @@ fn effective_config(text: &str) -> Result<String, String> {
     Ok(format!("{{{}}}\n", fields.join(",")))
 }
 
-fn only_unnamed(network: &str) -> Result<(), ApiError> {
-    if network == UNNAMED {
-        Ok(())
-    } else {
-        Err(ApiError::NoSuchNetwork(network.chars().take(80).collect()))
-    }
-}
-
-fn parse_key(key: &str) -> Result<Subnet, ApiError> {
+fn parse_key(key: &str, flannels_words: &str) -> Result<Subnet, ApiError> {
     key.parse::<Subnet>()
-        .map_err(|error| ApiError::Malformed(error.to_string()))
+        .map_err(|error| ApiError::Malformed(format!("{flannels_words}: {error}")))
 }
 
 /// The whole key of a lease of which old clients name the IPv4 half only.
-fn known_subnet(api: &Api, subnet: Subnet) -> Subnet {
-    api.feed
-        .history()
+fn known_subnet(feed: &Feed, subnet: Subnet) -> Subnet {
+    feed.history()
         .lease(subnet.v4)
         .map_or(subnet, |lease: &Lease| lease.subnet)
 }
@@ -400,16 +635,46 @@ fn previous_subnet(headers: &HeaderMap) -> Result<Option<Subnet>, ApiError> {
     let text = value
         .to_str()
         .map_err(|error| ApiError::Malformed(error.to_string()))?;
-    parse_key(text).map(Some)
+    parse_key(text, "bad subnet").map(Some)
 }
 
-async fn read_body(request: Request) -> Result<Bytes, ApiError> {
-    let read = to_bytes(request.into_body(), MAX_BODY_BYTES);
+async fn read_body(api: &Api, request: Request) -> Result<Bytes, ApiError> {
+    let read = collect(api, request.into_body());
     match tokio::time::timeout(BODY_TIMEOUT, read).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) => Err(ApiError::Malformed(error.to_string())),
+        Ok(body) => body,
         Err(_) => Err(ApiError::Malformed("the body did not arrive in time".to_owned())),
     }
+}
+
+async fn collect(api: &Api, mut body: Body) -> Result<Bytes, ApiError> {
+    let mut bytes = Vec::new();
+    let mut turn = None;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| ApiError::Malformed(error.to_string()))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if bytes.len() + data.len() > MAX_BODY_BYTES {
+            return Err(ApiError::Malformed(format!(
+                "a body may have {MAX_BODY_BYTES} bytes"
+            )));
+        }
+        if bytes.len() + data.len() > SMALL_BODY_BYTES && turn.is_none() {
+            let Ok(place) = api.shared.waiting_bodies.try_acquire() else {
+                return Err(ApiError::Busy);
+            };
+            // The semaphore is never closed.
+            turn = api
+                .shared
+                .big_bodies
+                .acquire()
+                .await
+                .ok()
+                .map(|turn| (place, turn));
+        }
+        bytes.extend_from_slice(&data);
+    }
+    Ok(bytes.into())
 }
 
 fn text(body: &Bytes) -> String {
@@ -425,12 +690,8 @@ fn json(body: impl Into<Body>) -> Response {
 }
 
 fn plain(status: StatusCode, text: String) -> Response {
-    (
-        status,
-        [(header::CONTENT_TYPE, "text/plain; charset=utf-8")],
-        text + "\n",
-    )
-        .into_response()
+    let content_type = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+    (status, content_type, text).into_response()
 }
 
 fn empty() -> Response {

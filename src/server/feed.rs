@@ -163,6 +163,11 @@ impl History {
         })
     }
 
+    /// Whether the store was heard.
+    pub(super) fn is_known(&self) -> bool {
+        self.known == Knowledge::Leases
+    }
+
     /// The lease whose IPv4 half is `subnet`.
     pub(super) fn lease(&self, subnet: Ipv4Prefix) -> Option<&Lease> {
         self.leases.values().find(|lease| lease.subnet.v4 == subnet)
@@ -171,11 +176,6 @@ impl History {
     /// All leases.
     pub(super) fn leases(&self) -> impl Iterator<Item = &Lease> {
         self.leases.values()
-    }
-
-    /// The cursor of somebody who has seen everything.
-    pub(super) fn newest_cursor(&self) -> String {
-        self.cursor(self.last)
     }
 
     /// How many of the kept changes came after `cursor`; `None` if that cannot be told.
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_poll_gets_what_it_has_not_seen() {
         let mut history = heard(&[1]);
-        let seen = history.newest_cursor();
+        let seen = newest(&history);
         assert_eq!(history.answer(Some(&seen)), None);
         history.apply(LeaseUpdate::Events(vec![
             LeaseEvent::Added(lease(2)),
@@ -314,7 +314,7 @@ mod tests {
         let text = body(history.answer(Some(&seen)));
         assert_eq!(text.matches("\"type\"").count(), 2, "{text}");
         assert!(
-            text.contains(&format!("\"cursor\":\"{}\"", history.newest_cursor())),
+            text.contains(&format!("\"cursor\":\"{}\"", newest(&history))),
             "{text}"
         );
     }
@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn a_cursor_of_another_life_or_too_old_gets_a_snapshot() {
         let mut history = heard(&[1]);
-        let old = history.newest_cursor();
+        let old = newest(&history);
         for cursor in ["", "6", "other.1", "e.99", "e.x", "e.-1"] {
             assert!(
                 body(history.answer(Some(cursor))).contains("\"events\":null"),
@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn long_news_comes_in_parts() {
         let mut history = heard(&[]);
-        let mut cursor = history.newest_cursor();
+        let mut cursor = newest(&history);
         history.apply(LeaseUpdate::Events(
             (1..=200)
                 .chain(1..=200)
@@ -360,14 +360,14 @@ mod tests {
     #[test]
     fn a_second_snapshot_becomes_the_changes_it_means() {
         let mut history = heard(&[1, 2]);
-        let seen = history.newest_cursor();
+        let seen = newest(&history);
         let mut moved = lease(2);
         moved.attrs.public_ip = "10.9.9.9".parse().unwrap();
         history.apply(LeaseUpdate::Snapshot(vec![moved, lease(3)]));
         let text = body(history.answer(Some(&seen)));
         assert_eq!(text.matches("added").count(), 2, "{text}");
         assert_eq!(text.matches("removed").count(), 1, "{text}");
-        let seen = history.newest_cursor();
+        let seen = newest(&history);
         let mut again = lease(3);
         again.expiration = Expiration::Never;
         history.apply(LeaseUpdate::Snapshot(vec![
@@ -386,7 +386,7 @@ mod tests {
             history.answer_one(v4("10.7.0.0/24"), None),
             Some(Answer::NoSuchLease)
         );
-        let seen = history.newest_cursor();
+        let seen = newest(&history);
         history.apply(LeaseUpdate::Events(vec![LeaseEvent::Added(lease(2))]));
         assert_eq!(history.answer_one(mine, Some(&seen)), None);
         history.apply(LeaseUpdate::Events(vec![LeaseEvent::Removed(lease(1).subnet)]));
@@ -418,6 +418,11 @@ mod tests {
             expiration: Expiration::Never,
             created: None,
         }
+    }
+
+    /// The cursor of somebody who has seen everything.
+    fn newest(history: &History) -> String {
+        history.cursor(history.last)
     }
 
     fn v4(text: &str) -> Ipv4Prefix {

@@ -3,24 +3,18 @@
 //! Whoever connects gets the document as one line of JSON, then the connection is closed. Nothing is read. The socket
 //! is for root and its group (0660), because the document names peers and counts their traffic.
 //!
-//! Start: if something answers on the socket, another daemon lives and this one must not start; a socket that nobody
-//! answers on is left over from a daemon that was killed, and is replaced. The new socket is made under a name of its
-//! own and renamed into place, so that the path is at no moment without its permissions. Anything that is no socket is
-//! left alone.
+//! If something answers on the socket at start, another daemon lives and this one must not start; `socket_file` has the rest.
 
 use std::convert::Infallible;
-use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
+use super::socket_file::{SocketFile, SocketFileError};
 use crate::status::Status;
 
 /// Readers at a time; a document may be some hundred kilobytes.
@@ -59,10 +53,7 @@ pub async fn serve_status(path: &Path, status: impl Fn() -> Status) -> Result<In
 /// A bound status socket; its file is removed when it is dropped.
 #[derive(Debug)]
 pub struct StatusSocket {
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of our file, so that a successor's is not removed.
-    identity: (u64, u64),
+    file: SocketFile,
 }
 
 impl StatusSocket {
@@ -72,47 +63,14 @@ impl StatusSocket {
     /// # Errors
     /// See [`StatusSocketError`].
     pub fn bind(path: &Path) -> Result<Self, StatusSocketError> {
-        let create_error = |source| StatusSocketError::Create {
-            path: path.to_owned(),
-            source,
-        };
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(parent)
-                .map_err(create_error)?;
-        }
-        match fs::symlink_metadata(path) {
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(StatusSocketError::InTheWay(path.to_owned()));
-            }
-            Ok(_) if UnixStream::connect(path).is_ok() => {
-                return Err(StatusSocketError::AlreadyServed(path.to_owned()));
-            }
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(create_error(error)),
-        }
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(format!(".{}", std::process::id()));
-        let temporary = PathBuf::from(temporary);
-        // A name with our process id is ours, or left over from a process that had it before.
-        let _ = fs::remove_file(&temporary);
-        let listener = UnixListener::bind(&temporary).map_err(create_error)?;
-        let placed = fs::set_permissions(&temporary, Permissions::from_mode(0o660))
-            .and_then(|()| fs::rename(&temporary, path))
-            .and_then(|()| fs::symlink_metadata(path));
-        match placed {
-            Ok(meta) => Ok(Self {
-                listener,
+        match SocketFile::bind(path) {
+            Ok(file) => Ok(Self { file }),
+            Err(SocketFileError::AlreadyServed) => Err(StatusSocketError::AlreadyServed(path.to_owned())),
+            Err(SocketFileError::InTheWay) => Err(StatusSocketError::InTheWay(path.to_owned())),
+            Err(SocketFileError::Create(source)) => Err(StatusSocketError::Create {
                 path: path.to_owned(),
-                identity: (meta.dev(), meta.ino()),
+                source,
             }),
-            Err(error) => {
-                let _ = fs::remove_file(&temporary);
-                Err(create_error(error))
-            }
         }
     }
 
@@ -124,7 +82,7 @@ impl StatusSocket {
                 // The semaphore is never closed.
                 std::future::pending().await
             };
-            let mut stream = match self.listener.accept().await {
+            let mut stream = match self.file.listener().accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     tracing::debug!(%error, "cannot accept a connection on the status socket");
@@ -149,18 +107,12 @@ impl StatusSocket {
     }
 }
 
-impl Drop for StatusSocket {
-    fn drop(&mut self) {
-        let ours = |meta: fs::Metadata| (meta.dev(), meta.ino()) == self.identity;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 

@@ -14,6 +14,7 @@ use super::{
 use crate::control::config::{ConfigError, NetworkConfig};
 use crate::control::state_file;
 use crate::options::{self, EmbeddedOptions, NetworkConfigSource, StoreKind};
+use crate::trust::TrustError;
 
 /// The embedded store's file in its directory.
 const FILE: &str = "leases.redb";
@@ -46,6 +47,9 @@ pub enum OpenError {
     /// The config given with `--network-config` is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Certificates or a token cannot be had from their files.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
 }
 
 /// Opens the network without a name in the store `kind` names; see [`open_networks`].
@@ -73,7 +77,7 @@ pub async fn open_networks(
     Ok(match kind {
         StoreKind::Etcd(etcd) => Arc::new(EtcdNetworks::connect(etcd_options(etcd, ttl, expirations))?),
         StoreKind::Embedded(embedded) => Arc::new(open_embedded(embedded, ttl).await?),
-        StoreKind::Remote(servers) => Arc::new(RemoteNetworks::new(RemoteStore::new(servers.clone()))),
+        StoreKind::Remote(remote) => Arc::new(RemoteNetworks::new(RemoteStore::open(remote)?)),
     })
 }
 

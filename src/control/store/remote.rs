@@ -1,56 +1,50 @@
 //! A store behind Kersey or old flannel servers: flannel's HTTP API from the client's side.
 //!
-//! Any number of servers, in order of preference. A request goes to the one that answered last; if that one cannot be
-//! reached or does not answer in time, to the next, until each was tried once. An answer that says no counts as an
-//! answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
+//! Any number of servers, in order of preference; [`servers`](self::servers) says which one is asked. An answer that says no
+//! counts as an answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
 //!
-//! A watch is a chain of long polls. A poll that brings nothing for a minute is given up; if the server still
-//! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP keep-alive. When a server
-//! is lost in the middle of a watch, the next one is asked for a snapshot, because a cursor means nothing to it.
+//! A watch is a chain of long polls ([`poll`]). A poll that brings nothing for a minute is given up; if the server still
+//! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP
+//! keep-alive.
 //!
 //! Old servers: v0.5 to v0.7 fill in fewer fields and word errors differently; of a renewal only the new end is taken,
-//! because v0.5.6 to v0.7.1 spoil the attributes they send back.
+//! because v0.5.6 to v0.7.1 spoil the attributes they send back; where there is no body at all, as from the server of the
+//! Kubernetes proposal, the lease lives on for flannel's day.
 //!
-//! Limits: no TLS. Reservations and revocations go through where the server knows them (v0.5.6 and later).
+//! Limits: reservations and revocations go through where the server knows them (v0.5.6 and later).
 
+mod connect;
 pub mod networks;
 pub mod objects;
+mod poll;
+mod servers;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{HeaderMap, Method, Request, StatusCode, header};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use tokio::time::{Instant, sleep};
+use hyper::Method;
 
 pub use self::networks::RemoteNetworks;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
-use super::{Cursor, Store, StoreError, WatchItem};
+use self::poll::{Watched, poll};
+use self::servers::{Ask, REQUEST_TIMEOUT, Servers};
+use super::{Cursor, LEASE_TTL, Store, StoreError, WatchItem, expires_in};
 use crate::addr::NetworkName;
-use crate::lease::{Lease, LeaseAttrs, LeaseUpdate, Subnet};
-use crate::options::ServerAddress;
+use crate::control::identity::Holder;
+use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
+use crate::options::{RemoteOptions, ServerAddress};
+use crate::trust::TrustError;
 
 /// Response header that tells Kersey's nodes what kind of error a status 500 is.
 pub const ERROR_HEADER: &str = "x-kersey-error";
 /// Request header that carries the subnet a node held before, a lease key.
 pub const PREVIOUS_HEADER: &str = "x-kersey-previous";
 
-/// How long a server has to take a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long a server has to answer anything but a poll.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a poll waits before it is asked anew.
-const POLL_TIMEOUT: Duration = Duration::from_secs(60);
-/// The largest answer read: a snapshot of some ten thousand ordinary leases.
-const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
-/// Pause after a poll that failed at once or brought nothing: flannel's own.
-const POLL_PAUSE: Duration = Duration::from_secs(1);
+/// Request header of a renewal that carries the public address a node had before; an old server takes any renewal.
+pub const FORMERLY_HEADER: &str = "x-kersey-formerly";
 
 /// The kind of an error, as [`ERROR_HEADER`] names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,213 +71,89 @@ impl ErrorKind {
 /// A store behind servers.
 #[derive(Debug)]
 pub struct RemoteStore {
-    servers: Vec<ServerAddress>,
-    /// Index of the server that answered last.
-    preferred: AtomicUsize,
-    client: Client<HttpConnector, Full<Bytes>>,
+    servers: Arc<Servers>,
     /// What every path begins with: `/v1/NAME`, or `/v1/_` for the network without a name.
     base: String,
 }
 
-/// A server's answer.
-struct Answer {
-    status: StatusCode,
-    headers: HeaderMap,
-    body: String,
-}
-
-/// Why a server gave none.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("no answer within {} s", .0.as_secs())]
-    Silent(Duration),
-    #[error("{0}")]
-    Broken(String),
-}
-
-/// One request, to be sent to whichever server answers.
-struct Ask<'a> {
-    doing: &'static str,
-    method: Method,
-    path: String,
-    body: String,
-    previous: Option<Subnet>,
-    /// The lease that an error would be about.
-    about: Option<&'a Subnet>,
-    timeout: Duration,
-}
-
 impl RemoteStore {
-    /// Makes a store behind `servers`, in order of preference. Nothing is sent yet.
+    /// Makes a store behind `servers`, in order of preference, over plain HTTP. Nothing is sent yet.
     ///
     /// # Panics
-    /// There is no server; the command line has seen to it.
+    /// There is no server.
     pub fn new(servers: Vec<ServerAddress>) -> Self {
-        assert!(!servers.is_empty(), "a remote store needs a server");
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        connector.set_nodelay(true);
-        // A machine that vanished is noticed after 5 + 3 × 3 s, with data in flight after 10 s.
-        connector.set_keepalive(Some(Duration::from_secs(5)));
-        connector.set_keepalive_interval(Some(Duration::from_secs(3)));
-        connector.set_keepalive_retries(Some(3));
-        connector.set_tcp_user_timeout(Some(Duration::from_secs(10)));
-        // Kersey's server closes a connection that idles for 5 s; ours are dropped before that.
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(Duration::from_secs(3))
-            .pool_timer(hyper_util::rt::TokioTimer::new())
-            .pool_max_idle_per_host(2)
-            .build(connector);
         Self {
-            servers,
-            preferred: AtomicUsize::new(0),
-            client,
+            servers: Arc::new(Servers::plain(&servers)),
             base: base(None),
         }
     }
 
-    /// The same servers' store of another network; connections are shared.
+    /// Makes a store behind the servers of `options`. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// Certificate or token files are no good.
+    ///
+    /// # Panics
+    /// There is no server; the command line has seen to it.
+    pub fn open(options: &RemoteOptions) -> Result<Self, TrustError> {
+        Ok(Self {
+            servers: Arc::new(Servers::open(options)?),
+            base: base(None),
+        })
+    }
+
+    /// The same store, which looks sooner or later than after about half a minute whether a server it prefers is back.
+    pub fn returning_after(mut self, pause: Duration) -> Self {
+        // Nobody else has it yet: it was made a moment ago.
+        if let Some(servers) = Arc::get_mut(&mut self.servers) {
+            servers.set_return_after(pause);
+        }
+        self
+    }
+
+    /// The same servers' store of another network; connections, and which server is asked, are shared.
     pub fn of_network(&self, name: Option<&NetworkName>) -> Self {
         Self {
-            servers: self.servers.clone(),
-            preferred: AtomicUsize::new(self.preferred.load(Ordering::Relaxed)),
-            client: self.client.clone(),
+            servers: Arc::clone(&self.servers),
             base: base(name),
         }
     }
 
-    /// Sends `ask` to one server after the other until one answers.
-    async fn ask(&self, ask: &Ask<'_>) -> Result<Answer, StoreError> {
-        let first = self.preferred.load(Ordering::Relaxed);
-        let mut failures = Vec::new();
-        for turn in 0..self.servers.len() {
-            let index = (first + turn) % self.servers.len();
-            match self.ask_one(&self.servers[index], ask).await {
-                Ok(answer) => {
-                    if turn > 0 {
-                        tracing::info!(server = %self.servers[index], "another server answers");
-                    }
-                    self.preferred.store(index, Ordering::Relaxed);
-                    return check(ask, &self.servers[index], answer);
-                }
-                Err(cause) => failures.push(format!("{}: {cause}", self.servers[index])),
-            }
-        }
-        Err(StoreError::Unavailable {
-            doing: ask.doing,
-            place: self.place(),
-            cause: failures.join("; "),
-        })
-    }
-
-    async fn ask_one(&self, server: &ServerAddress, ask: &Ask<'_>) -> Result<Answer, Failure> {
-        let mut request = Request::builder()
-            .method(ask.method.clone())
-            .uri(format!("http://{server}{}", ask.path))
-            .header(header::USER_AGENT, concat!("kersey/", env!("CARGO_PKG_VERSION")));
-        if !ask.body.is_empty() {
-            request = request.header(header::CONTENT_TYPE, "application/json");
-        }
-        if let Some(previous) = ask.previous {
-            request = request.header(PREVIOUS_HEADER, previous.to_string());
-        }
-        let request = request
-            .body(Full::from(ask.body.clone()))
-            .map_err(|error| Failure::Broken(error.to_string()))?;
-        let exchange = async {
-            let response = self
-                .client
-                .request(request)
-                .await
-                .map_err(|error| Failure::Broken(root_cause(&error)))?;
-            let (head, body) = response.into_parts();
-            let body = Limited::new(body, MAX_ANSWER_BYTES)
-                .collect()
-                .await
-                .map_err(|error| Failure::Broken(root_cause(&*error)))?;
-            Ok(Answer {
-                status: head.status,
-                headers: head.headers,
-                body: String::from_utf8_lossy(&body.to_bytes()).into_owned(),
-            })
-        };
-        tokio::time::timeout(ask.timeout, exchange)
-            .await
-            .unwrap_or(Err(Failure::Silent(ask.timeout)))
-    }
-
     /// One step of a watch: polls until there is something to tell.
-    async fn poll(&self, mut since: Option<Cursor>) -> Result<WatchItem, StoreError> {
-        loop {
-            let Some(cursor) = since else {
-                let answer = self.ask(&self.leases_ask(None)).await?;
-                let (update, cursor) = read_watch(&answer.body)?;
-                return Ok(WatchItem {
-                    // Old servers say `null` where there are none.
-                    update: update.unwrap_or_else(|| LeaseUpdate::Snapshot(Vec::new())),
-                    cursor,
-                });
-            };
-            // Only the server that gave the cursor can read it, so a poll does not go round.
-            let server = &self.servers[self.preferred.load(Ordering::Relaxed) % self.servers.len()];
-            let asked = Instant::now();
-            let why = match self.ask_one(server, &self.leases_ask(Some(&cursor))).await {
-                Ok(answer) if answer.status == StatusCode::OK => {
-                    let (update, next) = read_watch(&answer.body)?;
-                    if let Some(update) = update {
-                        return Ok(WatchItem { update, cursor: next });
-                    }
-                    // No sound server answers a poll with nothing; this one is not asked without a pause.
-                    sleep(POLL_PAUSE).await;
-                    since = Some(cursor);
-                    continue;
-                }
-                Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
-                // Quiet networks are the rule. Whether the server lives, a question with an answer tells.
-                Err(Failure::Silent(_)) if self.ask_one(server, &self.config_ask()).await.is_ok() => {
-                    since = Some(cursor);
-                    continue;
-                }
-                Err(failure) => failure.to_string(),
-            };
-            tracing::debug!(%server, why, "a poll failed; asking for a snapshot");
-            // All nodes lose a server at once; and one that fails every poll must not be asked in a loop.
-            let pause = if asked.elapsed() < POLL_PAUSE {
-                POLL_PAUSE
-            } else {
-                POLL_PAUSE.mul_f64(rand::random_range(0.1..0.5))
-            };
-            sleep(pause).await;
-            since = None;
-        }
-    }
-
-    fn config_ask(&self) -> Ask<'static> {
-        Ask {
-            doing: "read the network config",
-            method: Method::GET,
-            path: format!("{}/config", self.base),
-            body: String::new(),
-            previous: None,
-            about: None,
-            timeout: REQUEST_TIMEOUT,
-        }
-    }
-
-    fn leases_ask(&self, cursor: Option<&Cursor>) -> Ask<'static> {
-        let (path, timeout) = match cursor {
-            Some(cursor) => (format!("{}/leases?next={}", self.base, cursor.0), POLL_TIMEOUT),
-            None => (format!("{}/leases", self.base), REQUEST_TIMEOUT),
-        };
-        Ask {
+    async fn poll(&self, since: Option<Cursor>) -> Result<WatchItem, StoreError> {
+        let watched = Watched {
             doing: "watch the leases",
-            method: Method::GET,
-            path,
-            body: String::new(),
+            path: &format!("{}/leases", self.base),
+            sign_of_life: &format!("{}/config", self.base),
+            read: read_watch,
+            nothing: || LeaseUpdate::Snapshot(Vec::new()),
+        };
+        let (update, cursor) = poll(&self.servers, &watched, since).await?;
+        Ok(WatchItem { update, cursor })
+    }
+
+    /// Renews a lease; `formerly` is the public address it is still known by, if that is another by now.
+    async fn renew_known_as(&self, lease: &Lease, formerly: Option<IpAddr>) -> Result<Lease, StoreError> {
+        let ask = Ask {
+            doing: "renew the lease",
+            method: Method::PUT,
+            path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
+            body: lease_json(lease),
             previous: None,
-            about: None,
-            timeout,
-        }
+            formerly,
+            about: Some(&lease.subnet),
+            timeout: REQUEST_TIMEOUT,
+        };
+        let answer = self.servers.ask(&ask).await?;
+        let expiration = if answer.body.trim().is_empty() {
+            expires_in(LEASE_TTL)
+        } else {
+            parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?
+        };
+        Ok(Lease {
+            expiration,
+            ..lease.clone()
+        })
     }
 
     async fn act(
@@ -299,21 +169,24 @@ impl RemoteStore {
             path,
             body: String::new(),
             previous: None,
+            formerly: None,
             about: Some(subnet),
             timeout: REQUEST_TIMEOUT,
         };
-        self.ask(&ask).await.map(drop)
+        self.servers.ask(&ask).await.map(drop)
     }
 }
 
 impl Store for RemoteStore {
     fn place(&self) -> String {
-        let servers: Vec<String> = self.servers.iter().map(ToString::to_string).collect();
-        format!("server {}", servers.join(","))
+        self.servers.place()
     }
 
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(async move { Ok(self.ask(&self.config_ask()).await?.body.trim().to_owned()) })
+        Box::pin(async move {
+            let ask = Ask::get("read the network config", format!("{}/config", self.base));
+            Ok(self.servers.ask(&ask).await?.body.trim().to_owned())
+        })
     }
 
     fn acquire<'a>(
@@ -328,10 +201,11 @@ impl Store for RemoteStore {
                 path: format!("{}/leases", self.base),
                 body: attrs_json(attrs),
                 previous,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
-            let answer = self.ask(&ask).await?;
+            let answer = self.servers.ask(&ask).await?;
             let read = parse_lease(&answer.body).map_err(|error| garbled(ask.doing, error.to_string()))?;
             Ok(Lease {
                 subnet: read.subnet,
@@ -343,23 +217,16 @@ impl Store for RemoteStore {
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "renew the lease",
-                method: Method::PUT,
-                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
-                body: lease_json(lease),
-                previous: None,
-                about: Some(&lease.subnet),
-                timeout: REQUEST_TIMEOUT,
-            };
-            let answer = self.ask(&ask).await?;
-            let read = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
-            Ok(Lease {
-                expiration: read,
-                ..lease.clone()
-            })
-        })
+        Box::pin(self.renew_known_as(lease, None))
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        _holder: Option<&'a Holder>,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.renew_known_as(lease, formerly.address()))
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -380,10 +247,11 @@ impl Store for RemoteStore {
                     subnet.v4, attrs.public_ip
                 ),
                 previous: None,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
-            self.ask(&ask).await.map(drop)
+            self.servers.ask(&ask).await.map(drop)
         })
     }
 
@@ -444,48 +312,12 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
 }
 
 /// The end of a renewed lease, whatever became of its attributes on the way.
-fn parse_lease_end(body: &str) -> Result<crate::lease::Expiration, String> {
+fn parse_lease_end(body: &str) -> Result<Expiration, String> {
     let object = crate::lease::json::Object::parse(body, objects::MAX_LEASE_BYTES * 2)
         .map_err(|error| error.to_string())?;
     let text = object.string("Expiration").map_err(|error| error.to_string())?;
     let text = text.ok_or_else(|| "Expiration is missing".to_owned())?;
     objects::parse_time(&text).ok_or_else(|| format!("Expiration is {text:?}: must be an RFC 3339 time"))
-}
-
-/// Turns an answer that is not 200 into the error it stands for.
-fn check(ask: &Ask<'_>, server: &ServerAddress, answer: Answer) -> Result<Answer, StoreError> {
-    if answer.status == StatusCode::OK {
-        return Ok(answer);
-    }
-    let text = answer.body.trim();
-    let cause = format!(
-        "{server} says {}: {}",
-        answer.status,
-        text.chars().take(300).collect::<String>()
-    );
-    let named = answer
-        .headers
-        .get(ERROR_HEADER)
-        .and_then(|value| value.to_str().ok());
-    let kind = match (named, ask.about) {
-        (Some("lease-lost"), Some(_)) => ErrorKind::LeaseLost,
-        (Some("refused" | "lease-lost"), _) => ErrorKind::Refused,
-        (Some(_), _) => ErrorKind::Unavailable,
-        // Flannel's server hands on etcd's words: error 100 is a missing key.
-        (None, Some(_)) if text.starts_with("100:") => ErrorKind::LeaseLost,
-        (None, _) if text.starts_with("100:") || answer.status.is_client_error() => ErrorKind::Refused,
-        (None, _) => ErrorKind::Unavailable,
-    };
-    let doing = ask.doing;
-    Err(match (kind, ask.about) {
-        (ErrorKind::LeaseLost, Some(&subnet)) => StoreError::LeaseLost { subnet, cause },
-        (ErrorKind::Refused | ErrorKind::LeaseLost, _) => StoreError::Refused { doing, cause },
-        (ErrorKind::Unavailable, _) => StoreError::Unavailable {
-            doing,
-            place: format!("server {server}"),
-            cause,
-        },
-    })
 }
 
 /// An answer that makes no sense: the server, or something in between, may come to its senses.
@@ -500,13 +332,4 @@ fn garbled(doing: &'static str, why: String) -> StoreError {
 /// The key under which every server knows a lease: its IPv4 half.
 fn old_key(subnet: Subnet) -> Subnet {
     Subnet { v6: None, ..subnet }
-}
-
-/// The innermost cause, which says what happened; hyper's outer words say only that something did.
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -9,14 +9,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use futures_util::stream::{self, BoxStream, StreamExt};
-use hyper::{Method, StatusCode};
 use serde::Deserialize;
-use tokio::time::{Instant, sleep};
 
-use super::{Ask, Failure, POLL_PAUSE, POLL_TIMEOUT, REQUEST_TIMEOUT, RemoteStore, garbled, is_plain_cursor};
+use super::poll::{Watched, poll};
+use super::{RemoteStore, garbled, is_plain_cursor};
 use crate::addr::NetworkName;
 use crate::control::store::{Cursor, NetworkEvent, NetworkItem, NetworkUpdate, Networks, Store, StoreError};
 
@@ -37,48 +35,17 @@ impl RemoteNetworks {
         }
     }
 
-    /// One step of a watch: polls until there is something to tell. As with leases, a cursor goes to the server that gave it.
-    async fn poll(&self, mut since: Option<Cursor>) -> Result<NetworkItem, StoreError> {
-        loop {
-            let Some(cursor) = since else {
-                let answer = self.unnamed.ask(&ask(None)).await?;
-                let (update, cursor) = read(&answer.body)?;
-                return Ok(NetworkItem {
-                    update: update.unwrap_or_else(|| NetworkUpdate::Snapshot(BTreeSet::new())),
-                    cursor,
-                });
-            };
-            let servers = &self.unnamed.servers;
-            let server = &servers[self.unnamed.preferred.load(Ordering::Relaxed) % servers.len()];
-            let asked = Instant::now();
-            let why = match self.unnamed.ask_one(server, &ask(Some(&cursor))).await {
-                Ok(answer) if answer.status == StatusCode::OK => {
-                    let (update, next) = read(&answer.body)?;
-                    if let Some(update) = update {
-                        return Ok(NetworkItem { update, cursor: next });
-                    }
-                    sleep(POLL_PAUSE).await;
-                    // Nothing but names that are not allowed: what follows them is asked for.
-                    since = Some(next);
-                    continue;
-                }
-                Ok(answer) => format!("{}: {}", answer.status, answer.body.trim()),
-                // Quiet is the rule. Whether the server lives, a question with an answer tells.
-                Err(Failure::Silent(_)) if self.unnamed.ask_one(server, &ask(None)).await.is_ok() => {
-                    since = Some(cursor);
-                    continue;
-                }
-                Err(failure) => failure.to_string(),
-            };
-            tracing::debug!(%server, why, "a poll for networks failed; asking for a snapshot");
-            let pause = if asked.elapsed() < POLL_PAUSE {
-                POLL_PAUSE
-            } else {
-                POLL_PAUSE.mul_f64(rand::random_range(0.1..0.5))
-            };
-            sleep(pause).await;
-            since = None;
-        }
+    /// One step of a watch: polls until there is something to tell.
+    async fn poll(&self, since: Option<Cursor>) -> Result<NetworkItem, StoreError> {
+        let watched = Watched {
+            doing: DOING,
+            path: "/v1/",
+            sign_of_life: "/v1/",
+            read,
+            nothing: || NetworkUpdate::Snapshot(BTreeSet::new()),
+        };
+        let (update, cursor) = poll(&self.unnamed.servers, &watched, since).await?;
+        Ok(NetworkItem { update, cursor })
     }
 }
 
@@ -98,22 +65,6 @@ impl Networks for RemoteNetworks {
             Ok(Some((item, Some(cursor))))
         })
         .boxed()
-    }
-}
-
-fn ask(cursor: Option<&Cursor>) -> Ask<'static> {
-    let (path, timeout) = match cursor {
-        Some(cursor) => (format!("/v1/?next={}", cursor.0), POLL_TIMEOUT),
-        None => ("/v1/".to_owned(), REQUEST_TIMEOUT),
-    };
-    Ask {
-        doing: DOING,
-        method: Method::GET,
-        path,
-        body: String::new(),
-        previous: None,
-        about: None,
-        timeout,
     }
 }
 

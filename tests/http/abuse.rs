@@ -1,0 +1,402 @@
+//! B4: a server under attack stays quick for others, and small.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::process::Process;
+use crate::support::{ask, parse};
+
+/// What a good client may wait, 99 times of 100.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// What an attack may cost in memory.
+const ROOM: usize = 16 << 20;
+/// Where attackers come from: their own address, as they would.
+const ATTACKER: &str = "127.0.0.66:0";
+
+#[tokio::test]
+async fn slow_heads_cost_others_nothing() {
+    let siege = Siege::start().await;
+    // A thousand connections that send a byte each second: a head would take them minutes.
+    let mut slow = Vec::new();
+    for _ in 0..1000 {
+        slow.push(siege.connect().await);
+    }
+    for _ in 0..7 {
+        for stream in slow.iter_mut().flatten() {
+            let _ = stream.write_all(b"G").await;
+        }
+        siege.weigh("slow heads");
+        sleep(Duration::from_secs(1)).await;
+    }
+    // The head timeout is five seconds: none is left.
+    let mut open = 0;
+    for stream in slow.iter_mut().flatten() {
+        if !is_closed(stream).await {
+            open += 1;
+        }
+    }
+    assert_eq!(open, 0, "connections that never sent a head are still open");
+    siege.end().await;
+}
+
+#[tokio::test]
+async fn what_is_too_big_is_cut_off() {
+    let siege = Siege::start().await;
+    let mut huge_head = b"GET /v1/_/config HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ".to_vec();
+    huge_head.resize(1 << 20, b'a');
+    let mut many_headers = b"GET /v1/_/config HTTP/1.1\r\n".to_vec();
+    for i in 0..2000 {
+        many_headers.extend(format!("X-{i}: y\r\n").bytes());
+    }
+    many_headers.extend(b"\r\n");
+    let long_path = format!(
+        "GET /v1/{} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        "a".repeat(1 << 20)
+    );
+    let deep = "[".repeat(100_000);
+    let wide = format!("{{\"PublicIP\":\"{}\"}}", "1".repeat(10 << 20));
+    let post = |body: &str| {
+        let length = body.len();
+        let head =
+            format!("POST /v1/_/leases HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n");
+        (head + body).into_bytes()
+    };
+    let chunked = |chunks: &str| {
+        let head = "POST /v1/_/leases HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+        (head.to_owned() + chunks).into_bytes()
+    };
+    let cases = [
+        ("a head of a megabyte", huge_head, &[431][..]),
+        ("two thousand headers", many_headers, &[431]),
+        ("a path of a megabyte", long_path.into_bytes(), &[414, 431]),
+        ("deep JSON", post(&deep), &[400]),
+        ("ten megabytes of JSON", post(&wide), &[400]),
+        (
+            "a body that claims to be endless",
+            post_claiming("99999999999999999999"),
+            &[400],
+        ),
+        ("two lengths", post_claiming("5\r\nContent-Length: 6"), &[400]),
+        ("an overflowing chunk", chunked("ffffffffffffffffff\r\nx"), &[400]),
+        ("a negative chunk", chunked("-1\r\nx"), &[400]),
+        (
+            "a megabyte of tiny chunks",
+            chunked(&"1\r\nx\r\n".repeat(1 << 18)),
+            &[400],
+        ),
+        (
+            "chunk extensions without end",
+            chunked(&format!("1;{}\r\n", "e".repeat(1 << 20))),
+            &[400],
+        ),
+        (
+            "a bad version",
+            b"GET /v1/_/config HTTP/9.9\r\n\r\n".to_vec(),
+            &[400],
+        ),
+        (
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+            &[400, 505],
+        ),
+        ("no HTTP at all", vec![0xff; 70_000], &[400, 431]),
+    ];
+    for (case, request, allowed) in cases {
+        let status = siege.send(&request).await;
+        // Some are cut off in the middle of what they send, and get no word.
+        assert!(allowed.contains(&status) || status == 0, "{case}: {status}");
+        siege.weigh(case);
+    }
+    siege.end().await;
+}
+
+/// Bodies that come slowly, many at a time: together they stay small, and none has long.
+#[tokio::test]
+async fn many_large_bodies_at_a_time_stay_small() {
+    let siege = Siege::start().await;
+    let mut open = Vec::new();
+    for _ in 0..400 {
+        if let Some(mut stream) = siege.connect().await {
+            let head = "POST /v1/_/leases HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 130000\r\n\r\n{";
+            let body = format!("{head}{}", " ".repeat(120_000));
+            let _ = timeout(Duration::from_millis(20), stream.write_all(body.as_bytes())).await;
+            open.push(stream);
+        }
+        if open.len().is_multiple_of(50) {
+            siege.weigh("large bodies");
+        }
+    }
+    // A good client's ordinary body does not wait for theirs.
+    let asked = Instant::now();
+    let (status, _) = ask(
+        &siege.process.address,
+        "POST",
+        "/v1/_/leases",
+        "",
+        r#"{"PublicIP":"192.0.2.9"}"#,
+    )
+    .await;
+    assert_eq!(status, 200);
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    siege.end().await;
+}
+
+#[tokio::test]
+async fn floods_of_requests_and_connections_leave_room_for_others() {
+    let siege = Siege::start().await;
+    // Ten thousand requests in one go.
+    let one = b"GET /v1/_/config HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".as_slice();
+    let stream = siege.connect().await.unwrap();
+    let (mut reader, mut writer) = stream.into_split();
+    // The half that writes is kept: to let go of it would say that nobody waits for answers.
+    let writing = tokio::spawn(async move {
+        writer.write_all(&one.repeat(10_000)).await.unwrap();
+        writer
+    });
+    let (mut answers, mut tail, mut buffer) = (0, Vec::new(), vec![0; 65_536]);
+    while answers < 10_000 {
+        let count = timeout(Duration::from_secs(60), reader.read(&mut buffer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(count > 0, "closed after {answers}");
+        tail.extend_from_slice(&buffer[..count]);
+        answers += tail
+            .windows(12)
+            .filter(|window| window == b"HTTP/1.1 200")
+            .count();
+        tail.drain(..tail.len().saturating_sub(11));
+    }
+    drop(writing.await.unwrap());
+    siege.weigh("pipelined requests");
+    // Connections that close at once: a hundredth of the million of the long form.
+    let count = if std::env::var_os("KERSEY_SOAK").is_some() {
+        1_000_000
+    } else {
+        10_000
+    };
+    for nth in 0..count {
+        drop(siege.connect().await);
+        if nth % 2000 == 0 {
+            siege.weigh("connect and close");
+        }
+    }
+    // What no node sends.
+    for method in ["BREW", "TRACE", "CONNECT", "OPTIONS", "get", "\u{1}"] {
+        let request = format!("{method} /v1/_/config HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
+        let status = siege.send(request.as_bytes()).await;
+        assert!(matches!(status, 404 | 400), "{method}: {status}");
+    }
+    for path in [
+        "/../../etc/passwd",
+        "/v1/_/../../x",
+        "/v1/%2e%2e/config",
+        "/v1/_/leases/..%2f..",
+        "//",
+        "/v1/_/config/..",
+    ] {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
+        let status = siege.send(request.as_bytes()).await;
+        assert!(matches!(status, 400 | 404 | 500), "{path}: {status}");
+    }
+    let (status, body) = ask(
+        &siege.process.address,
+        "GET",
+        "/v1/_/config",
+        "Host: evil.example\r\n",
+        "",
+    )
+    .await;
+    assert_eq!(status, 400, "{body}");
+    let rebound = b"GET /v1/_/config HTTP/1.1\r\nHost: evil.example:8888\r\n\r\n";
+    assert_eq!(siege.send(rebound).await, 403);
+    siege.end().await;
+}
+
+/// One address has too many connections: the others have their part.
+#[tokio::test]
+async fn one_address_cannot_take_all_connections() {
+    let siege = Siege::start().await;
+    let cursor = {
+        let (_, body) = ask(&siege.process.address, "GET", "/v1/_/leases", "", "").await;
+        body.rsplit('"').nth(1).unwrap().to_owned()
+    };
+    let poll = format!("GET /v1/_/leases?next={cursor} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
+    let mut polls = Vec::new();
+    for _ in 0..kersey::server::MAX_FROM_ONE + 50 {
+        if let Some(mut stream) = siege.connect().await
+            && stream.write_all(poll.as_bytes()).await.is_ok()
+        {
+            polls.push(stream);
+        }
+    }
+    sleep(Duration::from_millis(500)).await;
+    let mut open = 0;
+    for stream in &mut polls {
+        if !is_closed(stream).await {
+            open += 1;
+        }
+    }
+    assert_eq!(open, kersey::server::MAX_FROM_ONE);
+    drop(polls);
+    siege.end_with(64 << 20).await;
+}
+
+/// A server, and a good client that asks it all the time.
+struct Siege {
+    process: Process,
+    before: usize,
+    descriptors: usize,
+    over: Arc<AtomicBool>,
+    good: std::thread::JoinHandle<Vec<Duration>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Siege {
+    async fn start() -> Self {
+        raise_open_files();
+        let dir = tempfile::tempdir().unwrap();
+        let process = Process::start(Path::new(dir.path()), "127.0.0.1:0", &[]);
+        // Warm: whatever is allocated once is there.
+        for _ in 0..50 {
+            assert_eq!(ask(&process.address, "GET", "/v1/_/config", "", "").await.0, 200);
+        }
+        let over = Arc::new(AtomicBool::new(false));
+        let (address, ended) = (process.address.clone(), Arc::clone(&over));
+        // On a thread of its own, as the attacker's tasks would make it wait.
+        let good = std::thread::spawn(move || {
+            let mut times = Vec::new();
+            while !ended.load(Ordering::Relaxed) {
+                times.push(good_request(&address));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            times
+        });
+        Self {
+            before: process.memory(),
+            descriptors: process.descriptors(),
+            process,
+            over,
+            good,
+            _dir: dir,
+        }
+    }
+
+    /// A connection of the attacker's; `None` if it is refused.
+    async fn connect(&self) -> Option<TcpStream> {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(ATTACKER.parse().unwrap()).unwrap();
+        let address: SocketAddr = self.process.address.parse().unwrap();
+        timeout(Duration::from_secs(10), socket.connect(address))
+            .await
+            .unwrap()
+            .ok()
+    }
+
+    /// Sends a request; 0 if the connection ended without an answer.
+    async fn send(&self, request: &[u8]) -> u16 {
+        let mut stream = self.connect().await.unwrap();
+        let (mut reader, mut writer) = stream.split();
+        let write = async {
+            let _ = writer.write_all(request).await;
+            std::future::pending::<()>().await;
+        };
+        let read = async {
+            let (mut bytes, mut buffer) = (Vec::new(), [0; 4096]);
+            while !bytes.windows(4).any(|window| window == b"\r\n\r\n") {
+                match reader.read(&mut buffer).await {
+                    Ok(0) | Err(_) => break,
+                    Ok(count) => bytes.extend_from_slice(&buffer[..count]),
+                }
+            }
+            parse(&bytes).0
+        };
+        timeout(Duration::from_secs(15), async {
+            tokio::select! {
+                status = read => status,
+                () = write => 0,
+            }
+        })
+        .await
+        .expect("an end")
+    }
+
+    fn weigh(&self, when: &str) {
+        let grown = self.process.memory().saturating_sub(self.before);
+        assert!(grown <= ROOM, "{when}: {grown} bytes more");
+    }
+
+    async fn end(self) {
+        self.end_with(ROOM).await;
+    }
+
+    async fn end_with(self, room: usize) {
+        let grown = self.process.memory().saturating_sub(self.before);
+        assert!(grown <= room, "{grown} bytes more");
+        self.over.store(true, Ordering::Relaxed);
+        let mut times = self.good.join().unwrap();
+        times.sort_unstable();
+        let p99 = times[times.len() * 99 / 100];
+        println!(
+            "{} requests of a good client, p99 {p99:?}, {grown} bytes more",
+            times.len()
+        );
+        assert!(p99 <= PATIENCE, "{p99:?}");
+        // Everything is given back.
+        for _ in 0..100 {
+            if self.process.descriptors() <= self.descriptors + 2 {
+                return;
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+        panic!(
+            "{} descriptors, {} before",
+            self.process.descriptors(),
+            self.descriptors
+        );
+    }
+}
+
+/// Asks for the config, and says how long it took.
+fn good_request(address: &str) -> Duration {
+    use std::io::{Read, Write};
+
+    let asked = Instant::now();
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let request = format!("GET /v1/_/config HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    assert_eq!(parse(&bytes).0, 200, "{}", String::from_utf8_lossy(&bytes));
+    asked.elapsed()
+}
+
+fn post_claiming(length: &str) -> Vec<u8> {
+    format!("POST /v1/_/leases HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n{{")
+        .into_bytes()
+}
+
+/// Whether the other end has closed a connection.
+async fn is_closed(stream: &mut TcpStream) -> bool {
+    let mut buffer = [0; 4096];
+    loop {
+        match timeout(Duration::from_millis(1), stream.read(&mut buffer)).await {
+            Err(_) => return false,
+            Ok(Ok(0) | Err(_)) => return true,
+            Ok(Ok(_)) => {}
+        }
+    }
+}
+
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
