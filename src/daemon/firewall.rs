@@ -73,6 +73,31 @@ pub(super) struct Keeper {
     state: watch::Receiver<State>,
 }
 
+/// Takes the rules of a network away that was removed; its keeper has ended.
+pub(super) async fn withdraw(options: FirewallOptions, network: String) {
+    let Some(choice) = choice(options.tool) else {
+        return;
+    };
+    let rules = RuleSet::nothing(&network);
+    let removed = tokio::task::spawn_blocking(move || Firewall::new(choice).keep(&rules)).await;
+    match removed {
+        Ok(Ok(_) | Err(FirewallError::NoTool(_))) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "firewall rules of a removed network stay; `kersey cleanup` removes them");
+        }
+        Err(error) => tracing::error!(%error, "firewall rules of a removed network stay"),
+    }
+}
+
+fn choice(tool: FirewallTool) -> Option<Choice> {
+    match tool {
+        FirewallTool::Auto => Some(Choice::Auto),
+        FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
+        FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
+        FirewallTool::Off => None,
+    }
+}
+
 impl Keeper {
     /// Starts the thread for the network called `network`; it touches nothing until it is told what is wanted.
     pub(super) fn start(options: FirewallOptions, network: &str, report: Arc<Report>) -> Result<Self> {
@@ -161,12 +186,7 @@ struct Thread {
 
 impl Thread {
     fn new(options: FirewallOptions, report: Arc<Report>, state: watch::Sender<State>) -> Self {
-        let choice = match options.tool {
-            FirewallTool::Auto => Some(Choice::Auto),
-            FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
-            FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
-            FirewallTool::Off => None,
-        };
+        let choice = choice(options.tool);
         Self {
             options,
             report,

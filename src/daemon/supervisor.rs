@@ -34,7 +34,9 @@ use crate::addr::NetworkName;
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, StoreError};
 use crate::control::{Backoff, PATIENCE, RateLimit, cache};
 use crate::daemon::claims::Claims;
+use crate::daemon::firewall;
 use crate::daemon::node;
+use crate::daemon::node::rules_name;
 use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession;
 use crate::daemon::withdraw::withdraw;
@@ -247,6 +249,11 @@ impl Supervisor<'_> {
             None => return,
         }
         self.reports.remove(name);
+        let device = self
+            .claims
+            .device(name, &self.options.packet_path.device, |_| false);
+        let options = self.options.of_network(name, self.choice, device);
+        firewall::withdraw(options.firewall, rules_name(&options).to_owned()).await;
         let ranges = self.claims.release(name);
         if let Err(error) = withdraw(&ranges).await {
             tracing::warn!(network = %name, %error, "kernel routes of a removed network stay; `kersey cleanup` removes them");
