@@ -216,7 +216,8 @@ impl Follow<'_> {
                 return;
             }
         };
-        match disturbance(&self.own.borrow(), &update) {
+        let disturbance = disturbance(&self.own.borrow(), &update);
+        match disturbance {
             Disturbance::None => {}
             Disturbance::Gone => self.disturbed.notify_one(),
             Disturbance::Altered if self.mends.allows() => self.disturbed.notify_one(),
@@ -227,14 +228,21 @@ impl Follow<'_> {
             ),
         }
         let (rejected, held) = (self.table.rejected(), self.table.held());
-        let changes = self.table.apply(&update);
+        // A list without our lease comes from a store that was wiped, restored, or cut off from us for long.
+        let forgetful = disturbance == Disturbance::Gone && matches!(update, LeaseUpdate::Snapshot(_));
+        let changes = if forgetful {
+            self.table.apply_of_forgetful(&update)
+        } else {
+            self.table.apply(&update)
+        };
         let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
         if self.table.held() > 0 && self.linger_due.is_none() {
             // Peers that vanish and come back again and again are told of once a minute.
             if self.linger_complaints.allows() {
                 tracing::warn!(
                     peers = self.table.held(),
-                    "more than half of the peers vanished at once; keeping them for a while"
+                    forgetful,
+                    "the store may have lost peers that are alive; keeping them for a while"
                 );
             }
             self.linger_due = Some(Instant::now() + self.options.linger);

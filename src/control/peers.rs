@@ -18,7 +18,8 @@
 //!
 //! Mass removal: an update that takes away more than half of the peers (and more than one) may be a store wiped or
 //! restored rather than nodes gone, and looks no different. Such peers are *held*: they stay until
-//! [`PeerTable::release_held`], which the caller calls after a linger time, or until they come back.
+//! [`PeerTable::release_held`], which the caller calls after a linger time, or until they come back. Of a store that has
+//! lost our own lease any removal is held ([`PeerTable::apply_of_forgetful`]).
 //!
 //! Limits: at most [`MAX_LEASES`] leases; more are refused and counted.
 
@@ -137,6 +138,20 @@ impl PeerTable {
 
     /// Takes in what the store told, whole values compared.
     pub fn apply(&mut self, update: &LeaseUpdate) -> PeerChanges {
+        self.take(update);
+        self.hold_removed(|gone, of| gone > 1 && gone * 2 > of);
+        self.settle()
+    }
+
+    /// As [`apply`](Self::apply), told by a store that has lost our own lease: it may have lost others that are alive, so whoever is
+    /// missing is held.
+    pub fn apply_of_forgetful(&mut self, update: &LeaseUpdate) -> PeerChanges {
+        self.take(update);
+        self.hold_removed(|gone, _| gone > 0);
+        self.settle()
+    }
+
+    fn take(&mut self, update: &LeaseUpdate) {
         match update {
             LeaseUpdate::Snapshot(leases) => {
                 let mut told = BTreeMap::new();
@@ -158,8 +173,6 @@ impl PeerTable {
                 }
             }
         }
-        self.hold_mass_removal();
-        self.settle()
     }
 
     /// Gives up the peers held back from a mass removal.
@@ -224,11 +237,12 @@ impl PeerTable {
         self.rejected.iter().map(|(subnet, reject)| (*subnet, *reject))
     }
 
-    fn hold_mass_removal(&mut self) {
+    /// Holds the peers that are gone if `suspicious` says so of their number, and that of all peers.
+    fn hold_removed(&mut self, suspicious: impl Fn(usize, usize) -> bool) {
         self.held.retain(|subnet, _| !self.told.contains_key(subnet));
         let known = |subnet: &Subnet| self.told.contains_key(subnet) || self.held.contains_key(subnet);
         let gone: Vec<_> = self.peers.iter().filter(|(subnet, _)| !known(subnet)).collect();
-        if gone.len() > 1 && gone.len() * 2 > self.peers.len() {
+        if suspicious(gone.len(), self.peers.len()) {
             self.held
                 .extend(gone.into_iter().map(|(subnet, attrs)| (*subnet, attrs.clone())));
         }
@@ -581,6 +595,22 @@ mod tests {
         let changes = table.apply(&gone);
         assert_eq!((changes.added.len(), changes.removed.len()), (1, 1));
         assert_eq!(names(&table), ["10.0.2.0-23"]);
+    }
+
+    #[test]
+    fn whoever_is_missing_from_a_list_that_lacks_us_as_well_is_held() {
+        let mut table = table();
+        let leases = [
+            lease("10.0.2.0-24", "192.0.2.2"),
+            lease("10.0.3.0-24", "192.0.2.3"),
+        ];
+        table.apply(&LeaseUpdate::Snapshot(leases.to_vec()));
+        let one_came_back = LeaseUpdate::Snapshot(vec![leases[0].clone()]);
+        assert!(table.apply_of_forgetful(&one_came_back).is_empty());
+        assert_eq!((table.len(), table.held()), (2, 1));
+        assert!(table.apply(&added(leases[1].clone())).is_empty());
+        assert_eq!((table.len(), table.held()), (2, 0));
+        assert_eq!(table.apply(&one_came_back).removed.len(), 1);
     }
 
     #[test]

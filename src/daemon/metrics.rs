@@ -167,7 +167,8 @@ impl Scrape {
             "Route tables handed to the threads",
             self.each(|_, sample| Some((Vec::new(), sample.route_updates))),
         )?;
-        let figures: [(&str, &str, fn(&Peer) -> u64); 4] = [
+        type Figure = fn(&Peer) -> u64;
+        let figures: [(&str, &str, Figure); 4] = [
             ("peer_tx_packets", "Inner packets sent to a peer", |peer| {
                 peer.outbound_packets
             }),
@@ -211,9 +212,10 @@ impl Scrape {
         });
         out.counters("drops", "Packets dropped", drops)?;
         for count in Count::ALL {
-            let name = match count {
-                Count::ReceiveOverflows => "socket_overflow",
-                other => other.name(),
+            let name = if *count == Count::ReceiveOverflows {
+                "socket_overflow"
+            } else {
+                count.name()
             };
             out.counters(
                 name,

@@ -378,9 +378,7 @@ fn parts(wanted: &Wanted<'_>, family: Family) -> [Part; 3] {
         Part {
             table: "filter",
             chain: names.forward(),
-            rules: overlay
-                .filter(|_| wanted.forward)
-                .map_or_else(Vec::new, |part| forward(part)),
+            rules: overlay.filter(|_| wanted.forward).map_or_else(Vec::new, forward),
             jumps: vec![jump("FORWARD", Place::BeforeTheEnd)],
             comment: FORWARD_COMMENT,
         },
