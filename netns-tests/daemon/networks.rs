@@ -19,7 +19,7 @@ use kersey::lab::traffic::probe::Probe;
 use kersey::status::Status;
 
 use crate::overlay::{Blueprint, Daemon, Overlay, READY, figure, wait_for, within};
-use crate::support::require_etcd;
+use crate::support::{require_etcd, require_root};
 
 const BLUE: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}"#;
 const GREEN: &str = r#"{"Network":"10.245.0.0/16","Backend":{"Type":"udp","Port":8286}}"#;
@@ -257,6 +257,52 @@ fn a_network_that_cannot_be_joined_touches_no_other() {
     // Once the first is gone, its range is free.
     several.overlay.delete("blue/config");
     several.wait_ready(1, &["overlapping", "same-port"]);
+}
+
+/// The leases of both networks in one file on node 1, which serves them; node 2 is a client.
+#[test]
+fn networks_behind_a_server_come_and_go_as_well() {
+    if !require_root("networks_behind_a_server_come_and_go_as_well") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("served", 2);
+    let configs = [format!("blue={BLUE}"), format!("green={GREEN}")];
+    let flags = configs.iter().flat_map(|config| ["--network-config", config]);
+    blueprint.own_flags.insert(1, flags.map(str::to_owned).collect());
+    let mut several = Several {
+        overlay: blueprint.build(),
+        flags: vec!["--networks=blue,green,absent".to_owned()],
+    };
+    several.start(1);
+    several.start(2);
+    several.wait_up(&["blue", "green"]);
+    for name in ["blue", "green"] {
+        let pods = [several.pod(1, name), several.pod(2, name)];
+        several.ping(1, pods[0], pods[1]);
+    }
+    assert!(!several.status(2).networks.unwrap().contains_key("absent"));
+    // The server is away: the client starts with the networks it had.
+    let before = ["blue", "green"].map(|name| summary(&several.network(2, name)));
+    wait_for("the caches have the peer", READY, || {
+        ["blue", "green"].iter().all(|name| {
+            let cache = several
+                .overlay
+                .file(&format!("2.data/networks/{name}/control.json"));
+            fs::read_to_string(cache).is_ok_and(|text| text.contains(r#""192.0.2.1""#))
+        })
+    });
+    several.overlay.kill(1);
+    several.overlay.kill(2);
+    several.restart(2);
+    several.wait_ready(2, &["blue", "green"]);
+    assert_eq!(
+        ["blue", "green"].map(|name| summary(&several.network(2, name))),
+        before
+    );
+    several.restart(1);
+    several.wait_up(&["blue", "green"]);
+    let pods = [several.pod(1, "green"), several.pod(2, "green")];
+    several.ping(2, pods[1], pods[0]);
 }
 
 /// Names that are not allowed are misuse, told before anything is touched.
