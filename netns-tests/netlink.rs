@@ -217,6 +217,7 @@ fn changes_are_reported() {
                 LinkChange::LinkGone(_)
                 | LinkChange::AddressGone(_)
                 | LinkChange::RouteGone(_)
+                | LinkChange::DefaultRoute(_)
                 | LinkChange::Overrun => {}
             }
         }

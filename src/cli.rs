@@ -20,6 +20,7 @@ pub mod config;
 mod config_file;
 pub mod docker_opts;
 mod environment;
+mod firewall;
 mod go_flags;
 mod http;
 pub mod lab;
@@ -669,7 +670,9 @@ mod tests {
 
     use super::*;
     use crate::addr::NetworkName;
-    use crate::options::{CleanupMode, IngressCheck, LogLevel, StatusForm, StoreKind};
+    use crate::options::{
+        CleanupMode, Enabled, FirewallTool, IngressCheck, LogLevel, Masquerade, StatusForm, StoreKind,
+    };
 
     #[test]
     fn flanneld_without_flags_is_flannels_defaults() {
@@ -736,6 +739,37 @@ mod tests {
     }
 
     #[test]
+    fn firewall_flags_are_flannels_with_flannels_defaults() {
+        let firewall = |flags: &[&str], variables: &[(&str, &str)]| {
+            run_options(&[&["kersey", "run"], flags].concat(), variables).firewall
+        };
+        let default = firewall(&[], &[]);
+        assert_eq!(default.masquerade, Masquerade::Off);
+        assert_eq!(default.resync, Duration::from_secs(5));
+        assert_eq!(
+            (default.forward_rules, default.blackhole, default.tunnel_guard),
+            (Enabled::Yes, Enabled::No, Enabled::Yes)
+        );
+        assert_eq!(default.tool, FirewallTool::Auto);
+        let flags = [
+            "-ip-masq",
+            "-ip-masq-fully-random-disable",
+            "-iptables-forward-rules=0",
+            "-iptables-resync=1",
+            "-ip-blackhole-route",
+        ];
+        let set = firewall(&flags, &[]);
+        assert_eq!(set.masquerade, Masquerade::Plain);
+        assert_eq!((set.forward_rules, set.blackhole), (Enabled::No, Enabled::Yes));
+        assert_eq!(set.resync, Duration::from_secs(1));
+        let set = firewall(&["--firewall", "iptables"], &[("FLANNELD_IP_MASQ", "true")]);
+        assert_eq!(
+            (set.masquerade, set.tool),
+            (Masquerade::Random, FirewallTool::Iptables)
+        );
+    }
+
+    #[test]
     fn the_store_follows_from_the_flags() {
         for (flags, expected) in [
             (
@@ -782,17 +816,21 @@ mod tests {
                 &["unknown flag --etcd-endpiont", "--etcd-endpoints"],
             ),
             (
-                &["--ip-masq"],
+                &["--firewall=pf"],
                 &[],
-                &["--ip-masq=true is not supported", "MASQUERADE"],
+                &["--firewall", "auto, nft, iptables, off"],
+            ),
+            (
+                &["--iptables-resync=0"],
+                &[],
+                &["--iptables-resync", "1 to 86400"],
             ),
             (
                 &[],
-                &[("FLANNELD_IP_MASQ", "true")],
-                &["FLANNELD_IP_MASQ=true is not supported"],
+                &[("FLANNELD_IP_MASQ", "perhaps")],
+                &["FLANNELD_IP_MASQ", "\"perhaps\""],
             ),
             (&["--kube-subnet-mgr"], &[], &["not supported", "--remote"]),
-            (&["--ip-blackhole-route=1"], &[], &["not supported"]),
             (&["--healthz-port=70000"], &[], &["--healthz-port", "0 to 65535"]),
             (
                 &["--remote=a:1", "--remote-certfile=x"],
@@ -896,11 +934,10 @@ mod tests {
     fn what_has_no_effect_is_noted() {
         for (flags, environment, expected) in [
             (
-                &["--iptables-resync=5"] as &[&str],
+                &["--log_dir=/x"] as &[&str],
                 &[] as &[(&str, &str)],
-                Some("sets no firewall rules yet"),
+                Some("standard error only"),
             ),
-            (&["--log_dir=/x"], &[], Some("standard error only")),
             (&["--kubeconfig-file=/x"], &[], Some("--kube-subnet-mgr")),
             (
                 &[],

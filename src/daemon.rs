@@ -18,6 +18,7 @@
 mod claims;
 mod confine;
 mod direct;
+mod firewall;
 mod health;
 mod instance;
 mod kernel_routes;
@@ -28,6 +29,7 @@ mod paths;
 mod plain;
 mod report;
 mod supervisor;
+mod underlay_watch;
 mod watchdog;
 mod withdraw;
 

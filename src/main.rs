@@ -5,6 +5,11 @@ use std::process::ExitCode;
 use kersey::cli::{self, Command};
 
 fn main() -> ExitCode {
+    let text = |word: std::ffi::OsString| word.to_string_lossy().into_owned();
+    let args: Vec<String> = std::env::args_os().map(text).collect();
+    if let Some(ended) = kersey::host::firewall::helper::run_if_asked(&args) {
+        return ended;
+    }
     let parsed = match cli::parse_process() {
         Ok(parsed) => parsed,
         Err(stop) => return stop.report(),

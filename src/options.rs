@@ -3,6 +3,7 @@
 //! `cli` makes these values; the daemon and the server read them. Nothing here can be half right: a flag that was
 //! refused never gets this far.
 
+mod firewall;
 mod process;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use crate::addr::{Ipv6Prefix, NetworkName};
 pub use crate::dataplane::endpoint::NodeSid;
 use crate::lease::Subnet;
+pub use firewall::{Enabled, FirewallOptions, FirewallTool, Masquerade};
 pub use process::{
     Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, SandboxPart, UnknownPart,
     metrics_address,
@@ -49,6 +51,8 @@ pub struct RunOptions {
     pub packet_path: PacketPathOptions,
     /// This node's part in segment routing.
     pub srv6: Srv6Options,
+    /// Firewall rules.
+    pub firewall: FirewallOptions,
     /// The unix socket `kersey status` asks.
     pub status_socket: PathBuf,
     /// The process around the node.

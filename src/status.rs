@@ -25,6 +25,9 @@ pub struct Status {
     /// The TUN device and the packet path behind it; absent for a backend without a tunnel.
     #[serde(default, skip_serializing_if = "DeviceStatus::is_absent")]
     pub device: DeviceStatus,
+    /// The tool firewall rules are made with, `off`, or why there are none: `none: …`, `failing: …`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub firewall: String,
     /// Other nodes, by subnet.
     pub peers: Vec<Peer>,
     /// Packet-path counters summed over workers, by name: `outbound_packets`, `outbound_bytes`, `inbound_packets`, …

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use kersey::control::config::NetworkConfig;
+use kersey::control::identity::Holder;
 use kersey::control::store::{Cursor, Store, StoreError, WatchItem};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
@@ -186,6 +187,49 @@ async fn a_lost_lease_is_given_up_and_another_published() {
             .collect::<Vec<_>>(),
         [OWN]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_moves_takes_its_lease_along() {
+    // F13.
+    let fake = Fake::new();
+    let mut control = Control::new(fake.clone(), options(None)).moving(Some(lease(OWN, 1)));
+    control.network_config().await;
+    let taken = control.acquire(&attrs(7)).await;
+    assert_eq!((taken.subnet, taken.attrs), (subnet(OWN), attrs(7)));
+    let ip = |i| std::net::Ipv4Addr::new(192, 0, 2, i);
+    assert_eq!(fake.script().readdressed, [(ip(1), ip(7))]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_moves_while_the_store_is_away_goes_on_and_tells_it_later() {
+    // F13 in F1.
+    let fake = Fake::new();
+    let mut control = Control::new(fake.clone(), options(None)).moving(Some(lease(OWN, 1)));
+    let config = control.network_config().await;
+    fake.script().mood = Mood::Silent;
+    let begun = Instant::now();
+    let taken = control.acquire(&attrs(7)).await;
+    assert!(begun.elapsed() <= Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!((taken.subnet, taken.attrs.clone()), (subnet(OWN), attrs(7)));
+    fake.script().mood = Mood::Away;
+    let (publish, published) = control.channels(&config, &taken);
+    let node = Node {
+        published,
+        maintain: tokio::spawn(control.maintain(publish)),
+    };
+    sleep(Duration::from_secs(30)).await;
+    assert_eq!(fake.script().readdressed, []);
+    fake.script().mood = Mood::Fine;
+    sleep(Duration::from_secs(4)).await;
+    let ip = |i| std::net::Ipv4Addr::new(192, 0, 2, i);
+    assert_eq!(fake.script().readdressed, [(ip(1), ip(7))]);
+    // From then on it is a lease like any other.
+    let renewals = fake.script().renewals;
+    sleep(HOUR * 24).await;
+    assert_eq!(fake.script().readdressed.len(), 1);
+    assert_eq!(fake.script().renewals, renewals + 1);
+    assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
 }
 
 #[tokio::test(start_paused = true)]
@@ -431,6 +475,8 @@ struct Script {
     /// How far its clock is ahead of ours.
     ahead: Duration,
     watches: usize,
+    /// From which address to which.
+    readdressed: Vec<(std::net::Ipv4Addr, std::net::Ipv4Addr)>,
     told: VecDeque<Told>,
 }
 
@@ -534,6 +580,20 @@ impl Store for Fake {
                 day_lease(&lease.subnet.to_string(), &lease.attrs),
                 script.ahead,
             ))
+        }))
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        _holder: Option<&'a Holder>,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.answer(move |script| {
+            script
+                .readdressed
+                .push((formerly.public_ip, lease.attrs.public_ip));
+            Ok(day_lease(&lease.subnet.to_string(), &lease.attrs))
         }))
     }
 

@@ -38,6 +38,7 @@ macro_rules! contract {
                 a_previous_subnet_is_given_if_free(CONFIG, HOUR),
                 thirty_two_claim_thirty_two_subnets(SMALL, HOUR),
                 a_renewal_keeps_what_is_ours_only(CONFIG, HOUR),
+                a_node_that_moved_keeps_its_subnet_and_nobody_elses(CONFIG, HOUR),
                 a_watch_tells_everything_in_order(CONFIG, HOUR),
                 a_cursor_from_the_future_gets_a_snapshot(CONFIG, HOUR),
                 a_reservation_has_no_end(CONFIG, HOUR),
@@ -185,6 +186,34 @@ async fn a_renewal_keeps_what_is_ours_only(fixture: Fixture) {
         "{renewed:?}"
     );
     assert_eq!(leases(store).await, [(lease.subnet, node(2))]);
+}
+
+async fn a_node_that_moved_keeps_its_subnet_and_nobody_elses(fixture: Fixture) {
+    let store = &fixture.store;
+    let lease = store.acquire(&node(1), None).await.unwrap();
+    let moved = Lease {
+        attrs: node(3),
+        ..lease.clone()
+    };
+    // An ordinary renewal is not believed.
+    let renewed = store.renew(&moved).await;
+    assert!(
+        matches!(renewed, Err(StoreError::LeaseLost { .. })),
+        "{renewed:?}"
+    );
+    for attempt in ["the first time", "again, as after an answer that got lost"] {
+        let given = store.readdress(None, &moved, &node(1)).await.unwrap();
+        assert_eq!(given.subnet, lease.subnet, "{attempt}");
+        assert_eq!(leases(store).await, [(lease.subnet, node(3))], "{attempt}");
+    }
+    // Who says it was somebody it was not gets nothing.
+    let stolen = Lease {
+        attrs: node(4),
+        ..lease.clone()
+    };
+    let given = store.readdress(None, &stolen, &node(1)).await;
+    assert!(matches!(given, Err(StoreError::LeaseLost { .. })), "{given:?}");
+    assert_eq!(leases(store).await, [(lease.subnet, node(3))]);
 }
 
 async fn a_watch_tells_everything_in_order(fixture: Fixture) {

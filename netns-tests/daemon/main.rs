@@ -21,6 +21,7 @@ mod auto;
 mod cleanup;
 mod expiry;
 mod faults;
+mod firewall;
 mod hostile_data;
 mod icmp;
 mod ingress;
@@ -35,4 +36,5 @@ mod path;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod underlay;
 mod vxlan;

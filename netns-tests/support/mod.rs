@@ -34,6 +34,29 @@ pub(crate) fn require_root(test: &str) -> bool {
     false
 }
 
+/// Whether this process may make namespaces and has nft and iptables for them; as [`require_root`].
+#[allow(dead_code, reason = "not every test binary has to do with firewalls")]
+#[expect(clippy::print_stderr, reason = "a test that is skipped has to say so")]
+pub(crate) fn require_firewall(test: &str) -> bool {
+    if !require_root(test) {
+        return false;
+    }
+    let tools = ["nft", "iptables-nft", "iptables-legacy"];
+    let missing = tools.iter().find(|tool| {
+        let found = std::process::Command::new(tool).arg("--version").output();
+        found.is_err()
+    });
+    let Some(missing) = missing else {
+        return true;
+    };
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{test} needs {missing}, and CI must run it"
+    );
+    eprintln!("skipped: {test} needs {missing} (apt-get install nftables iptables)");
+    false
+}
+
 /// Whether this process may make namespaces and has an etcd to run in them; as [`require_root`].
 ///
 /// # Panics

@@ -16,15 +16,17 @@ use std::process::ExitCode;
 use super::exit;
 use super::go_flags::parse_bool;
 use super::status::DEFAULT_SOCKET;
-use crate::addr::Ipv6Prefix;
+use crate::addr::{Ipv6Prefix, Prefix};
+use crate::host::firewall;
 use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
 use crate::options::{CleanupMode, CleanupOptions};
 
-/// Remove what a flannel or a killed Kersey left on this machine: vxlan devices, routes, a dead status socket
+/// Undo what Kersey or flannel did to this machine: vxlan devices, routes, firewall rules, switches, a dead status socket
 ///
 /// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's, those of
-/// SRv6 locators among them), and the status socket if nobody answers on it. Stop flannel first: it would make its device
-/// anew. Leases, subnet.env and the data directory stay.
+/// SRv6 locators among them), flannel's and Kersey's tables and chains in nft and iptables, and the status socket if nobody
+/// answers on it; kernel switches get the values they had. Stop flannel first: it would make its device anew. Leases,
+/// subnet.env and the data directory stay.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Options", after_help = AFTER_HELP)]
 pub(super) struct CleanupArgs {
@@ -64,6 +66,8 @@ enum Leftover {
         link: String,
     },
     Locator(Ipv6Prefix),
+    Blackhole(Prefix),
+    Firewall(firewall::Leftover),
     Socket(PathBuf),
 }
 
@@ -84,6 +88,8 @@ impl fmt::Display for Leftover {
                 write!(f, " dev {link}")
             }
             Self::Locator(prefix) => write!(f, "local route {prefix} (SRv6 locator)"),
+            Self::Blackhole(prefix) => write!(f, "blackhole route {prefix}"),
+            Self::Firewall(leftover) => write!(f, "{}", leftover.told.join(", ")),
             Self::Socket(path) => write!(f, "status socket {}", path.display()),
         }
     }
@@ -100,6 +106,8 @@ enum CleanupError {
     Runtime(io::Error),
     #[error("cannot look for what was left behind: {}", told(.0))]
     Look(NetlinkError),
+    #[error("cannot look for firewall rules: {0}")]
+    LookAtFirewall(firewall::tool::ToolError),
     #[error("cannot remove {what}: {cause}")]
     Remove { what: String, cause: String },
     #[error("cannot remove {0}: this takes CAP_NET_ADMIN; try sudo")]
@@ -134,6 +142,7 @@ pub fn run(options: &CleanupOptions) -> ExitCode {
             | CleanupError::Socket { .. }
             | CleanupError::Runtime(_)
             | CleanupError::Look(_)
+            | CleanupError::LookAtFirewall(_)
             | CleanupError::Remove { .. } => exit::FAILED,
         };
     }
@@ -145,8 +154,18 @@ async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupErr
     let socket = dead_socket(&options.socket)?;
     let netlink = Netlink::open().map_err(CleanupError::Look)?;
     let mut found = leftovers(&netlink).await.map_err(CleanupError::Look)?;
-    found.extend(socket.map(Leftover::Socket));
     let mut errors = Vec::new();
+    match firewall::leftovers() {
+        Ok(rules) => found.extend(rules.into_iter().map(Leftover::Firewall)),
+        // What else there is can be removed all the same.
+        Err(error) if error.to_string().contains("Operation not permitted") => {
+            errors.push(CleanupError::Denied(
+                "firewall rules, should there be any".to_owned(),
+            ));
+        }
+        Err(error) => errors.push(CleanupError::LookAtFirewall(error)),
+    }
+    found.extend(socket.map(Leftover::Socket));
     for leftover in &found {
         let line = match options.mode {
             CleanupMode::DryRun => format!("would remove {leftover}\n"),
@@ -206,7 +225,14 @@ async fn leftovers(netlink: &Netlink) -> Result<Vec<Leftover>, NetlinkError> {
     let devices: Vec<_> = devices.into_iter().map(Leftover::Device).collect();
     let locators = netlink.own_local_prefixes().await?;
     let locators = locators.into_iter().map(Leftover::Locator);
-    Ok(devices.into_iter().chain(routes).chain(locators).collect())
+    let blackholes = netlink.own_blackholes().await?;
+    let blackholes = blackholes.into_iter().map(Leftover::Blackhole);
+    Ok(devices
+        .into_iter()
+        .chain(routes)
+        .chain(locators)
+        .chain(blackholes)
+        .collect())
 }
 
 fn name(links: &[Link], index: u32) -> String {
@@ -220,6 +246,13 @@ async fn remove(netlink: &Netlink, leftover: &Leftover) -> Result<(), CleanupErr
         Leftover::Device(device) => netlink.delete_link(device.link.index).await,
         Leftover::Route { route, .. } => netlink.delete_route(route).await,
         Leftover::Locator(prefix) => netlink.delete_local_prefix(*prefix).await,
+        Leftover::Blackhole(prefix) => netlink.delete_own_blackhole(*prefix).await,
+        Leftover::Firewall(leftover) => {
+            return leftover.remove().map_err(|error| CleanupError::Remove {
+                what,
+                cause: error.to_string(),
+            });
+        }
         Leftover::Socket(path) => {
             let cause = match fs::remove_file(path) {
                 Ok(()) => return Ok(()),

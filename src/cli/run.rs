@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::UsageError;
+use super::firewall::FirewallArgs;
 use super::go_flags::parse_bool;
 use super::http::{AskingArgs, CertificateArgs, Listen, ServingArgs, listen_list};
 use super::logging::LogArgs;
@@ -42,6 +43,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     srv6: Srv6Args,
     #[command(flatten)]
+    firewall: FirewallArgs,
+    #[command(flatten)]
     process: ProcessArgs,
     #[command(flatten)]
     log: LogArgs,
@@ -53,8 +56,8 @@ pub(super) struct RunArgs {
 
 const AFTER_HELP: &str = "\
 Flannel's remaining flags, of all versions, are known by name. Those that ask for something Kersey does not do \
-(--ip-masq, --kube-subnet-mgr and more) are refused with a sentence that says what to do \
-instead; those that do not matter here (--logtostderr, --iptables-resync and more) are accepted.
+(--kube-subnet-mgr and more) are refused with a sentence that says what to do \
+instead; those that do not matter here (--logtostderr, --kube-api-url and more) are accepted.
 
 Exit status: 0 stopped on request; 1 failed; 2 the command line, a variable or the config file is wrong; 3 this machine \
 lacks something; 4 the network config cannot be run; 7 another daemon runs.";
@@ -296,9 +299,9 @@ macro_rules! hidden_flags {
 hidden_flags! {
     /// Flannel's flags, of all versions, that Kersey does not act on.
     UnservedArgs {
-        booleans: ip_masq ip_masq_fully_random_disable ip_blackhole_route iptables_forward_rules kube_subnet_mgr
+        booleans: kube_subnet_mgr
             set_node_network_unavailable use_multi_cluster_cidr logtostderr alsologtostderr;
-        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path iptables_resync
+        values: kube_api_url kubeconfig_file kube_annotation_prefix net_config_path
             stderrthreshold vmodule;
         underscored: log_dir log_backtrace_at
     }
@@ -315,27 +318,17 @@ enum Verdict {
     Refuse(&'static str),
 }
 
-const NO_FIREWALL: &str = "Kersey sets no firewall rules yet";
 const NO_KUBE: &str = "it matters only with --kube-subnet-mgr";
 
 /// Judges a flag by its name and value. Values that ask for nothing (`false`, 0, empty) pass.
 fn judge(flag: &str, value: &str) -> Verdict {
     let asks = !value.is_empty() && value != "false";
     match flag {
-        "ip-masq" if asks => Verdict::Refuse(
-            "Kersey does not masquerade yet; drop the flag and add a MASQUERADE rule for traffic that leaves the overlay",
-        ),
         "kube-subnet-mgr" if asks => Verdict::Refuse(
             "Kersey does not read Kubernetes nodes yet; use etcd, or --remote with a Kersey server",
         ),
-        "ip-blackhole-route" if asks => Verdict::Refuse(
-            "Kersey adds no blackhole route yet; drop the flag, or add `ip route add blackhole SUBNET` yourself",
-        ),
         "use-multi-cluster-cidr" if asks => {
             Verdict::Refuse("this was an experiment that flannel dropped; drop the flag")
-        }
-        "iptables-forward-rules" | "iptables-resync" | "ip-masq-fully-random-disable" => {
-            Verdict::Note(NO_FIREWALL)
         }
         "kube-api-url"
         | "kubeconfig-file"
@@ -467,6 +460,7 @@ impl RunArgs {
                 sids: self.srv6.srv6_sid,
                 hmac_keys: self.srv6.srv6_hmac_keys,
             },
+            firewall: self.firewall.options(),
             status_socket: self.other.status_socket,
             process: self.process.into_options(),
             log: self.log.options(),

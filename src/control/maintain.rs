@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::control::cache::Cache;
 use crate::control::peers::{PeerChanges, PeerTable};
 use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
-use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, StoreHealth};
+use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, Start, StoreHealth};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate};
 
 /// How long changes gather before the cache is written.
@@ -28,7 +28,7 @@ pub(super) async fn run(
     store: Arc<dyn Store>,
     options: ControlOptions,
     cache: Cache,
-    source: Source,
+    start: Start,
     publish: Publish,
 ) {
     let disturbed = Notify::new();
@@ -58,7 +58,7 @@ pub(super) async fn run(
         cache_complaints: RateLimit::default(),
         linger_complaints: RateLimit::default(),
     };
-    tokio::join!(keep.run(source), follow.run());
+    tokio::join!(keep.run(start), follow.run());
 }
 
 /// Keeps our own lease.
@@ -72,9 +72,10 @@ struct Keep<'a> {
 }
 
 impl Keep<'_> {
-    async fn run(self, source: Source) {
+    async fn run(self, start: Start) {
+        let mut formerly = start.formerly;
         let mut backoff = Backoff::new(self.options.backoff_cap);
-        let mut due = match source {
+        let mut due = match start.source {
             Source::Store => self.renewal_due(&self.lease.borrow()),
             Source::Cache => Instant::now(),
         };
@@ -84,7 +85,11 @@ impl Keep<'_> {
                 () = self.disturbed.notified() => {}
             }
             let lease = self.lease.borrow().clone();
-            let renewed = match super::renew(self.store, self.options, &lease).await {
+            let renewed = match &formerly {
+                Some(formerly) => super::readdress(self.store, self.options, &lease, formerly).await,
+                None => super::renew(self.store, self.options, &lease).await,
+            };
+            let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
                     tracing::warn!(%error, "our lease went to another node; taking another subnet");
                     super::acquire(self.store, self.options, &lease.attrs, None).await
@@ -94,6 +99,7 @@ impl Keep<'_> {
             StoreHealth::note(self.health, renewed.as_ref().map(|_| ()));
             match renewed {
                 Ok(renewed) => {
+                    formerly = None;
                     backoff.reset();
                     due = self.renewal_due(&renewed);
                     if renewed.subnet != lease.subnet {

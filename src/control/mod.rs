@@ -48,7 +48,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::control::cache::Cache;
 use crate::control::config::NetworkConfig;
@@ -62,6 +62,8 @@ pub(crate) use retry::{Backoff, RateLimit};
 /// How long the store may be silent at start before the cache is used. Etcd elects a leader in one to two seconds.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a node that has other addresses waits for the store to take note before it goes on without. Nothing reaches it until then.
+const MOVE_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest pause after the store has said no: out of subnets, an address taken twice, a right that is missing. It
 /// will say so again until somebody does something, and a hundred nodes too many must not list all leases all the time.
 const REFUSED_CAP: Duration = Duration::from_secs(15);
@@ -143,12 +145,22 @@ enum Source {
     Cache,
 }
 
+/// What the life of a lease begins with.
+#[derive(Debug)]
+struct Start {
+    source: Source,
+    /// Who the store knows us as, if it has not heard of our present addresses.
+    formerly: Option<LeaseAttrs>,
+}
+
 /// The lease life cycle of one node in one network.
 pub struct Control {
     store: Arc<dyn Store>,
     options: ControlOptions,
     cache: Cache,
     source: Source,
+    /// The lease of this process's life under other addresses, until the store knows it by those it has now.
+    former: Option<Lease>,
 }
 
 impl std::fmt::Debug for Control {
@@ -171,7 +183,14 @@ impl Control {
             options,
             cache,
             source: Source::Store,
+            former: None,
         }
+    }
+
+    /// Takes over a lease that this process holds: [`acquire`](Self::acquire) keeps its subnet, whatever the addresses are by then.
+    pub fn moving(mut self, lease: Option<Lease>) -> Self {
+        self.former = lease;
+        self
     }
 
     /// Gets the network config; waits until there is a usable one.
@@ -181,6 +200,10 @@ impl Control {
             .config
             .as_deref()
             .and_then(|text| NetworkConfig::parse(text).ok());
+        if let (Some(_), Some(cached)) = (&self.former, &cached) {
+            // The node has been running by it, and packets wait.
+            return cached.clone();
+        }
         let answered = AtomicBool::new(false);
         let fetch = async {
             let complaints = RateLimit::default();
@@ -216,6 +239,10 @@ impl Control {
 
     /// Acquires a lease for the node `attrs` describes; waits until there is one.
     pub async fn acquire(&mut self, attrs: &LeaseAttrs) -> Lease {
+        if let Some(lease) = self.take_along(attrs).await {
+            self.cache.own = Some((lease.subnet, lease.attrs.clone()));
+            return lease;
+        }
         let cached = self.cached_subnet(attrs);
         let previous = subnet_file::previous(&self.options.subnet_file).or(cached);
         let answered = AtomicBool::new(false);
@@ -252,6 +279,46 @@ impl Control {
         };
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));
         lease
+    }
+
+    /// Gives the lease this process holds other addresses. While the store is away that waits, and the lease is as good as given.
+    async fn take_along(&mut self, attrs: &LeaseAttrs) -> Option<Lease> {
+        let former = self.former.clone()?;
+        let lease = Lease {
+            attrs: attrs.clone(),
+            ..former.clone()
+        };
+        let complaints = RateLimit::default();
+        let ask = async {
+            let mut backoff = Backoff::new(MOVE_PATIENCE);
+            loop {
+                match readdress(&*self.store, &self.options, &lease, &former.attrs).await {
+                    Ok(lease) => return Some(lease),
+                    Err(error @ StoreError::LeaseLost { .. }) => {
+                        tracing::warn!(%error, "our lease is another node's by now; taking another subnet");
+                        return None;
+                    }
+                    Err(error) => complain(
+                        &complaints,
+                        &error,
+                        "cannot publish our new address yet; trying on",
+                    ),
+                }
+                sleep(backoff.next_pause()).await;
+            }
+        };
+        let answered = timeout(MOVE_PATIENCE, ask).await;
+        match answered {
+            Ok(answer) => {
+                self.former = None;
+                self.source = Source::Store;
+                answer
+            }
+            Err(_) => {
+                self.source = Source::Cache;
+                Some(lease)
+            }
+        }
     }
 
     /// The subnet of an earlier life of the node that `attrs` describes, if the network would still hand it out.
@@ -313,7 +380,11 @@ impl Control {
 
     /// Keeps our lease and the peers true, for ever.
     pub async fn maintain(self, publish: Publish) {
-        maintain::run(self.store, self.options, self.cache, self.source, publish).await;
+        let start = Start {
+            source: self.source,
+            formerly: self.former.map(|lease| lease.attrs),
+        };
+        maintain::run(self.store, self.options, self.cache, start, publish).await;
     }
 
     /// The subnet this node would ask for first: that of the subnet file, else that of the cache.
@@ -340,6 +411,15 @@ async fn renew(store: &dyn Store, options: &ControlOptions, lease: &Lease) -> Re
         Some(holder) => store.renew_as(holder, lease).await,
         None => store.renew(lease).await,
     }
+}
+
+async fn readdress(
+    store: &dyn Store,
+    options: &ControlOptions,
+    lease: &Lease,
+    formerly: &LeaseAttrs,
+) -> Result<Lease, StoreError> {
+    store.readdress(options.holder.as_ref(), lease, formerly).await
 }
 
 /// What the cache has, once the store has not answered for [`PATIENCE`]; never if it has answered or there is nothing.

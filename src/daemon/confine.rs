@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid, User};
 
 use crate::control::identity;
+use crate::host::firewall;
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
-    ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress, StoreKind,
+    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress,
+    StoreKind,
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
@@ -88,8 +90,20 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
         give_contents(&options.data_dir, account)?;
         give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
     }
-    let parts = options.process.sandbox.0.iter().map(|part| part_of(*part));
-    let mut plan = Plan::new(parts.collect(), account);
+    let parts: Vec<Part> = options
+        .process
+        .sandbox
+        .0
+        .iter()
+        .map(|part| part_of(*part))
+        .collect();
+    if options.firewall.tool != FirewallTool::Off
+        && let Err(error) = firewall::helper::start(&parts)
+    {
+        // Without a sandbox the daemon runs the tools itself; inside, it will say that it cannot.
+        tracing::warn!(%error, "cannot start the process that runs firewall tools");
+    }
+    let mut plan = Plan::new(parts.into_iter().collect(), account);
     for (folder, _) in folders {
         plan.write(folder);
     }

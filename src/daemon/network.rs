@@ -15,6 +15,7 @@ use crate::addr::{Ipv6Prefix, Mtu, Prefix};
 use crate::backend::{Backend, Carrier, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
+use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::{IngressCheck, Sources};
@@ -23,6 +24,7 @@ use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
 use crate::dataplane::{Encap, Oversize};
 use crate::host::endpoint::{Endpoint, Outlet, SidOptions, SidWorker};
+use crate::host::firewall::Guard;
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
@@ -44,6 +46,7 @@ pub(super) struct Setup<'a, B> {
     pub(super) interface: &'a UnderlayInterface,
     pub(super) inner_mtu: Mtu,
     pub(super) netlink: Netlink,
+    pub(super) firewall: Keeper,
 }
 
 impl<B> Setup<'_, B> {
@@ -52,6 +55,23 @@ impl<B> Setup<'_, B> {
             v4: self.interface.v4,
             v6: self.interface.v6,
         }
+    }
+}
+
+impl<B: Backend> Setup<'_, B> {
+    /// Has the firewall rules for a subnet made.
+    pub(super) async fn want_firewall(&self, own: Subnet) {
+        let guard = match self.backend.carrier() {
+            Carrier::Udp { port, .. } => Guard::Port(port),
+            Carrier::Raw { .. } => Guard::Blocks(self.backend.blocks()),
+        };
+        let device = &self.options.device;
+        let devices = vec![
+            device.clone(),
+            outer_tun::name(device),
+            self.interface.name.clone(),
+        ];
+        self.firewall.want(self.config, own, Some(guard), devices).await;
     }
 }
 
@@ -679,6 +699,9 @@ async fn configure_outer<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     if let Err(error) = sysctl::no_link_local_address(&name) {
         tracing::warn!(%error, "the kernel may send link-local packets into the outer device; they are dropped and counted");
     }
+    if let Err(error) = sysctl::believe_nobody(&name) {
+        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the outer device");
+    }
     netlink.set_mtu(index, outer_tun::MTU_BYTES).await?;
     netlink.set_tx_queue_len(index, outer_tun::QUEUE_LEN).await?;
     netlink.set_up(index).await?;
@@ -740,6 +763,9 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
     };
     if let Err(error) = quiet {
         tracing::warn!(%error, "the kernel may send link-local packets into the device; they are dropped and counted");
+    }
+    if let Err(error) = sysctl::believe_nobody(name) {
+        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the device; peers could send some");
     }
     let index = netlink.link(name).await?.index;
     netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;

@@ -20,13 +20,15 @@ use crate::control::{
 };
 use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
+use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
 use crate::daemon::{ENVIRONMENT, exit_status, plain};
-use crate::host::interface::{Families, InterfaceRequest, UnderlayInterface};
+use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -43,6 +45,15 @@ const GATHER: Duration = Duration::from_millis(100);
 /// A file of keys has a line a key, of up to some hundred bytes.
 const MAX_KEYS_BYTES: u64 = 1 << 20;
 
+/// What tells the rules of the network without a name from those of another daemon's on this host: nothing, unless the device has a name
+/// of its own.
+pub(super) fn rules_name(options: &RunOptions) -> &str {
+    match options.packet_path.device.as_str() {
+        "flannel0" => "",
+        device => device,
+    }
+}
+
 /// Joins a network and stays in it; returns only with an error nothing can mend.
 ///
 /// One of several networks comes with its name, and takes what it needs of the host before anything is touched.
@@ -52,13 +63,28 @@ pub(super) async fn run(
     report: Arc<Report>,
     claims: Option<(NetworkName, Arc<Claims>)>,
 ) -> Result<()> {
+    let mut moving = None;
     loop {
-        match live(&options, claims.as_ref(), Arc::clone(&store), Arc::clone(&report)).await {
-            Err(error) if error.downcast_ref::<ChooseAgain>().is_some() => {
-                tracing::info!("choosing a backend again: {error}");
+        let (store, report) = (Arc::clone(&store), Arc::clone(&report));
+        let ended = live(
+            &options,
+            claims.as_ref(),
+            Arc::clone(&store),
+            Arc::clone(&report),
+            moving.take(),
+        )
+        .await;
+        match ended.map_err(|error| error.downcast::<ChooseAgain>()) {
+            Err(Ok(again)) => {
+                tracing::info!("joining anew: {again}");
                 report.not_ready();
+                moving = again.lease();
+                if moving.is_some() {
+                    store.distrust();
+                }
             }
-            ended => return ended,
+            Err(Err(error)) => return Err(error),
+            Ok(()) => return Ok(()),
         }
     }
 }
@@ -87,9 +113,9 @@ pub(super) struct UnusableMtu {
     pub(super) rule: String,
 }
 
-/// Another backend can be had now, or the one chosen can not: an automatic choice is to be made again.
+/// Another backend can be had now, or the one chosen can not, or the underlay is another: what was chosen is to be chosen again.
 #[derive(Debug, thiserror::Error)]
-enum ChooseAgain {
+pub(super) enum ChooseAgain {
     /// The better one's port has become free.
     #[error("port {0} is free")]
     PortFree(u16),
@@ -99,6 +125,24 @@ enum ChooseAgain {
     /// The port of the one chosen is taken.
     #[error("port {0} is taken")]
     PortTaken(u16),
+    /// The underlay is another; the lease comes along.
+    #[error("the underlay is another: {what}")]
+    Underlay {
+        /// What is different.
+        what: String,
+        /// Our lease, as the store knows it.
+        lease: Box<Lease>,
+    },
+}
+
+impl ChooseAgain {
+    /// The lease to take along.
+    fn lease(self) -> Option<Lease> {
+        match self {
+            Self::Underlay { lease, .. } => Some(*lease),
+            Self::PortFree(_) | Self::Moved(_) | Self::PortTaken(_) => None,
+        }
+    }
 }
 
 /// Joins the network with the backend its config names, and stays in it.
@@ -107,8 +151,9 @@ async fn live(
     claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
+    moving: Option<Lease>,
 ) -> Result<()> {
-    let mut control = Control::new(Arc::clone(&store), control_options(options));
+    let mut control = Control::new(Arc::clone(&store), control_options(options)).moving(moving);
     let config = control.network_config().await;
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
@@ -190,7 +235,8 @@ async fn join<B: Backend>(
     report: Arc<Report>,
 ) -> Result<()> {
     let netlink = Netlink::open()?;
-    let interface = underlay_interface(options, &families(&config, backend.needs_v6()), &netlink).await;
+    let wanted = families(&config, backend.needs_v6());
+    let interface = underlay_interface(options, &wanted, &netlink).await;
     let mut place = Place {
         mac: netlink
             .link(&interface.name)
@@ -254,11 +300,13 @@ async fn join<B: Backend>(
         interface: &interface,
         inner_mtu,
         netlink,
+        firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
     };
     let (publish, published) = control.channels(&config, &lease);
     let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_node(&setup, &published, store);
-    stay(options, &setup, lease, published, &report).await
+    let watch = UnderlayWatch::new(&options.interface, &wanted, &interface);
+    stay(options, &setup, lease, published, (&report, watch)).await
 }
 
 /// What our lease is to say.
@@ -282,7 +330,7 @@ async fn stay<B: Backend>(
     setup: &Setup<'_, B>,
     mut lease: Lease,
     mut published: Published,
-    report: &Report,
+    (report, mut underlay): (&Report, UnderlayWatch),
 ) -> Result<()> {
     let mut changes = Netlink::watch()?;
     let repairs = RateLimit::default();
@@ -302,7 +350,9 @@ async fn stay<B: Backend>(
             plane.follow(&table, &direct.refused);
         }
         report.set_plane(&plane);
-        let mut announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+        setup.want_firewall(lease.subnet).await;
+        let (mtu, ip_masq) = (setup.inner_mtu, setup.firewall.ip_masq());
+        let mut announce_due = announce(options, setup.config, lease.subnet, mtu, ip_masq, report);
         let mut look_due = None;
         let mut turns = interval(TURN);
         loop {
@@ -319,7 +369,7 @@ async fn stay<B: Backend>(
                     }
                 }
                 () = at(announce_due) => {
-                    announce_due = announce(options, setup.config, lease.subnet, setup.inner_mtu, report);
+                    announce_due = announce(options, setup.config, lease.subnet, mtu, setup.firewall.ip_masq(), report);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -351,7 +401,13 @@ async fn stay<B: Backend>(
                     }
                     lease = new;
                 }
+                () = at(underlay.due()) => {
+                    if let Some(Moved { what }) = underlay.look(&setup.netlink).await {
+                        return Err(ChooseAgain::Underlay { what, lease: Box::new(lease) }.into());
+                    }
+                }
                 Some(change) = changes.next() => {
+                    underlay.note(&change);
                     direct.kernel.note(&change, &setup.interface.name);
                     if let LinkChange::Link(link) = &change
                         && link.name == setup.interface.name
@@ -397,10 +453,11 @@ pub(super) fn announce(
     config: &NetworkConfig,
     own: Subnet,
     inner_mtu: Mtu,
+    ip_masq: subnet_file::IpMasq,
     report: &Report,
 ) -> Option<Instant> {
     let file = &options.subnet_file;
-    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, subnet_file::IpMasq::Off) {
+    if let Err(error) = subnet_file::write(file, config, own, inner_mtu, ip_masq) {
         if report.unwritten.allows() {
             tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
         }
@@ -420,6 +477,7 @@ fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
         LinkChange::Link(link) => devices.contains(&link.index),
         LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
         LinkChange::RouteGone(route) => devices.contains(&route.index),
+        LinkChange::DefaultRoute(_) => false,
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,
@@ -511,15 +569,7 @@ pub(super) async fn underlay_interface(
     loop {
         let mut first_error = None;
         for &families in wanted {
-            let request = InterfaceRequest {
-                ifaces: options.interface.iface.clone(),
-                iface_regexes: options.interface.iface_regex.clone(),
-                can_reach: options.interface.can_reach,
-                public_ip: options.interface.public_ip,
-                public_ipv6: options.interface.public_ipv6,
-                families,
-            };
-            match request.choose(netlink).await {
+            match request(&options.interface, families).choose(netlink).await {
                 Ok(interface) => return interface,
                 Err(error) => first_error.get_or_insert(error),
             };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use futures_util::StreamExt;
-use tokio::time::interval;
+use tokio::time::{Instant, interval};
 use tracing::Instrument;
 
 use crate::addr::Prefix;
@@ -17,15 +17,17 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::control::store::Store;
 use crate::control::{Control, Published};
+use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
-use crate::daemon::node::{UnusableMtu, announce, at, families, underlay_interface};
+use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, families, rules_name, underlay_interface};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
+use crate::daemon::underlay_watch::{Moved, UnderlayWatch};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
-use crate::lease::{LeaseAttrs, Subnet};
+use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::RunOptions;
 use crate::status;
 
@@ -82,6 +84,7 @@ pub(super) async fn join<B: NoTunnel>(
         backend = backend.name(),
         "lease acquired"
     );
+    let watch = UnderlayWatch::new(&options.interface, wanted, &interface);
     let (publish, published) = control.channels(&config, &lease);
     let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
     report.set_plain_node(&backend, &config, &interface, &published, store);
@@ -99,8 +102,9 @@ pub(super) async fn join<B: NoTunnel>(
         routes: KernelRoutes::new(netlink.clone(), networks(&config), upkeep),
         netlink,
         gone_told: false,
+        firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
     };
-    node.stay(lease.subnet, published, &report).await
+    node.stay(lease, published, watch, &report).await
 }
 
 struct Node<'a, B> {
@@ -113,11 +117,19 @@ struct Node<'a, B> {
     netlink: Netlink,
     /// Whether the interface was missing when last looked for.
     gone_told: bool,
+    firewall: Keeper,
 }
 
 impl<B: NoTunnel> Node<'_, B> {
     /// Keeps routes and subnet file true.
-    async fn stay(mut self, mut own: Subnet, mut published: Published, report: &Report) -> Result<()> {
+    async fn stay(
+        mut self,
+        mut lease: Lease,
+        mut published: Published,
+        mut underlay: UnderlayWatch,
+        report: &Report,
+    ) -> Result<()> {
+        let mut own = lease.subnet;
         let mut changes = Netlink::watch()?;
         let mut announced = None;
         let mut announce_due = None;
@@ -125,7 +137,9 @@ impl<B: NoTunnel> Node<'_, B> {
             let table = published.peers.borrow_and_update().clone();
             self.follow(&table, own, report).await?;
             if announced != Some(own) {
-                announce_due = announce(self.options, self.config, own, self.interface.mtu, report);
+                let devices = vec![self.interface.name.clone()];
+                self.firewall.want(self.config, own, None, devices).await;
+                announce_due = self.announce(own, report);
                 announced = Some(own);
             }
             let mut turns = interval(TURN);
@@ -141,7 +155,8 @@ impl<B: NoTunnel> Node<'_, B> {
                         }
                     }
                     Ok(()) = published.lease.changed() => {
-                        let new = published.lease.borrow_and_update().subnet;
+                        lease = published.lease.borrow_and_update().clone();
+                        let new = lease.subnet;
                         if new != own {
                             tracing::warn!(old = %own, %new, "moving to another subnet");
                             report.not_ready();
@@ -149,16 +164,27 @@ impl<B: NoTunnel> Node<'_, B> {
                             break;
                         }
                     }
+                    () = at(underlay.due()) => {
+                        if let Some(Moved { what }) = underlay.look(&self.netlink).await {
+                            return Err(ChooseAgain::Underlay { what, lease: Box::new(lease) }.into());
+                        }
+                    }
                     Some(change) = changes.next() => {
+                        underlay.note(&change);
                         self.routes.note(&change, &self.interface.name);
                     }
                     () = at(announce_due) => {
-                        announce_due = announce(self.options, self.config, own, self.interface.mtu, report);
+                        announce_due = self.announce(own, report);
                     }
                     () = at(self.routes.due()) => break,
                 }
             }
         }
+    }
+
+    fn announce(&self, own: Subnet, report: &Report) -> Option<Instant> {
+        let (mtu, ip_masq) = (self.interface.mtu, self.firewall.ip_masq());
+        announce(self.options, self.config, own, mtu, ip_masq, report)
     }
 
     async fn follow(&mut self, table: &PeerTable, own: Subnet, report: &Report) -> Result<()> {

@@ -179,6 +179,11 @@ impl Report {
         });
     }
 
+    /// Says what firewall rules are made with, or why there are none.
+    pub(super) fn set_firewall(&self, state: &str) {
+        self.edit(|parts| state.clone_into(&mut parts.fixed.firewall));
+    }
+
     /// The loop that keeps the node up has turned.
     pub(super) fn set_turned(&self) {
         self.edit(|parts| parts.turned = Some(Instant::now()));

@@ -2,10 +2,15 @@
 //!
 //! The order is flannel's. Options that name an interface are tried first to last, and the first that leads to a
 //! usable interface wins; without any, the interface holding the public address is taken, or else the one of the
-//! first default route. Usable means: it has an address of every family wanted, and an MTU.
+//! default route with the best metric, or where the main table has none, the one the kernel would send to the Internet by.
+//! Usable means: it has an address of every family wanted, and an MTU.
 //!
-//! [`InterfaceRequest::choose`] reads the links, addresses and routes once and decides on that picture; the answer
-//! holds for the life of the process.
+//! A public address that no interface holds is that of a NAT before this host: the interface is the default route's, and the address is
+//! published as it is.
+//!
+//! [`InterfaceRequest::choose`] reads the links, addresses and routes once and decides on that picture.
+//! [`InterfaceRequest::choose_again`] does so later, and holds on to what was chosen as long as that is still there: an address that is
+//! added beside it, or a link that would have come first, moves nobody. Only the default route is followed wherever it goes.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -13,7 +18,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use netlink_packet_route::address::AddressFlags;
 use regex::Regex;
 
-use crate::addr::{AddrError, Mtu};
+use crate::addr::{AddrError, Ipv4Prefix, Ipv6Prefix, Mtu, Prefix};
 use crate::host::netlink::{Link, LinkAddr, Netlink, NetlinkError, Route, RouteLookup};
 
 /// The address families the underlay has to carry.
@@ -118,6 +123,9 @@ pub enum Miss {
     /// The kernel has no route there.
     #[error("{}: {}", .0, cause(.0))]
     NoRoute(NetlinkError),
+    /// No interface has the public address, and there is no default route either.
+    #[error("no interface has that address, and for one behind NAT {0}")]
+    NotHeld(Box<Miss>),
     /// There is no default route of a family wanted.
     #[error("there is no {0} default route; name an interface with --iface")]
     NoDefaultRoute(&'static str),
@@ -147,6 +155,17 @@ pub enum Miss {
     },
 }
 
+/// Addresses for documentation (RFC 5737, RFC 3849): whatever leads there leads to everywhere. Nothing is sent.
+const AFAR_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
+const AFAR_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+
+fn everywhere(like: IpAddr) -> Prefix {
+    match like {
+        IpAddr::V4(_) => Prefix::V4(Ipv4Prefix::ALL),
+        IpAddr::V6(_) => Prefix::V6(Ipv6Prefix::ALL),
+    }
+}
+
 fn cause(error: &dyn std::error::Error) -> String {
     error.source().map(ToString::to_string).unwrap_or_default()
 }
@@ -165,6 +184,22 @@ impl InterfaceRequest {
     /// # Errors
     /// No interface is usable; the error says for each option why.
     pub async fn choose(&self, netlink: &Netlink) -> Result<UnderlayInterface, InterfaceError> {
+        self.choose_on(self.host(netlink).await?)
+    }
+
+    /// Chooses once more; `current` is what was chosen before, and stays as long as it can.
+    ///
+    /// # Errors
+    /// What was chosen is not there any more, and nothing else is usable.
+    pub async fn choose_again(
+        &self,
+        netlink: &Netlink,
+        current: &UnderlayInterface,
+    ) -> Result<UnderlayInterface, InterfaceError> {
+        self.choose_again_on(self.host(netlink).await?, current)
+    }
+
+    async fn host(&self, netlink: &Netlink) -> Result<Host, InterfaceError> {
         let mut host = Host {
             links: netlink.links().await?,
             addresses: netlink.addresses().await?,
@@ -174,7 +209,54 @@ impl InterfaceRequest {
         if let Some(addr) = self.can_reach {
             host.reach = Some((addr, netlink.route_to(addr).await));
         }
-        self.choose_on(host)
+        for (afar, wanted) in [(AFAR_V4, self.families.v4()), (AFAR_V6, self.families.v6())] {
+            let same_family = |route: &Route| route.destination.addr().is_ipv4() == afar.is_ipv4();
+            if wanted && !host.defaults.iter().any(same_family) {
+                // Policy routing keeps default routes in tables of its own.
+                let found = netlink.route_to(afar).await.ok();
+                let index = found.map(|found| found.index).filter(|&index| index != 0);
+                let everywhere = everywhere(afar);
+                host.defaults
+                    .extend(index.map(|index| Route::direct(everywhere, index)));
+            }
+        }
+        Ok(host)
+    }
+
+    fn choose_again_on(
+        &self,
+        host: Host,
+        current: &UnderlayInterface,
+    ) -> Result<UnderlayInterface, InterfaceError> {
+        let kept = self.kept(&host, current);
+        let is_named = !self.ifaces.is_empty() || !self.iface_regexes.is_empty();
+        match (kept, self.choose_on(host)) {
+            (Some(kept), _) if is_named => Ok(kept),
+            (Some(kept), Ok(chosen)) if chosen.name == kept.name => Ok(kept),
+            // Its route is away for the moment, as when its cable is.
+            (Some(kept), Err(_)) => Ok(kept),
+            (_, chosen) => chosen,
+        }
+    }
+
+    /// What was chosen, as it is now, if it still has its addresses.
+    fn kept(&self, host: &Host, current: &UnderlayInterface) -> Option<UnderlayInterface> {
+        let link = host.links.iter().find(|link| link.name == current.name)?;
+        let holds = |addr: IpAddr| {
+            host.addresses.iter().any(|held| {
+                held.index == link.index
+                    && held.addr == addr
+                    && !held.flags.contains(AddressFlags::Deprecated)
+            })
+        };
+        let has_both = current.v4.is_none_or(|addr| holds(addr.into()))
+            && current.v6.is_none_or(|addr| holds(addr.into()));
+        let found = Match {
+            index: link.index,
+            v4: current.v4,
+            v6: current.v6,
+        };
+        self.complete(host, found).ok().filter(|_| has_both)
     }
 
     fn choose_on(&self, mut host: Host) -> Result<UnderlayInterface, InterfaceError> {
@@ -208,9 +290,9 @@ impl InterfaceRequest {
             }
         } else if self.ifaces.is_empty() && self.iface_regexes.is_empty() {
             let (what, found) = if let Some(addr) = self.public_ip.filter(|_| self.families.v4()) {
-                (format!("--public-ip {addr}"), host.holding(addr.into()))
+                (format!("--public-ip {addr}"), self.behind(addr.into(), &host))
             } else if let Some(addr) = self.public_ipv6.filter(|_| self.families.v6()) {
-                (format!("--public-ipv6 {addr}"), host.holding(addr.into()))
+                (format!("--public-ipv6 {addr}"), self.behind(addr.into(), &host))
             } else {
                 (
                     "the default route".to_owned(),
@@ -224,6 +306,14 @@ impl InterfaceRequest {
         Err(InterfaceError::NoneUsable {
             tried,
             present: host.to_string(),
+        })
+    }
+
+    /// The interface with a public address, or that of the default route if the address is a NAT's.
+    fn behind(&self, addr: IpAddr, host: &Host) -> Result<Match, Miss> {
+        host.holding(addr).or_else(|_| {
+            host.by_default_route(self.families)
+                .map_err(|miss| Miss::NotHeld(Box::new(miss)))
         })
     }
 
@@ -356,6 +446,15 @@ impl Host {
 
     fn reaching(&self, reach: Result<RouteLookup, NetlinkError>) -> Result<Match, Miss> {
         let reach = reach.map_err(Miss::NoRoute)?;
+        // To an address of its own the kernel goes by loopback; what is meant is the interface that has it.
+        let by_loopback = self.link(reach.index).is_some_and(Link::is_loopback);
+        if let Some(found) = reach
+            .source
+            .filter(|_| by_loopback)
+            .and_then(|own| self.holding(own).ok())
+        {
+            return Ok(found);
+        }
         Ok(match reach.source {
             Some(source) => Match::address(reach.index, source),
             None => Match::link(reach.index),
@@ -487,20 +586,117 @@ mod tests {
     }
 
     #[test]
-    fn a_public_address_nobody_holds_needs_a_named_interface() {
+    fn a_public_address_nobody_holds_is_a_nats() {
+        // B21 of the list of upstream bugs.
         let mut request = request();
         request.public_ip = Some(v4("203.0.113.9"));
-        let error = request.choose_on(host()).unwrap_err().to_string();
+        for ifaces in [&[][..], &["eth0".to_owned()]] {
+            request.ifaces = ifaces.to_vec();
+            let chosen = request.choose_on(host()).unwrap();
+            assert_eq!(chosen.name, "eth0");
+            assert_eq!(
+                (chosen.v4, chosen.public_v4),
+                (Some(v4("192.0.2.1")), Some(v4("203.0.113.9")))
+            );
+        }
+        request.ifaces.clear();
+        let mut without_route = host();
+        without_route.defaults.clear();
+        let error = request.choose_on(without_route).unwrap_err().to_string();
         assert!(
-            error.contains("--public-ip 203.0.113.9 (no interface has that address)"),
+            error.contains("--public-ip 203.0.113.9 (no interface has that address, and for one behind NAT"),
             "{error}"
         );
-        request.ifaces = vec!["eth0".into()];
+    }
+
+    #[test]
+    fn a_public_address_names_the_interface_that_holds_it() {
+        let mut request = request();
+        request.public_ip = Some(v4("198.51.100.2"));
         let chosen = request.choose_on(host()).unwrap();
         assert_eq!(
-            (chosen.v4, chosen.public_v4),
-            (Some(v4("192.0.2.1")), Some(v4("203.0.113.9")))
+            (chosen.name.as_str(), chosen.v4, chosen.public_v4),
+            ("eth1", Some(v4("198.51.100.2")), Some(v4("198.51.100.2")))
         );
+    }
+
+    #[test]
+    fn in_both_families_an_ipv6_address_names_the_interface_and_the_other_family_follows() {
+        // B22 of the list of upstream bugs: flannel panics.
+        let mut request = request();
+        request.families = Families::Dual;
+        request.ifaces = vec!["2001:db8:1::1".into()];
+        let chosen = request.choose_on(host()).unwrap();
+        assert_eq!(
+            (chosen.v4, chosen.v6),
+            (Some(v4("192.0.2.1")), Some("2001:db8:1::1".parse().unwrap()))
+        );
+        assert_eq!(chosen.public_v6, chosen.v6);
+    }
+
+    #[test]
+    fn in_both_families_a_pattern_has_to_fit_an_address_of_each() {
+        let mut request = request();
+        request.families = Families::Dual;
+        request.iface_regexes = vec!["^192\\.0|^2001".into()];
+        assert_eq!(request.choose_on(host()).unwrap().name, "eth0");
+        request.iface_regexes = vec!["^192\\.0".into()];
+        assert!(request.choose_on(host()).is_err());
+    }
+
+    #[test]
+    fn a_route_to_an_address_of_our_own_names_the_interface_that_has_it() {
+        let mut request = request();
+        let own: IpAddr = v4("198.51.100.2").into();
+        request.can_reach = Some(own);
+        let mut host = host();
+        let reach = RouteLookup {
+            index: 1,
+            gateway: None,
+            source: Some(own),
+        };
+        host.links[0].flags = LinkFlags::Up | LinkFlags::Loopback;
+        host.reach = Some((own, Ok(reach)));
+        assert_eq!(request.choose_on(host).unwrap().name, "eth1");
+    }
+
+    #[test]
+    fn what_was_chosen_stays_while_it_is_there() {
+        let mut request = request();
+        let chosen = request.choose_on(host()).unwrap();
+        let again = |request: &InterfaceRequest, host: Host| request.choose_again_on(host, &chosen);
+        // An address that would come first: a permanent one before it.
+        let mut more = host();
+        more.addresses
+            .insert(0, addr(2, "192.0.2.250", AddressFlags::Permanent));
+        assert_eq!(again(&request, more).unwrap(), chosen);
+        // The default route is away for the moment.
+        let mut unplugged = host();
+        unplugged.defaults.clear();
+        assert_eq!(again(&request, unplugged).unwrap(), chosen);
+        // An interface named earlier has come.
+        request.ifaces = vec!["eth1".into(), "eth0".into()];
+        assert_eq!(again(&request, host()).unwrap(), chosen);
+    }
+
+    #[test]
+    fn what_was_chosen_goes_with_its_address_its_interface_or_its_default_route() {
+        let request = request();
+        let chosen = request.choose_on(host()).unwrap();
+        let again = |host: Host| request.choose_again_on(host, &chosen);
+        let mut other = host();
+        other.addresses[2] = addr(2, "192.0.2.9", AddressFlags::Permanent);
+        assert_eq!(again(other).unwrap().v4, Some(v4("192.0.2.9")));
+        let mut moved = host();
+        moved.defaults[0].index = 3;
+        assert_eq!(again(moved).unwrap().name, "eth1");
+        let mut gone = host();
+        gone.addresses.retain(|held| held.index != 2);
+        assert!(again(gone).is_err(), "there is nothing to go to; wait");
+        let mut smaller = host();
+        smaller.links[1].mtu_bytes = 1400;
+        let again = again(smaller).unwrap();
+        assert_eq!((again.v4, again.mtu.bytes()), (chosen.v4, 1400));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod endpoint;
 pub mod ethtool;
+pub mod firewall;
 pub mod inherited;
 pub mod interface;
 pub mod limits;

@@ -31,11 +31,11 @@ pub use self::message::{
     VxlanDevice,
 };
 use self::message::{
-    backstop, change, held_backstop, held_local_prefix, held_route, ip, link, link_addr, local_prefix,
-    v6_tunnel, vxlan_device,
+    backstop, blackhole, change, default_route, held_backstop, held_blackhole, held_local_prefix, held_route,
+    ip, link, link_addr, local_prefix, v6_tunnel, vxlan_device,
 };
 pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
-use crate::addr::Ipv6Prefix;
+use crate::addr::{Ipv6Prefix, Prefix};
 
 /// A request to the kernel failed.
 #[derive(Debug, thiserror::Error)]
@@ -441,6 +441,33 @@ impl Netlink {
         self.v6_prefixes(held_backstop).await
     }
 
+    /// Has packets to `prefix` dropped while no other route leads there, under [`KERSEY_PROTOCOL`]; for our own subnet.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn add_own_blackhole(&self, prefix: Prefix) -> Result<(), NetlinkError> {
+        let request = self.handle.route().add(blackhole(prefix)).replace();
+        request.execute().await.or_refused("set blackhole", prefix)
+    }
+
+    /// Undoes [`add_own_blackhole`](Self::add_own_blackhole); one that is not there is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn delete_own_blackhole(&self, prefix: Prefix) -> Result<(), NetlinkError> {
+        let result = self.handle.route().del(blackhole(prefix)).execute().await;
+        gone(result, &[libc::ESRCH, libc::ENODEV]).or_refused("delete blackhole", prefix)
+    }
+
+    /// What [`add_own_blackhole`](Self::add_own_blackhole) has made.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn own_blackholes(&self) -> Result<Vec<Prefix>, NetlinkError> {
+        let messages = self.route_messages().await?;
+        Ok(messages.iter().filter_map(held_blackhole).collect())
+    }
+
     /// What `read` makes of the IPv6 routes of all tables.
     async fn v6_prefixes(
         &self,
@@ -456,21 +483,33 @@ impl Netlink {
             .collect())
     }
 
-    /// The default routes of both families, in the kernel's order.
+    /// The default routes of both families that lead somewhere, the one the kernel prefers first: by metric, and its own order where that
+    /// is the same. Of a route with several ways this is the first whose link is up.
     ///
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn default_routes(&self) -> Result<Vec<Route>, NetlinkError> {
-        let mut routes = self.routes().await?;
-        routes.retain(|held| held.route.destination.len() == 0);
-        Ok(routes.into_iter().map(|held| held.route).collect())
+        let messages = self.route_messages().await?;
+        let mut routes: Vec<(u32, Route)> = messages.iter().filter_map(default_route).collect();
+        routes.sort_by_key(|(metric, _)| *metric);
+        Ok(routes.into_iter().map(|(_, route)| route).collect())
     }
 
-    /// All routes of the main table, whoever made them, in the kernel's order.
+    /// All routes of the main table but our blackholes, whoever made them, in the kernel's order.
     ///
     /// # Errors
     /// The kernel refuses the dump.
     pub async fn routes(&self) -> Result<Vec<HeldRoute>, NetlinkError> {
+        let messages = self.route_messages().await?;
+        Ok(messages
+            .iter()
+            .filter(|message| held_blackhole(message).is_none())
+            .filter_map(held_route)
+            .collect())
+    }
+
+    /// The routes of the main table, IPv4's first.
+    async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut found = Vec::new();
         let dumps = [
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
@@ -484,11 +523,9 @@ impl Netlink {
                 .execute()
                 .try_collect::<Vec<_>>()
                 .await;
-            for message in messages.or_refused("list", "routes")? {
-                if message.header.table == RouteHeader::RT_TABLE_MAIN {
-                    found.extend(held_route(&message));
-                }
-            }
+            let messages = messages.or_refused("list", "routes")?;
+            let in_main = |message: &RouteMessage| message.header.table == RouteHeader::RT_TABLE_MAIN;
+            found.extend(messages.into_iter().filter(in_main));
         }
         Ok(found)
     }

@@ -99,6 +99,19 @@ pub fn no_link_local_address(link: &str) -> Result<(), SysctlError> {
     present(set(&format!("ipv6/conf/{link}/addr_gen_mode"), "1"))
 }
 
+/// Keeps the kernel from believing routers and redirects that it hears of on `link`, a device of ours: behind it are other nodes and their
+/// pods, and no router.
+///
+/// A kernel without IPv6 has no such switches and needs none, which counts as success.
+///
+/// # Errors
+/// A switch exists but cannot be written.
+pub fn believe_nobody(link: &str) -> Result<(), SysctlError> {
+    ["accept_ra", "accept_redirects", "autoconf"]
+        .iter()
+        .try_for_each(|switch| present(set(&format!("ipv6/conf/{link}/{switch}"), "0")))
+}
+
 /// Turns IPv6 on on `link`, where the host has it off by default.
 ///
 /// # Errors

@@ -25,6 +25,7 @@
 //! are read [`BIG_BODIES`] at a time, so that all together stay within two megabytes; where [`WAITING_BODIES`] wait for that,
 //! the next is an error.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ use crate::addr::{Ipv4Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
 use crate::control::store::StoreError;
 use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
-use crate::control::store::remote::{ERROR_HEADER, ErrorKind, PREVIOUS_HEADER};
+use crate::control::store::remote::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
 use crate::lease::json::{Object, compact};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -442,15 +443,42 @@ async fn renew(
 ) -> Result<Response, ApiError> {
     let entered = api.enter(&caller, &network, Right::Lease)?;
     let Network { store, feed, .. } = &*entered;
+    let formerly = former_address(request.headers())?;
     let text = text(&read_body(&api, request).await?);
     let read = parse_lease(&text).map_err(ApiError::body)?;
     let Some(mut lease) = read.into_lease() else {
         return Err(ApiError::body("Attrs is missing"));
     };
     repair_backend_data(&mut lease.attrs);
-    let lease = store.renew(&lease).await?;
+    let lease = match formerly {
+        Some(formerly) => store.readdress(None, &lease, &formerly).await?,
+        None => store.renew(&lease).await?,
+    };
     wait_until_shown(feed, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
+}
+
+/// The node that a lease is still known as, by its public address.
+fn former_address(headers: &HeaderMap) -> Result<Option<LeaseAttrs>, ApiError> {
+    let Some(value) = headers.get(FORMERLY_HEADER) else {
+        return Ok(None);
+    };
+    let addr: IpAddr = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| ApiError::Malformed(format!("{FORMERLY_HEADER} must be an IP address")))?;
+    let (public_ip, public_ipv6) = match addr {
+        IpAddr::V4(addr) => (addr, None),
+        IpAddr::V6(addr) => (Ipv4Addr::UNSPECIFIED, Some(addr)),
+    };
+    Ok(Some(LeaseAttrs {
+        public_ip,
+        public_ipv6,
+        backend_type: String::new(),
+        backend_data: None,
+        backend_v6_data: None,
+    }))
 }
 
 async fn revoke(

@@ -383,6 +383,10 @@ impl Registry for EtcdRegistry {
         self.connection.place().to_owned()
     }
 
+    fn distrust(&self) {
+        self.connection.distrust();
+    }
+
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
         const DOING: &str = "read the network config";
         Box::pin(async move {

@@ -87,7 +87,12 @@ impl<R: Registry> LocalStore<R> {
         Ok(created.map(|entry| entry.lease))
     }
 
-    async fn try_renew(&self, lease: &Lease) -> Result<Option<Lease>, StoreError> {
+    /// `formerly` is who else this node was when it took the lease, if it has other addresses by now.
+    async fn try_renew(
+        &self,
+        lease: &Lease,
+        formerly: Option<&LeaseAttrs>,
+    ) -> Result<Option<Lease>, StoreError> {
         let subnet = lease.subnet;
         let lost = |holder: &Entry| StoreError::LeaseLost {
             subnet,
@@ -98,7 +103,8 @@ impl<R: Registry> LocalStore<R> {
         };
         // One key, not all: a thousand nodes renew at once when a store comes back.
         if let Some(entry) = self.registry.get(subnet).await? {
-            if !entry.lease.attrs.same_node(&lease.attrs) {
+            let held_by = &entry.lease.attrs;
+            if !held_by.same_node(&lease.attrs) && !formerly.is_some_and(|old| held_by.same_node(old)) {
                 return Err(lost(&entry));
             }
             let lifetime = lifetime(&entry.lease);
@@ -220,11 +226,31 @@ impl<R: Registry> Store for LocalStore<R> {
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
         Box::pin(async move {
             for _ in 0..ATTEMPTS {
-                if let Some(lease) = self.try_renew(lease).await? {
+                if let Some(lease) = self.try_renew(lease, None).await? {
                     return Ok(lease);
                 }
             }
             Err(races_lost("renew a lease"))
+        })
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        holder: Option<&'a Holder>,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        const DOING: &str = "give our lease another address";
+        Box::pin(async move {
+            if let Some(holder) = holder {
+                self.be_the_only(DOING, holder, &lease.attrs).await?;
+            }
+            for _ in 0..ATTEMPTS {
+                if let Some(lease) = self.try_renew(lease, Some(formerly)).await? {
+                    return Ok(lease);
+                }
+            }
+            Err(races_lost(DOING))
         })
     }
 
@@ -253,6 +279,10 @@ impl<R: Registry> Store for LocalStore<R> {
 
     fn skipped(&self) -> u64 {
         self.registry.skipped()
+    }
+
+    fn distrust(&self) {
+        self.registry.distrust();
     }
 
     fn resets(&self) -> u64 {

@@ -119,6 +119,22 @@ pub trait Store: Send + Sync {
         self.renew(lease)
     }
 
+    /// Renews a lease that the store knows this node to hold under other public addresses, those of `formerly`: the node has moved. Refused
+    /// if another live host has the new address and the store can tell.
+    ///
+    /// Where renewals are taken from anybody, it is one like any other.
+    fn readdress<'a>(
+        &'a self,
+        _holder: Option<&'a Holder>,
+        lease: &'a Lease,
+        _formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.renew(lease)
+    }
+
+    /// This host has other addresses: connections made before may lead nowhere, and are not to be waited for.
+    fn distrust(&self) {}
+
     /// How many keys or values under this network were skipped so far because they could not be read.
     fn skipped(&self) -> u64 {
         0
@@ -213,6 +229,9 @@ pub trait Registry: Send + Sync {
 
     /// Deletes the entry of `subnet` if it still has `revision`; tells whether it had.
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>>;
+
+    /// See [`Store::distrust`].
+    fn distrust(&self) {}
 
     /// See [`Store::watch`].
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>>;

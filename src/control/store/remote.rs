@@ -19,6 +19,7 @@ pub mod objects;
 mod poll;
 mod servers;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use self::poll::{Watched, poll};
 use self::servers::{Ask, REQUEST_TIMEOUT, Servers};
 use super::{Cursor, LEASE_TTL, Store, StoreError, WatchItem, expires_in};
 use crate::addr::NetworkName;
+use crate::control::identity::Holder;
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 use crate::options::{RemoteOptions, ServerAddress};
 use crate::trust::TrustError;
@@ -40,6 +42,9 @@ use crate::trust::TrustError;
 pub const ERROR_HEADER: &str = "x-kersey-error";
 /// Request header that carries the subnet a node held before, a lease key.
 pub const PREVIOUS_HEADER: &str = "x-kersey-previous";
+
+/// Request header of a renewal that carries the public address a node had before; an old server takes any renewal.
+pub const FORMERLY_HEADER: &str = "x-kersey-formerly";
 
 /// The kind of an error, as [`ERROR_HEADER`] names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +132,30 @@ impl RemoteStore {
         Ok(WatchItem { update, cursor })
     }
 
+    /// Renews a lease; `formerly` is the public address it is still known by, if that is another by now.
+    async fn renew_known_as(&self, lease: &Lease, formerly: Option<IpAddr>) -> Result<Lease, StoreError> {
+        let ask = Ask {
+            doing: "renew the lease",
+            method: Method::PUT,
+            path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
+            body: lease_json(lease),
+            previous: None,
+            formerly,
+            about: Some(&lease.subnet),
+            timeout: REQUEST_TIMEOUT,
+        };
+        let answer = self.servers.ask(&ask).await?;
+        let expiration = if answer.body.trim().is_empty() {
+            expires_in(LEASE_TTL)
+        } else {
+            parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?
+        };
+        Ok(Lease {
+            expiration,
+            ..lease.clone()
+        })
+    }
+
     async fn act(
         &self,
         doing: &'static str,
@@ -140,6 +169,7 @@ impl RemoteStore {
             path,
             body: String::new(),
             previous: None,
+            formerly: None,
             about: Some(subnet),
             timeout: REQUEST_TIMEOUT,
         };
@@ -171,6 +201,7 @@ impl Store for RemoteStore {
                 path: format!("{}/leases", self.base),
                 body: attrs_json(attrs),
                 previous,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
@@ -186,27 +217,16 @@ impl Store for RemoteStore {
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "renew the lease",
-                method: Method::PUT,
-                path: format!("{}/leases/{}", self.base, old_key(lease.subnet)),
-                body: lease_json(lease),
-                previous: None,
-                about: Some(&lease.subnet),
-                timeout: REQUEST_TIMEOUT,
-            };
-            let answer = self.servers.ask(&ask).await?;
-            let expiration = if answer.body.trim().is_empty() {
-                expires_in(LEASE_TTL)
-            } else {
-                parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?
-            };
-            Ok(Lease {
-                expiration,
-                ..lease.clone()
-            })
-        })
+        Box::pin(self.renew_known_as(lease, None))
+    }
+
+    fn readdress<'a>(
+        &'a self,
+        _holder: Option<&'a Holder>,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.renew_known_as(lease, formerly.address()))
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -227,6 +247,7 @@ impl Store for RemoteStore {
                     subnet.v4, attrs.public_ip
                 ),
                 previous: None,
+                formerly: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };

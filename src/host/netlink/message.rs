@@ -9,7 +9,8 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags,
+    RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_core::NetlinkPayload;
@@ -204,6 +205,41 @@ pub(super) fn backstop(prefix: Ipv6Prefix) -> RouteMessage {
     message
 }
 
+/// Behind a pod bridge's own route, and not to be taken for a backstop.
+const BLACKHOLE_METRIC: u32 = u32::MAX - 2;
+
+/// A route that drops packets to addresses of our subnet that nobody has.
+///
+/// It has the worst of metrics: the route to a bridge that gets an address of the subnet later must win.
+pub(super) fn blackhole(prefix: Prefix) -> RouteMessage {
+    let mut message = match prefix {
+        Prefix::V4(prefix) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(prefix.addr(), prefix.len())
+            .priority(BLACKHOLE_METRIC)
+            .build(),
+        Prefix::V6(prefix) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(prefix.addr(), prefix.len())
+            .priority(BLACKHOLE_METRIC)
+            .build(),
+    };
+    message.header.protocol = RouteProtocol::Other(KERSEY_PROTOCOL);
+    message.header.kind = RouteType::BlackHole;
+    message
+}
+
+/// The prefix of a route that [`blackhole`] has made.
+pub(super) fn held_blackhole(message: &RouteMessage) -> Option<Prefix> {
+    let header = &message.header;
+    let ours = header.protocol == RouteProtocol::Other(KERSEY_PROTOCOL)
+        && header.kind == RouteType::BlackHole
+        && message
+            .attributes
+            .contains(&RouteAttribute::Priority(BLACKHOLE_METRIC));
+    ours.then(|| route(message))
+        .flatten()
+        .map(|route| route.destination)
+}
+
 /// The prefix of a route that [`backstop`] has made.
 pub(super) fn held_backstop(message: &RouteMessage) -> Option<Ipv6Prefix> {
     let header = &message.header;
@@ -288,6 +324,8 @@ pub enum LinkChange {
     AddressGone(LinkAddr),
     /// A route through a link is gone.
     RouteGone(Route),
+    /// There is a new default route, or another instead of one.
+    DefaultRoute(Route),
     /// The kernel had to throw changes away: look at everything again.
     Overrun,
 }
@@ -404,6 +442,32 @@ pub(super) fn link_addr(message: &AddressMessage) -> Option<LinkAddr> {
     })
 }
 
+/// A default route that leads somewhere, and how little it is wanted: its metric.
+pub(super) fn default_route(message: &RouteMessage) -> Option<(u32, Route)> {
+    let leads_somewhere =
+        message.header.kind == RouteType::Unicast && message.header.destination_prefix_length == 0;
+    let mut metric = 0;
+    let mut route = route(message).filter(|_| leads_somewhere)?;
+    let mut is_dead = message
+        .header
+        .flags
+        .intersects(RouteFlags::Dead | RouteFlags::Linkdown);
+    for attribute in &message.attributes {
+        if let RouteAttribute::Priority(priority) = attribute {
+            metric = *priority;
+        } else if let RouteAttribute::MultiPath(hops) = attribute {
+            // One of several ways: the first whose link is up.
+            let usable = |hop: &&RouteNextHop| {
+                !hop.flags
+                    .intersects(RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown)
+            };
+            is_dead = !hops.iter().any(|hop| usable(&hop));
+            route.index = hops.iter().find(usable).or(hops.first())?.interface_index;
+        }
+    }
+    (!is_dead && route.index != 0).then_some((metric, route))
+}
+
 pub(super) fn route(message: &RouteMessage) -> Option<Route> {
     let len = message.header.destination_prefix_length;
     let mut destination = None;
@@ -477,6 +541,10 @@ pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Lin
         link_addr(&message).map(LinkChange::AddressGone)
     } else if let RouteNetlinkMessage::DelRoute(message) = message {
         route(&message).map(LinkChange::RouteGone)
+    } else if let RouteNetlinkMessage::NewRoute(message) = message {
+        route(&message)
+            .filter(|route| route.destination.len() == 0)
+            .map(LinkChange::DefaultRoute)
     } else {
         None
     }

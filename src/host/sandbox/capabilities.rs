@@ -57,6 +57,16 @@ pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<Str
     }))
 }
 
+/// Drops all capabilities but those the daemon uses, and hands these on to programs.
+pub(super) fn hand_on() -> Result<(), SandboxError> {
+    reduce(None, true)?;
+    let kept = caps::read(None, CapSet::Permitted).map_err(failed("read the capabilities"))?;
+    caps::set(None, CapSet::Inheritable, &kept).map_err(failed("hand capabilities on"))?;
+    // Root needs none, and an old kernel has none.
+    let _ = caps::set(None, CapSet::Ambient, &kept);
+    Ok(())
+}
+
 /// Drops all capabilities of this thread.
 pub(super) fn give_up_all() -> Result<(), SandboxError> {
     for set in [CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {

@@ -50,6 +50,34 @@ pub(super) fn restrict(
     .to_owned())
 }
 
+/// Restricts this thread, and those and programs it starts, to running what lies below `programs`, reading that and `reads`, and
+/// writing `writes`.
+pub(super) fn restrict_to_programs(
+    programs: &[&str],
+    reads: &[&str],
+    writes: &[&str],
+) -> Result<(), SandboxError> {
+    let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(Ruleset::create)
+        .map_err(failed)?;
+    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
+    let writing = reading | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate;
+    let granted = programs
+        .iter()
+        .map(|path| (path, reading | AccessFs::Execute))
+        .chain(reads.iter().map(|path| (path, reading)))
+        .chain(writes.iter().map(|path| (path, writing)));
+    for (path, access) in granted {
+        let Some(rule) = rule(Path::new(path), access) else {
+            continue;
+        };
+        rules = rules.add_rule(rule).map_err(failed)?;
+    }
+    rules.restrict_self().map(drop).map_err(failed)
+}
+
 /// Access below a path; a file has no access of folders.
 fn rule(path: &Path, access: BitFlags<AccessFs>) -> Option<PathBeneath<PathFd>> {
     let access = if path.is_dir() {

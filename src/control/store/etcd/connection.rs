@@ -136,6 +136,11 @@ impl Connection {
     }
 
     /// How often etcd was found wiped, restored or exchanged.
+    /// Has the next request look for a member that answers, over a connection of its own.
+    pub(super) fn distrust(&self) {
+        *self.slot() = None;
+    }
+
     pub(super) fn resets(&self) -> u64 {
         self.resets.load(Ordering::Relaxed)
     }

@@ -8,6 +8,7 @@
 //!
 //! What a server hands out for later (a watch's cursor) goes back to that server alone: [`Servers::ask_only`].
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::Instant;
 
 use super::connect::{Connector, explain};
-use super::{ERROR_HEADER, ErrorKind, PREVIOUS_HEADER};
+use super::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
 use crate::control::store::StoreError;
 use crate::lease::Subnet;
 use crate::options::{RemoteOptions, Scheme, ServerAddress, TlsFiles};
@@ -86,6 +87,8 @@ pub(super) struct Ask<'a> {
     pub(super) path: String,
     pub(super) body: String,
     pub(super) previous: Option<Subnet>,
+    /// The public address of this node's that the lease is still known by, if that is another by now.
+    pub(super) formerly: Option<IpAddr>,
     /// The lease that an error would be about.
     pub(super) about: Option<&'a Subnet>,
     pub(super) timeout: Duration,
@@ -100,6 +103,7 @@ impl Ask<'_> {
             path,
             body: String::new(),
             previous: None,
+            formerly: None,
             about: None,
             timeout: REQUEST_TIMEOUT,
         }
@@ -260,6 +264,9 @@ impl Servers {
         }
         if let Some(previous) = ask.previous {
             request = request.header(PREVIOUS_HEADER, previous.to_string());
+        }
+        if let Some(formerly) = ask.formerly {
+            request = request.header(FORMERLY_HEADER, formerly.to_string());
         }
         if let Some(token) = &self.token {
             let mut value = header::HeaderValue::try_from(format!("Bearer {}", token.current()))
