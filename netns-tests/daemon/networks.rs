@@ -53,9 +53,10 @@ fn two_networks_share_a_host_and_nothing_else() {
         assert_eq!(report.received, 0, "{from} reached {to}");
     }
     assert_eq!(several.received(2, &["flannel0", "flannel1"]), before);
-    let dropped: u64 = ["blue", "green"]
+    // Counted where it was refused: before it left, or when it came.
+    let dropped: u64 = [(1, "blue"), (1, "green"), (2, "blue"), (2, "green")]
         .iter()
-        .flat_map(|name| several.network(2, name).drops.into_values())
+        .flat_map(|&(nth, name)| several.network(nth, name).drops.into_values())
         .sum();
     assert!(dropped > 0, "nobody counted what was refused");
 
@@ -103,6 +104,63 @@ fn assert_files_keys_and_devices(several: &Several) {
             "--subnet-file is not used with several networks"
         );
     }
+}
+
+/// A peer in both networks sends a packet of one to the port of the other.
+#[test]
+fn a_packet_of_one_network_never_leaves_the_device_of_another() {
+    if !require_etcd("a_packet_of_one_network_never_leaves_the_device_of_another") {
+        return;
+    }
+    let mut several = Several::build("apart", 2, &["--watch-networks"]);
+    several.overlay.put("blue/config", BLUE);
+    several.overlay.put("green/config", GREEN);
+    several.start(1);
+    several.start(2);
+    several.wait_up(&["blue", "green"]);
+    let [blue, green] = ["blue", "green"].map(|name| [several.pod_v4(1, name), several.pod_v4(2, name)]);
+    let before = several.received(2, &["flannel0", "flannel1"]);
+    let refused = |several: &Several| several.network(2, "green").drops.values().sum::<u64>();
+    let counted = refused(&several);
+    let packets = [
+        // All of blue; a source of blue; a destination of blue.
+        datagram(blue[0], blue[1]),
+        datagram(blue[0], green[1]),
+        datagram(green[0], blue[1]),
+    ];
+    several
+        .overlay
+        .namespace(1)
+        .run(|| {
+            let socket = std::net::UdpSocket::bind("192.0.2.1:0")?;
+            for packet in &packets {
+                socket.send_to(packet, "192.0.2.2:8286")?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    wait_for("they are refused and counted", READY, || {
+        refused(&several) >= counted + 3
+    });
+    assert_eq!(several.received(2, &["flannel0", "flannel1"]), before);
+}
+
+/// An IPv4 packet with an empty UDP datagram.
+fn datagram(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(from.octets());
+    packet.extend(to.octets());
+    let sum: u32 = packet
+        .chunks_exact(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    // Ten words: one carry is all there can be after the first fold.
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap();
+    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+    // Ports, length, no checksum.
+    packet.extend([0x12, 0x34, 0x12, 0x35, 0, 8, 0, 0]);
+    packet
 }
 
 /// A network of each kind comes and goes; the one beside it does not lose a packet.
@@ -410,10 +468,14 @@ impl Several {
         }
     }
 
+    fn pod_v4(&self, nth: usize, name: &str) -> Ipv4Addr {
+        let subnet: Ipv4Prefix = self.network(nth, name).node.subnets[0].parse().unwrap();
+        Ipv4Addr::from_bits(subnet.addr().to_bits() + 2)
+    }
+
     /// A pod address in a network, made if it is not there.
     fn pod(&self, nth: usize, name: &str) -> IpAddr {
-        let subnet: Ipv4Prefix = self.network(nth, name).node.subnets[0].parse().unwrap();
-        let pod = IpAddr::V4(Ipv4Addr::from_bits(subnet.addr().to_bits() + 2));
+        let pod = IpAddr::V4(self.pod_v4(nth, name));
         self.overlay
             .namespace(nth)
             .netlink(async |netlink| {
