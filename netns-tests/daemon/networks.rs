@@ -193,6 +193,9 @@ fn networks_come_and_go_beside_one_that_carries_traffic() {
             .map(Prefix::V4)
             .unwrap();
         assert!(!several.routes(1, range).is_empty());
+        wait_for("each network has its rules", READY, || {
+            several.tables(1) != 1 || !has_nft()
+        });
         several.overlay.delete(&format!("{name}/config"));
         for nth in 1..=2 {
             several.wait(nth, |networks| networks.keys().eq(["blue"]));
@@ -200,6 +203,7 @@ fn networks_come_and_go_beside_one_that_carries_traffic() {
             wait_for("the network's things go", within(Duration::from_secs(2)), || {
                 several.links(nth, "flannel") == ["flannel0"]
                     && several.routes(nth, range).is_empty()
+                    && several.tables(nth) == 1
                     && !file.exists()
             });
             assert!(several.subnet_dir(nth).join("blue.env").exists());
@@ -385,6 +389,13 @@ fn summary(status: &Status) -> (Vec<String>, String, Option<u16>) {
     )
 }
 
+fn has_nft() -> bool {
+    std::process::Command::new("nft")
+        .arg("--version")
+        .output()
+        .is_ok()
+}
+
 /// Daemons with several networks each.
 struct Several {
     overlay: Overlay,
@@ -516,6 +527,21 @@ impl Several {
         destinations
             .filter(|&destination| range.covers(destination))
             .collect()
+    }
+
+    /// How many networks have nft tables; without nft, 1.
+    fn tables(&self, nth: usize) -> usize {
+        let listed = self.overlay.namespace(nth).run(|| {
+            let listed = std::process::Command::new("nft")
+                .args(["list", "tables"])
+                .output();
+            Ok(listed.ok())
+        });
+        let Some(listed) = listed.unwrap() else { return 1 };
+        let text = String::from_utf8_lossy(&listed.stdout);
+        text.lines()
+            .filter(|line| line.starts_with("table ip flannel-ipv4"))
+            .count()
     }
 
     /// Packets the kernel of a node has received from devices.

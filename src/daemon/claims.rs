@@ -182,14 +182,12 @@ impl Claims {
         Ok(former)
     }
 
-    /// Gives up all a network has, and tells which ranges that were.
-    pub(super) fn release(&self, name: &NetworkName) -> Vec<Prefix> {
+    /// Gives up all a network has, and tells which device and ranges that were.
+    pub(super) fn release(&self, name: &NetworkName) -> Option<(String, Vec<Prefix>)> {
         let mut held = self.held();
-        let Some(released) = held.remove(name) else {
-            return Vec::new();
-        };
+        let released = held.remove(name)?;
         self.save(&held);
-        released.wants.prefixes
+        Some((released.device, released.wants.prefixes))
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<NetworkName, Held>> {
@@ -331,7 +329,10 @@ mod tests {
         claims
             .take(&name("green"), &wants(&["10.1.0.0/24"], None))
             .unwrap_err();
-        assert_eq!(claims.release(&name("blue")), blue.prefixes);
+        assert_eq!(
+            claims.release(&name("blue")),
+            Some(("flannel0".to_owned(), blue.prefixes))
+        );
         claims
             .take(&name("green"), &wants(&["10.1.0.0/24"], None))
             .unwrap();

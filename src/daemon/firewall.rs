@@ -161,17 +161,11 @@ struct Thread {
 
 impl Thread {
     fn new(options: FirewallOptions, report: Arc<Report>, state: watch::Sender<State>) -> Self {
-        let choice = match options.tool {
-            FirewallTool::Auto => Some(Choice::Auto),
-            FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
-            FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
-            FirewallTool::Off => None,
-        };
         Self {
             options,
             report,
             state,
-            firewall: choice.map(Firewall::new),
+            firewall: choice(options.tool).map(Firewall::new),
             made: None,
             told: BTreeSet::new(),
             blackholes_looked_for: false,
@@ -198,10 +192,32 @@ impl Thread {
             tokio::select! {
                 order = orders.recv() => match order {
                     Some(order) => wanted = order,
-                    None => return,
+                    None => {
+                        if self.report.is_gone() {
+                            self.take_away(&wanted, &netlink).await;
+                        }
+                        return;
+                    }
                 },
                 () = sleep_until(due), if pause.is_some() => {}
             }
+        }
+    }
+
+    /// Takes away all that was made: the network is gone for good.
+    async fn take_away(&mut self, wanted: &Wanted, netlink: &Netlink) {
+        let nothing = RuleSet {
+            names: wanted.rules.names.clone(),
+            ..RuleSet::nothing("")
+        };
+        if let Some(Err(error)) = self.firewall.as_mut().map(|firewall| firewall.keep(&nothing)) {
+            tracing::warn!(%error, "firewall rules of a removed network stay; `kersey cleanup` removes them");
+        }
+        if let Err(error) = set_blackholes(netlink, &[], &wanted.networks).await {
+            tracing::warn!(
+                error = told(&error),
+                "the blackhole route of a removed network stays"
+            );
         }
     }
 
@@ -314,6 +330,30 @@ impl Thread {
                 Some(RETRY)
             }
         }
+    }
+}
+
+fn choice(tool: FirewallTool) -> Option<Choice> {
+    match tool {
+        FirewallTool::Auto => Some(Choice::Auto),
+        FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
+        FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
+        FirewallTool::Off => None,
+    }
+}
+
+/// Takes away the rules that an earlier life made for the network called `network`. It runs other programs, so it is for a thread that may
+/// wait.
+///
+/// # Errors
+/// The tool failed. That there is none is no error.
+pub(super) fn withdraw(options: FirewallOptions, network: &str) -> Result<(), FirewallError> {
+    let Some(choice) = choice(options.tool) else {
+        return Ok(());
+    };
+    match Firewall::new(choice).keep(&RuleSet::nothing(network)) {
+        Ok(_) | Err(FirewallError::NoTool(_)) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

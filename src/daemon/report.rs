@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::UNIX_EPOCH;
 
@@ -29,6 +30,7 @@ pub(super) struct Report {
     pub(super) unwritten: RateLimit,
     parts: Mutex<Parts>,
     ready: watch::Sender<bool>,
+    gone: AtomicBool,
 }
 
 #[derive(Default)]
@@ -86,6 +88,7 @@ impl Report {
                 ..Parts::default()
             }),
             ready: watch::Sender::new(false),
+            gone: AtomicBool::new(false),
         }
     }
 
@@ -204,6 +207,11 @@ impl Report {
             parts.pulses.clear();
         });
         self.ready.send_replace(false);
+    }
+
+    /// Whether its network was removed, so that nothing of it is to stay.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
 
     /// Says why it is not ready.
@@ -343,6 +351,7 @@ impl Reports {
     pub(super) fn remove(&self, name: &NetworkName) {
         self.health.remove(name.as_str());
         if let Some(report) = self.networks().remove(name) {
+            report.gone.store(true, Ordering::Release);
             // Nobody is to wait for it.
             report.ready.send_replace(true);
         }

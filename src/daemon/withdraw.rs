@@ -33,5 +33,10 @@ pub(super) async fn withdraw(ranges: &[Prefix]) -> Result<(), NetlinkError> {
             failed = failed.and(netlink.delete_backstop(locator).await);
         }
     }
+    for prefix in netlink.own_blackholes().await? {
+        if within(prefix) {
+            failed = failed.and(netlink.delete_own_blackhole(prefix).await);
+        }
+    }
     failed
 }
