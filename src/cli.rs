@@ -24,6 +24,7 @@ mod firewall;
 mod go_flags;
 mod http;
 pub mod lab;
+mod log_dam;
 mod log_lines;
 mod logging;
 pub mod pages;
@@ -43,7 +44,7 @@ use std::process::ExitCode;
 
 use clap::{Args, FromArgMatches};
 
-pub use self::logging::start_logging;
+pub use self::logging::{set_log_level, start_logging};
 
 use self::bench::BenchOptions;
 use self::cleanup::CleanupArgs;
@@ -212,6 +213,27 @@ pub fn parse_process() -> Result<Parsed, Stop> {
     parse(&args, &variables)
 }
 
+/// Reads them once more, for a daemon that runs: files they name may have changed. The level of log lines changes at once.
+///
+/// # Errors
+/// They would not make a daemon any more; says why.
+pub fn reread_run_options() -> Result<RunOptions, String> {
+    match parse_process() {
+        Ok(Parsed {
+            command: Command::Run(options),
+            ..
+        }) => {
+            set_log_level(options.log.level);
+            Ok(*options)
+        }
+        Ok(_) => Err("they ask for another subcommand".to_owned()),
+        Err(Stop::Misused(error)) => Err(error.to_string().replace('\n', ";")),
+        Err(Stop::Told { .. } | Stop::Clap(_) | Stop::Refused { .. }) => {
+            Err("they cannot be read".to_owned())
+        }
+    }
+}
+
 /// Turns arguments (the first is the program's name) and environment variables into a subcommand and its options.
 ///
 /// # Errors
@@ -369,7 +391,9 @@ fn run(flags: &[String], variables: &Variables, entry: Entry) -> Result<Parsed, 
     let command = if entry == Entry::Flanneld && args.wants_server() {
         Command::Server(Box::new(args.into_flannel_server()?))
     } else {
-        Command::Run(Box::new(args.into_options()?))
+        let mut options = args.into_options()?;
+        options.process.config_file = config_file::path(flags, variables);
+        Command::Run(Box::new(options))
     };
     Ok(Parsed { command, notes })
 }

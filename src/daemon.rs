@@ -27,7 +27,9 @@ mod network;
 mod node;
 mod paths;
 mod plain;
+mod reload;
 mod report;
+mod succession;
 mod supervisor;
 mod underlay_watch;
 mod watchdog;
@@ -35,6 +37,7 @@ mod withdraw;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -46,7 +49,9 @@ use crate::daemon::instance::{Held, Instance};
 use crate::daemon::kernel_routes::Denied;
 pub use crate::daemon::node::unusable;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
+use crate::daemon::reload::Reread;
 use crate::daemon::report::{Report, Reports};
+use crate::daemon::succession::{Doorbell, Handed, Ring};
 use crate::host::sandbox;
 use crate::host::tun::TunError;
 use crate::host::{inherited, limits};
@@ -60,34 +65,23 @@ const FAILED: u8 = 1;
 const ENVIRONMENT: u8 = 3;
 const CONFIG: u8 = 4;
 const INSTANCE: u8 = 7;
+/// How long work on other threads may take to end: writing a file does not take longer.
+const GRACE: Duration = Duration::from_millis(500);
 
-/// Runs a node until it is asked to stop.
-pub fn run(options: RunOptions) -> ExitCode {
+/// Runs a node until it is asked to stop; `reread` gives the options anew when it is asked to reload.
+pub fn run(options: RunOptions, reread: impl Fn() -> Result<RunOptions, String>) -> ExitCode {
     limits::raise_open_files();
     crate::host::sys::map_large_blocks();
+    if let Err(error) = succession::arrive(&options) {
+        tracing::error!(%error, "cannot take the place of the daemon that runs");
+        return ExitCode::from(INSTANCE);
+    }
     if let Err(error) = confine::confine(&options) {
         tracing::error!("{:#}", anyhow::Error::from(error));
         return ExitCode::from(ENVIRONMENT);
     }
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "cannot start the runtime");
-            return ExitCode::from(FAILED);
-        }
-    };
-    let ended = runtime.block_on(async {
-        let mut stop = StopSignals::new().context("cannot listen for signals")?;
-        tokio::select! {
-            ended = start(&options) => ended,
-            name = stop.wait() => {
-                tracing::info!(signal = name, "stopping");
-                // Without systemd there is nobody to notify.
-                let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-                Ok(())
-            }
-        }
-    });
+    let ended = live(&options, &reread);
+    succession::held().unpark();
     match ended {
         Ok(()) => ExitCode::from(OK),
         Err(error) => {
@@ -104,6 +98,48 @@ pub fn run(options: RunOptions) -> ExitCode {
             ExitCode::from(status)
         }
     }
+}
+
+/// Runs nodes until there is nothing left to do; one after the other, if a successor asks for everything and then goes away.
+fn live(options: &RunOptions, reread: Reread<'_>) -> Result<()> {
+    loop {
+        let rung = on_runtime(async {
+            let mut stop = StopSignals::new().context("cannot listen for signals")?;
+            tokio::select! {
+                ended = start(options, reread) => ended,
+                name = stop.wait() => {
+                    tracing::info!(signal = name, "stopping");
+                    // Without systemd there is nobody to notify.
+                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                    Ok(Ring::End)
+                }
+            }
+        })?;
+        let (successor, version) = match rung {
+            Ring::Take(successor, version) => (successor, version),
+            Ring::End => return Ok(()),
+        };
+        // Nothing talks to a store or listens any more; the threads are parked.
+        let handed = on_runtime(async {
+            let mut stop = StopSignals::new().context("cannot listen for signals")?;
+            Ok(succession::hand_over(successor, version, &mut stop).await)
+        })?;
+        if handed == Handed::Over {
+            return Ok(());
+        }
+    }
+}
+
+/// Runs `work`, and ends all it has started.
+fn on_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let done = runtime.block_on(work);
+    // A name server that does not answer must not hold up the end.
+    runtime.shutdown_timeout(GRACE);
+    done
 }
 
 fn exit_status(error: &anyhow::Error) -> u8 {
@@ -155,8 +191,9 @@ impl StopSignals {
     }
 }
 
-/// Starts a node and keeps it up; returns only with an error nothing can mend.
-async fn start(options: &RunOptions) -> Result<()> {
+/// Starts a node and keeps it up, until somebody rings; or there is an error nothing can mend.
+async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
+    let hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
     let health = Arc::new(Health::new(kernel_release()));
     let report = Arc::new(Report::new(options));
     let reports = Arc::new(Reports::new(Arc::clone(&health)));
@@ -170,6 +207,7 @@ async fn start(options: &RunOptions) -> Result<()> {
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     }
     let _instance = Instance::lock(&options.data_dir)?;
+    let doorbell = Doorbell::new(options);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         kernel = kernel_release(),
@@ -178,6 +216,7 @@ async fn start(options: &RunOptions) -> Result<()> {
     );
     health::serve(&options.process.monitor, &health);
     tokio::spawn(watchdog::tend(Arc::clone(&health)));
+    tokio::spawn(succession::relieve_predecessor(Arc::clone(&health)));
 
     let expirations = if options.serve.is_some() {
         Expirations::Ask
@@ -195,13 +234,33 @@ async fn start(options: &RunOptions) -> Result<()> {
         tokio::spawn(server::serve_all(listeners, served, std::future::pending()));
     }
     tracing::info!(store = store.place(), "store opened");
-    match &options.networks {
-        None => node::run(options.clone(), store, report, None).await,
-        Some(choice) => {
-            supervisor::run(options, choice, networks, reports).await;
-            Ok(())
+    let nodes = async {
+        match &options.networks {
+            None => node::run(options.clone(), store, report, None).await,
+            Some(choice) => {
+                supervisor::run(options, choice, networks, reports).await;
+                Ok(())
+            }
         }
+    };
+    tokio::select! {
+        ended = nodes => ended.map(|()| Ring::End),
+        never = reload::serve(hangup, options, reread, &health) => match never {},
+        ring = rung(doorbell.as_ref()) => Ok(ring),
     }
+}
+
+/// Waits for a successor; for ever, if none can ask. If it wants everything, threads are parked from then on: the nodes end as soon as
+/// this does.
+async fn rung(doorbell: Option<&Doorbell>) -> Ring {
+    let Some(doorbell) = doorbell else {
+        return std::future::pending().await;
+    };
+    let ring = doorbell.rung().await;
+    if let Ring::Take(..) = ring {
+        succession::held().park();
+    }
+    ring
 }
 
 fn kernel_release() -> String {

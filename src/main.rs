@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         tracing::warn!("{note}");
     }
     match parsed.command {
-        Command::Run(options) => kersey::daemon::run(*options),
+        Command::Run(options) => kersey::daemon::run(*options, cli::reread_run_options),
         Command::Server(options) => cli::server::run(&options),
         Command::Reserve(options) => cli::reserve::run(&options),
         Command::Status(options) => cli::status::run(&options),

@@ -139,6 +139,8 @@ pub struct ReserveOptions {
     pub store: StoreOptions,
     /// How long the lease lives that a removed reservation becomes.
     pub lease_ttl: Duration,
+    /// The network meant; that without a name if absent.
+    pub network: Option<NetworkName>,
     /// What to do.
     pub action: ReserveAction,
     /// How to print.

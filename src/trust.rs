@@ -196,6 +196,10 @@ pub fn warn_if_exposed(path: &Path) {
 }
 
 /// What to do about a connection that TLS refused; `error` is what the attempt ended with.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls adds errors as it likes; there is advice for those an operator can mend"
+)]
 pub fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     use rustls::Error as Tls;
 
@@ -320,9 +324,10 @@ fn client_config(files: &TlsFiles) -> Result<ClientConfig, TrustError> {
 }
 
 fn pair_error(pair: &KeyPairFiles, error: &rustls::Error) -> TrustError {
-    let cause = match error {
-        rustls::Error::InconsistentKeys(_) => "they do not belong together".to_owned(),
-        other => other.to_string(),
+    let cause = if let rustls::Error::InconsistentKeys(_) = error {
+        "they do not belong together".to_owned()
+    } else {
+        error.to_string()
     };
     TrustError::Pair {
         cert: pair.cert.clone(),

@@ -136,6 +136,35 @@ async fn a_second_complete_list_changes_nothing_that_did_not_change() {
     );
 }
 
+/// F9: changes that come together make one table, not one each, and the last word on each subnet counts.
+#[tokio::test(start_paused = true)]
+async fn a_storm_of_changes_makes_few_tables() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    fake.tell(LeaseUpdate::Snapshot(vec![lease(OWN, 1)]));
+    sleep(Duration::from_secs(1)).await;
+    let mut peers = node.published.peers.clone();
+    peers.mark_unchanged();
+    let counting = tokio::spawn(async move {
+        let mut tables = 0;
+        while timeout(Duration::from_secs(60), peers.changed()).await.is_ok() {
+            tables += 1;
+        }
+        tables
+    });
+    for round in 0..10 {
+        for i in 2..102 {
+            let told = LeaseEvent::Added(lease(&format!("10.0.{i}.0-24"), i + round));
+            fake.tell(LeaseUpdate::Events(vec![told]));
+        }
+    }
+    let tables = counting.await.unwrap();
+    assert!(tables <= 10, "{tables} tables for a thousand changes");
+    let peers = node.published.peers.borrow();
+    assert_eq!(peers.len(), 100);
+    assert!((2..102).all(|i| peers.get(subnet(&format!("10.0.{i}.0-24"))) == Some(&attrs(i + 9))));
+}
+
 /// F8: the node too many asks again, but not all the time; and gets a subnet once there is one.
 #[tokio::test(start_paused = true)]
 async fn a_node_without_a_subnet_keeps_asking_slowly() {

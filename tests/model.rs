@@ -70,7 +70,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 fn size() -> (u32, usize) {
     match std::env::var("KERSEY_SOAK").ok().map(|text| text.parse()) {
-        None => (150, 40),
+        None => (100, 40),
         Some(Ok(sequences)) if sequences > 1 => (sequences, 200),
         Some(_) => (10_000, 200),
     }

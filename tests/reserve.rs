@@ -61,6 +61,32 @@ async fn on_etcd() {
 }
 
 #[tokio::test]
+async fn in_one_of_several_networks() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("blue/config", CONFIG).await;
+    let url = etcd.url();
+    let place = ["--etcd-endpoints", &url, "--network", "blue"];
+    kersey(&["add", "10.0.50.0/24", "192.0.2.1"], &place).await;
+    assert!(kersey(&[], &place).await.contains("10.0.50.0/24"));
+    assert!(
+        etcd.dump()
+            .await
+            .iter()
+            .any(|(key, ..)| key == "/coreos.com/network/blue/subnets/10.0.50.0-24")
+    );
+    // Where there is no network, nothing is reserved.
+    let refused = run(&["add", "10.0.50.0/24", "192.0.2.1"], &["--etcd-endpoints", &url]).await;
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        text(&refused.stderr).contains("/coreos.com/network/config"),
+        "{}",
+        text(&refused.stderr)
+    );
+}
+
+#[tokio::test]
 async fn on_a_dual_stack_lease_by_its_ipv4_half() {
     let Some(etcd) = etcd_server::start().await else {
         return;

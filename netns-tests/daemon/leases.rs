@@ -68,7 +68,13 @@ fn a_peer_written_by_flannel_moves_leaves_and_comes_back() {
         say(&overlay, pod);
     }
     assert_eq!(drain(&second), 0, "packets still go to a peer that is gone");
-    assert!(overlay.status(1).drops["no_route"] >= 20);
+    wait_for("they are counted", within(SOON), || {
+        overlay
+            .status(1)
+            .drops
+            .get("no_route")
+            .is_some_and(|&dropped| dropped >= 20)
+    });
 
     // Back, with another subnet.
     overlay.put("subnets/10.244.98.0-24", FLANNEL);

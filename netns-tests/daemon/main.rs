@@ -22,6 +22,7 @@ mod cleanup;
 mod expiry;
 mod faults;
 mod firewall;
+mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
@@ -31,8 +32,10 @@ mod mtu;
 mod networks;
 mod nodes;
 mod offloads;
+#[allow(dead_code, reason = "shared with tests that need more of it")]
 mod overlay;
 mod path;
+mod privileges;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;

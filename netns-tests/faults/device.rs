@@ -10,7 +10,7 @@ use crate::{assert_gap, flows, probe, require_root, warm};
 
 /// What is done to the device.
 #[derive(Clone, Copy, Debug)]
-enum Hand {
+pub(crate) enum Hand {
     Deletes,
     SetsDown,
     SetsDownAndUp,
@@ -47,7 +47,7 @@ pub(crate) fn hands(tag: &str, rounds: usize) {
         let mut restored = Vec::new();
         for _ in 0..rounds {
             let probe = probe(&overlay, 1, 2);
-            lay_on(&overlay, hand);
+            lay_on(&overlay, 2, hand);
             restored.push(wait_restored(&overlay).as_millis());
             flows(&probe);
             let report = probe.stop().unwrap();
@@ -75,11 +75,16 @@ pub(crate) fn hands(tag: &str, rounds: usize) {
     assert!(overlay.daemon(2).is_running());
 }
 
-fn lay_on(overlay: &Overlay, hand: Hand) {
+/// Does it to the device of a node.
+pub(crate) fn lay_on(overlay: &Overlay, nth: usize, hand: Hand) {
     overlay
-        .namespace(2)
+        .namespace(nth)
         .netlink(async |netlink| {
-            let index = netlink.link(DEVICE).await?.index;
+            // Another fault may have taken it.
+            let Ok(link) = netlink.link(DEVICE).await else {
+                return Ok(());
+            };
+            let index = link.index;
             match hand {
                 Hand::Deletes => netlink.delete_link(index).await?,
                 Hand::SetsDown => netlink.set_down(index).await?,

@@ -16,6 +16,7 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod chaos;
 mod clock;
 mod device;
 mod disk;

@@ -107,7 +107,7 @@ fn outage(overlay: &mut Overlay, fault: Fault, duration: Duration) {
     assert!(seen <= within(Duration::from_secs(5)), "{seen:?}");
 }
 
-fn cause(overlay: &mut Overlay, fault: Fault) {
+pub(crate) fn cause(overlay: &mut Overlay, fault: Fault) {
     match fault {
         Fault::Killed => {
             overlay.etcd_process().signal(Signal::SIGKILL).unwrap();
@@ -118,7 +118,7 @@ fn cause(overlay: &mut Overlay, fault: Fault) {
     }
 }
 
-fn mend(overlay: &mut Overlay, fault: Fault) {
+pub(crate) fn mend(overlay: &mut Overlay, fault: Fault) {
     match fault {
         Fault::Killed => overlay.start_etcd(),
         Fault::Stopped => overlay.etcd_process().signal(Signal::SIGCONT).unwrap(),

@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, figure};
 use crate::{
-    device, hostile_tun, load, network, outage, require_etcd, require_root, restart, starvation, variable,
-    warm,
+    chaos, device, hostile_tun, load, network, outage, require_etcd, require_root, restart, starvation,
+    variable, warm,
 };
 
 #[test]
@@ -79,6 +79,14 @@ fn soak_l1_l5_much() {
         load::many_streams(&overlay, usize::try_from(variable("STREAMS", 50)).unwrap());
         load::overload(&overlay, Duration::from_secs(variable("FLOOD_SECONDS", 60)));
         oracle.check(&mut overlay, 1);
+    }
+}
+
+#[test]
+#[ignore = "makes KERSEY_SOAK_ROUNDS rounds of faults, from KERSEY_SOAK_SEED on"]
+fn soak_f25_chaos() {
+    if require_etcd("soak_f25_chaos") {
+        chaos::chaos("soak-chaos", variable("ROUNDS", 120), variable("SEED", 1));
     }
 }
 

@@ -20,11 +20,34 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::UsageError;
+use super::environment::Variables;
 use super::go_flags::{FlagKind, Grammar, Setting, nearest};
 use crate::control::state_file;
 
 /// Where a file is looked for if none is named.
 pub(super) const DEFAULT_PATH: &str = "/etc/kersey/kersey.toml";
+
+/// The file that flags or variables name, to be read again by a daemon that runs.
+pub(super) fn path(flags: &[String], variables: &Variables) -> Option<PathBuf> {
+    let mut words = flags.iter();
+    let mut named = None;
+    while let Some(word) = words.next() {
+        match word.trim_start_matches('-').split_once('=') {
+            Some(("config", path)) => named = Some(path.to_owned()),
+            None if word.starts_with('-') && word.trim_start_matches('-') == "config" => {
+                named = words.next().cloned();
+            }
+            Some(_) | None => {}
+        }
+    }
+    let variable = ["KERSEY_CONFIG", "FLANNELD_CONFIG"]
+        .iter()
+        .find_map(|name| variables.get(*name).cloned());
+    named
+        .or(variable)
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+}
 
 /// An example with every key and a paragraph about each has some 20 KB.
 const MAX_BYTES: u64 = 1 << 20;

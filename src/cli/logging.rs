@@ -1,12 +1,15 @@
 //! Logging: its flags and its start.
 
 use std::io;
+use std::sync::OnceLock;
 
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use super::log_dam::Dam;
 use super::log_lines::{Colour, LogLines};
 use super::store::int_within;
 use crate::options::{LogFormat, LogLevel, LogOptions};
@@ -40,36 +43,69 @@ impl LogArgs {
     }
 }
 
+/// Changes the level of the lines shown.
+type SetLevel = Box<dyn Fn(LogLevel) + Send + Sync>;
+
+static SET_LEVEL: OnceLock<SetLevel> = OnceLock::new();
+
 /// Sends log lines to standard error from here on. A second call changes nothing.
 pub fn start_logging(options: LogOptions) {
-    let level = match options.level {
+    let for_people = options.format == LogFormat::Text
+        && io::IsTerminal::is_terminal(&io::stderr())
+        && std::env::var_os("NO_COLOR").is_none();
+    let colour = if for_people { Colour::On } else { Colour::Off };
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(LogLines { colour })
+        .with_ansi(for_people);
+    let subscriber = tracing_subscriber::registry().with(Dam::default());
+    // An error says that logging was started before, by a test or an embedding program; that one stays.
+    let _already_started = match options.format {
+        LogFormat::Text => {
+            let (shown, handle) = reload::Layer::new(shown(options.level));
+            subscriber.with(lines.with_filter(shown)).try_init().map(|()| {
+                let set = move |level| {
+                    // The subscriber lives as long as the process.
+                    let _ = handle.modify(|now| *now = self::shown(level));
+                };
+                SET_LEVEL.set(Box::new(set)).ok()
+            })
+        }
+        LogFormat::Json => {
+            let (shown, handle) = reload::Layer::new(shown(options.level));
+            subscriber
+                .with(lines.json().with_filter(shown))
+                .try_init()
+                .map(|()| {
+                    let set = move |level| {
+                        let _ = handle.modify(|now| *now = self::shown(level));
+                    };
+                    SET_LEVEL.set(Box::new(set)).ok()
+                })
+        }
+    };
+}
+
+/// Shows lines of another level from here on.
+pub fn set_log_level(level: LogLevel) {
+    if let Some(set) = SET_LEVEL.get() {
+        set(level);
+    }
+}
+
+/// What is shown at a level.
+fn shown(level: LogLevel) -> Targets {
+    let level = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    let for_people = options.format == LogFormat::Text
-        && io::IsTerminal::is_terminal(&io::stderr())
-        && std::env::var_os("NO_COLOR").is_none();
-    let colour = if for_people { Colour::On } else { Colour::Off };
     // Libraries speak of their own insides: HTTP/2 frames, TLS hand-shakes, and headers with what a server lets us in for.
     // Their complaints are shown, the rest is not, at any level.
-    let shown = Targets::new()
+    Targets::new()
         .with_default(level.min(LevelFilter::WARN))
-        .with_target("kersey", level);
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(LogLines { colour })
-        .with_ansi(for_people);
-    // An error says that logging was started before, by a test or an embedding program; that one stays.
-    let _already_started = match options.format {
-        LogFormat::Text => tracing_subscriber::registry()
-            .with(lines.with_filter(shown))
-            .try_init(),
-        LogFormat::Json => tracing_subscriber::registry()
-            .with(lines.json().with_filter(shown))
-            .try_init(),
-    };
+        .with_target("kersey", level)
 }
 
 fn verbosity(text: &str) -> Result<u8, String> {

@@ -60,6 +60,8 @@ impl ProcessArgs {
             } else {
                 Predecessor::Respect
             },
+            // Which it is, is known where the file was read.
+            config_file: None,
         }
     }
 }

@@ -14,7 +14,7 @@ use super::go_flags::parse_bool;
 use super::http::{AskingArgs, CertificateArgs};
 use super::store::{EtcdArgs, OwnStoreArgs, Serving, servers, store_options};
 use super::{UsageError, exit};
-use crate::addr::{Ipv4Prefix, Ipv6Prefix};
+use crate::addr::{Ipv4Prefix, Ipv6Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store, StoreError};
@@ -46,6 +46,9 @@ pub(super) struct ReserveArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           default_value = "false", value_parser = parse_bool, help_heading = "Options")]
     embedded: bool,
+    /// The network meant, if the store has several
+    #[arg(long, value_name = "NAME", value_parser = network_name, help_heading = "Options")]
+    network: Option<NetworkName>,
     #[command(flatten)]
     own: OwnStoreArgs,
     #[command(flatten)]
@@ -58,6 +61,11 @@ struct Remote(Vec<ServerAddress>);
 
 fn remote_servers(text: &str) -> Result<Remote, String> {
     servers(text).map(Remote)
+}
+
+fn network_name(text: &str) -> Result<NetworkName, String> {
+    text.parse()
+        .map_err(|error: <NetworkName as std::str::FromStr>::Err| error.to_string())
 }
 
 impl ReserveArgs {
@@ -86,6 +94,7 @@ impl ReserveArgs {
             action,
             store: store_options(self.etcd, &self.own, remote, serving)?,
             lease_ttl: self.own.lease_ttl,
+            network: self.network,
             form: if self.json {
                 StatusForm::Json
             } else {
@@ -222,8 +231,8 @@ impl ReserveError {
 }
 
 async fn carry_out(options: &ReserveOptions) -> Result<String, ReserveError> {
-    let store = store::open(&options.store.kind, options.lease_ttl, Expirations::Assume).await?;
-    let store = &*store;
+    let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Assume).await?;
+    let store = &*networks.open(options.network.as_ref())?;
     match options.action {
         ReserveAction::List => {
             let mut leases = store::leases(store).await?;
@@ -284,7 +293,7 @@ fn prefixes(subnet: Subnet) -> String {
     both.join(",")
 }
 
-fn address(attrs: &LeaseAttrs) -> String {
+fn address_of(attrs: &LeaseAttrs) -> String {
     attrs
         .address()
         .map_or_else(|| "-".to_owned(), |address| address.to_string())
@@ -302,7 +311,11 @@ fn table(leases: &[Lease]) -> String {
                 (kind, None) if kind.is_empty() => "-".to_owned(),
                 (kind, _) => kind.clone(),
             };
-            [prefixes(lease.subnet), address(&lease.attrs), harmless(&backend)]
+            [
+                prefixes(lease.subnet),
+                address_of(&lease.attrs),
+                harmless(&backend),
+            ]
         })
         .collect();
     let mut text = String::new();
@@ -331,7 +344,7 @@ fn as_json(leases: &[Lease]) -> String {
         .map(|lease| {
             json!({
                 "subnet": prefixes(lease.subnet),
-                "public_ip": address(&lease.attrs),
+                "public_ip": address_of(&lease.attrs),
                 "backend": lease.attrs.backend_type,
             })
         })

@@ -245,6 +245,15 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
     if let Some(error) = &store.error {
         row(out, colour, "", error);
     }
+    if store.resets > 0 {
+        let times = store.resets;
+        row(
+            out,
+            colour,
+            "",
+            &format!("was wiped, restored or exchanged: {times} times"),
+        );
+    }
 
     let device = &status.device;
     if device.is_absent() {

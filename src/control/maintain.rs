@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use rand::RngExt;
 use tokio::sync::{Notify, watch};
@@ -20,6 +21,9 @@ use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate};
 
 /// How long changes gather before the cache is written.
 const CACHE_DELAY: Duration = Duration::from_secs(2);
+
+/// How many updates are taken in at once at most.
+const GATHER: usize = 256;
 
 /// The least time between two renewals of a lease the store says is in order.
 const MIN_RENEWAL: Duration = Duration::from_secs(1);
@@ -75,6 +79,7 @@ impl Keep<'_> {
     async fn run(self, start: Start) {
         let mut formerly = start.formerly;
         let mut backoff = Backoff::new(self.options.backoff_cap);
+        let mut refused = Backoff::new(super::REFUSED_CAP.max(self.options.backoff_cap));
         let mut due = match start.source {
             Source::Store => self.renewal_due(&self.lease.borrow()),
             Source::Cache => Instant::now(),
@@ -101,6 +106,7 @@ impl Keep<'_> {
                 Ok(renewed) => {
                     formerly = None;
                     backoff.reset();
+                    refused.reset();
                     due = self.renewal_due(&renewed);
                     if renewed.subnet != lease.subnet {
                         tracing::warn!(old = %lease.subnet, new = %renewed.subnet, "our subnet changed");
@@ -115,7 +121,12 @@ impl Keep<'_> {
                 }
                 Err(error) => {
                     super::complain(&self.complaints, &error, "cannot renew our lease; trying on");
-                    due = Instant::now() + backoff.next_pause();
+                    let pause = if error.is_unavailable() {
+                        backoff.next_pause()
+                    } else {
+                        refused.next_pause()
+                    };
+                    due = Instant::now() + pause;
                 }
             }
         }
@@ -171,7 +182,20 @@ impl Follow<'_> {
         let mut updates = Box::pin(updates(self.store, self.options));
         loop {
             tokio::select! {
-                Some(update) = updates.next() => self.take(update),
+                Some(update) = updates.next() => {
+                    let mut update = update;
+                    // What came meanwhile goes in with it: in a storm the table is worked out once, not once a change.
+                    tokio::task::yield_now().await;
+                    for _ in 0..GATHER {
+                        let Some(Some(next)) = updates.next().now_or_never() else { break };
+                        let (before, newest) = joined(update, next);
+                        if let Some(before) = before {
+                            self.take(before);
+                        }
+                        update = newest;
+                    }
+                    self.take(update);
+                }
                 Ok(()) = self.own.changed() => self.own_changed(),
                 () = at(self.linger_due) => self.linger_over(),
                 () = at(self.cache_due) => self.save_cache().await,
@@ -274,6 +298,29 @@ impl Follow<'_> {
         if let Err(error) = saved.unwrap_or_else(|error| Err(error.into())) {
             super::complain(&self.cache_complaints, &error, "cannot write the cache");
         }
+    }
+}
+
+type Told = Result<WatchItem, StoreError>;
+
+/// Two updates as one if they are changes both; else the first comes before the second.
+fn joined(first: Told, second: Told) -> (Option<Told>, Told) {
+    match (first, second) {
+        (
+            Ok(WatchItem {
+                update: LeaseUpdate::Events(mut events),
+                ..
+            }),
+            Ok(WatchItem {
+                update: LeaseUpdate::Events(more),
+                cursor,
+            }),
+        ) => {
+            events.extend(more);
+            let update = LeaseUpdate::Events(events);
+            (None, Ok(WatchItem { update, cursor }))
+        }
+        (first, second) => (Some(first), second),
     }
 }
 

@@ -36,12 +36,16 @@ const TRUST: [&str; 6] = [
     "/usr/local/share/ca-certificates",
     "/usr/lib/ssl",
 ];
-/// What the standard library asks for the number of processors.
-const PROCESSORS: [&str; 4] = [
+/// What the kernel tells: to the standard library, how many processors there are.
+const KERNEL: [&str; 7] = [
     "/proc/self/cgroup",
     "/proc/self/mountinfo",
     "/sys/fs/cgroup",
     "/sys/devices/system/cpu",
+    // The node's name, and which firewall tables there are.
+    "/proc/sys/kernel/hostname",
+    "/proc/sys/kernel/domainname",
+    "/proc/self/net",
 ];
 /// Switches of devices and interfaces.
 const SWITCHES: &str = "/proc/sys/net";
@@ -109,7 +113,7 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     }
     plan.write(SWITCHES);
     plan.device(TUN);
-    for path in PROCESSORS {
+    for path in KERNEL {
         plan.read(path);
     }
     plan.read(identity::BOOT_ID);
@@ -175,7 +179,8 @@ fn folder_of(file: &Path) -> PathBuf {
 
 /// The files the options name.
 fn files(options: &RunOptions) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = options.srv6.hmac_keys.iter().cloned().collect();
+    let named = options.srv6.hmac_keys.iter().chain(&options.process.config_file);
+    let mut files: Vec<PathBuf> = named.cloned().collect();
     match &options.store.kind {
         StoreKind::Etcd(etcd) => {
             files.extend(etcd.ca_file.clone());

@@ -25,7 +25,6 @@ const THREAD_STUCK: Duration = Duration::from_secs(10);
 
 /// How a reload went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "reloads are counted once there are some")]
 pub(super) enum Reload {
     /// What could change has changed.
     Applied,
@@ -71,7 +70,11 @@ impl Health {
         lock(&self.seen).retain(|(of, _), _| of != network);
     }
 
-    #[allow(dead_code, reason = "reloads are counted once there are some")]
+    /// How many networks there are.
+    pub(super) fn count(&self) -> usize {
+        lock(&self.networks).len()
+    }
+
     pub(super) fn count_reload(&self, reload: Reload) {
         let counter = match reload {
             Reload::Applied => &self.applied,
@@ -244,8 +247,8 @@ mod tests {
         let health = Health::new("6.1".to_owned());
         let report = Arc::new(Report::for_tests());
         health.add("blue", Arc::clone(&report));
-        report.set_turned();
         let now = Instant::now();
+        report.set_turned();
         assert_eq!(health.judge(now + LOOP_STUCK), Ok(()));
         let stuck = health
             .judge(now + LOOP_STUCK + Duration::from_secs(2))

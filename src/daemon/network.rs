@@ -5,6 +5,7 @@ use std::iter::once;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use netlink_packet_route::link::LinkFlags;
@@ -17,6 +18,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
+use crate::daemon::succession;
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
@@ -25,6 +27,7 @@ use crate::dataplane::worker::InboundOptions;
 use crate::dataplane::{Encap, Oversize};
 use crate::host::endpoint::{Endpoint, Outlet, SidOptions, SidWorker};
 use crate::host::firewall::Guard;
+use crate::host::handover::{Bundle, Kind};
 use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
@@ -33,7 +36,7 @@ use crate::host::queues::{Layout, Queues};
 use crate::host::raw::{RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl::{self, Forwarding};
-use crate::host::tun::{Tun, TunOffloads, TunOptions};
+use crate::host::tun::{Tun, TunError, TunOffloads, TunOptions};
 use crate::host::underlay::AnyUnderlay;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, Srv6Io, ThreadLayout};
@@ -84,7 +87,14 @@ pub(super) struct DataPlane<B: Backend> {
     paths: Paths,
     routes: SharedRoutes<<B::Encap as Encap>::Hop>,
     pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
-    queues: Queues,
+    /// The threads, once they run.
+    queues: Option<Queues>,
+    /// What they will be made of, until then.
+    waiting: Option<Waiting>,
+    /// The device's name.
+    device: String,
+    /// Whether the device is that of an earlier life.
+    is_adopted: bool,
     endpoint: Option<Endpoint>,
     /// What deals with packets that are not the queues' counts here, if there is any.
     others: Option<Arc<WorkerStats>>,
@@ -102,6 +112,18 @@ pub(super) struct DataPlane<B: Backend> {
     pub(super) bound_to: Option<u32>,
     /// The outer device's number, if there is one.
     pub(super) outer_index: Option<u32>,
+}
+
+/// What the threads are made of.
+struct Waiting {
+    tun: Tun,
+    underlays: Vec<AnyUnderlay>,
+    layout: Layout,
+    inbound: InboundOptions,
+    sources: Sources,
+    busy_poll: Duration,
+    /// Second descriptors of the device and of the sockets on the well-known port.
+    held: Bundle,
 }
 
 /// How SRv6 packets come and go.
@@ -155,12 +177,8 @@ impl InstalledPeer {
 }
 
 impl<B: Backend> DataPlane<B> {
-    /// Makes the device, opens the sockets, starts the threads, and puts address and routes in.
-    pub(super) async fn start(
-        setup: &Setup<'_, B>,
-        lease: &Lease,
-        failed: mpsc::Sender<std::io::Error>,
-    ) -> Result<Self> {
+    /// Makes the device and opens the sockets, or takes those of an earlier life; puts address and routes in. No packet moves yet.
+    pub(super) async fn start(setup: &Setup<'_, B>, lease: &Lease) -> Result<Self> {
         let options = setup.options;
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let (srv6_io, raw_refused) = choose_io(setup)?;
@@ -179,12 +197,16 @@ impl<B: Backend> DataPlane<B> {
             ThreadLayout::Joined => Layout::Joined,
             ThreadLayout::Split => Layout::Split,
         };
-        let tun = Tun::create(&TunOptions {
-            name: options.device.clone(),
-            queues: queue_count,
-            tso: switch(options.tun_tso),
-            uso: switch(options.tun_uso),
-        })?;
+        let mut bundle = succession::held().take(&options.device);
+        let (tun, is_adopted) = make_tun(
+            &TunOptions {
+                name: options.device.clone(),
+                queues: queue_count,
+                tso: switch(options.tun_tso),
+                uso: switch(options.tun_uso),
+            },
+            &mut bundle,
+        )?;
         let tun_offloads = tun.offloads();
         let routes = SharedRoutes::new(RouteTable::new(overlay(setup.config, lease.subnet)));
         let heard = PathMtus::default();
@@ -194,8 +216,13 @@ impl<B: Backend> DataPlane<B> {
             mut others,
         } = match srv6_io {
             Some(io) if io.is_tun() => open_outer(setup, &routes, heard.clone())?,
-            Some(_) | None => open_underlays(setup, queue_count)?,
+            Some(_) | None => open_underlays(setup, queue_count, bundle)?,
         };
+        let mut held = Bundle::default();
+        tun.hold(&mut held)?;
+        for (queue, underlay) in underlays.iter().enumerate() {
+            underlay.hold(queue, &mut held)?;
+        }
         let outer_index = match srv6_io {
             Some(io) if io.is_tun() => Some(route_locators(setup).await?),
             Some(_) | None => {
@@ -223,14 +250,15 @@ impl<B: Backend> DataPlane<B> {
                 interface.public_v6.map(IpAddr::V6),
             ],
         };
-        let queues = Queues::start(
-            setup.backend.encap(),
+        let waiting = Waiting {
             tun,
             underlays,
-            &routes,
-            (layout, options.busy_poll, inbound, sources),
-            failed,
-        )?;
+            layout,
+            inbound,
+            sources,
+            busy_poll: options.busy_poll,
+            held,
+        };
         let endpoint = match srv6_io {
             Some(SegmentIo::Raw) => start_endpoint(setup, &routes)?,
             Some(_) | None => None,
@@ -244,7 +272,10 @@ impl<B: Backend> DataPlane<B> {
             paths: Paths::new(setup.interface.mtu, Instant::now()),
             routes,
             peers: BTreeMap::new(),
-            queues,
+            queues: None,
+            waiting: Some(waiting),
+            device: options.device.clone(),
+            is_adopted,
             endpoint,
             others,
             heard,
@@ -260,6 +291,7 @@ impl<B: Backend> DataPlane<B> {
             plane.bound_to = Some(setup.netlink.link(&setup.interface.name).await?.index);
         }
         plane.index = configure_device(setup, lease.subnet).await?;
+        tidy_device(setup, plane.index, lease.subnet).await?;
         if let Some(error) = raw_refused {
             tracing::warn!(
                 error = format!("{:#}", anyhow::Error::from(error)),
@@ -269,7 +301,6 @@ impl<B: Backend> DataPlane<B> {
         tracing::info!(
             device = options.device,
             queues = queue_count,
-            threads = plane.threads(),
             tun_tso = tun_offloads.tso.describe(),
             tun_uso = tun_offloads.uso.describe(),
             udp_gso = socket_offloads.map(|offloads| offloads.gso.describe()),
@@ -281,6 +312,48 @@ impl<B: Backend> DataPlane<B> {
             "data plane up"
         );
         Ok(plane)
+    }
+
+    /// How long to wait for the first complete list of peers before packets move, if it is not there yet.
+    pub(super) fn patience(&self, knows_none: bool) -> Duration {
+        if !self.is_adopted {
+            Duration::ZERO
+        } else if succession::held().has_predecessor() {
+            // It moves them meanwhile.
+            Duration::from_secs(3)
+        } else if knows_none {
+            // The device's queue holds half a second's packets of a thousand a second.
+            Duration::from_millis(500)
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    /// Starts the threads: packets move from here on. To be called when the routes are in, for there may be packets waiting.
+    ///
+    /// # Errors
+    /// Out of descriptors or threads.
+    pub(super) fn launch(&mut self, failed: mpsc::Sender<std::io::Error>) -> std::io::Result<()> {
+        let Some(waiting) = self.waiting.take() else {
+            return Ok(());
+        };
+        let queues = Queues::start(
+            self.backend.encap(),
+            waiting.tun,
+            waiting.underlays,
+            &self.routes,
+            (
+                waiting.layout,
+                waiting.busy_poll,
+                waiting.inbound,
+                waiting.sources,
+            ),
+            failed,
+        )?;
+        self.queues = Some(queues);
+        succession::held().hold(&self.device, waiting.held);
+        succession::held().relieve(&self.device);
+        Ok(())
     }
 
     /// Makes the route table that of `table`; what did not change keeps its counters.
@@ -379,12 +452,15 @@ impl<B: Backend> DataPlane<B> {
 
     /// The counters of all threads.
     pub(super) fn stats(&self) -> Vec<Arc<WorkerStats>> {
-        self.queues
-            .stats()
+        self.queue_stats()
             .iter()
             .chain(&self.others)
             .map(Arc::clone)
             .collect()
+    }
+
+    fn queue_stats(&self) -> &[Arc<WorkerStats>] {
+        self.queues.as_ref().map_or(&[], Queues::stats)
     }
 
     /// The same, each with the direction its packets take.
@@ -392,7 +468,7 @@ impl<B: Backend> DataPlane<B> {
         let queues = ["outbound", "inbound"]
             .into_iter()
             .cycle()
-            .zip(self.queues.stats());
+            .zip(self.queue_stats());
         let others = self.others.iter().map(|others| ("inbound", others));
         queues
             .chain(others)
@@ -403,12 +479,8 @@ impl<B: Backend> DataPlane<B> {
     /// Signs of life of all threads.
     pub(super) fn pulses(&self) -> Vec<Arc<Pulse>> {
         let endpoint = self.endpoint.as_ref().map(Endpoint::pulse);
-        self.queues
-            .pulses()
-            .iter()
-            .chain(endpoint)
-            .map(Arc::clone)
-            .collect()
+        let queues = self.queues.as_ref().map_or(&[][..], Queues::pulses);
+        queues.iter().chain(endpoint).map(Arc::clone).collect()
     }
 
     /// The numbers of its devices.
@@ -418,7 +490,7 @@ impl<B: Backend> DataPlane<B> {
 
     /// Number of threads.
     pub(super) fn threads(&self) -> usize {
-        self.queues.threads() + usize::from(self.endpoint.is_some())
+        self.queues.as_ref().map_or(0, Queues::threads) + usize::from(self.endpoint.is_some())
     }
 
     /// When to look at the paths again.
@@ -467,6 +539,45 @@ impl<B: Backend> DataPlane<B> {
         }
         self.routes.publish(routes);
         true
+    }
+}
+
+impl<B: Backend> Drop for DataPlane<B> {
+    fn drop(&mut self) {
+        // Raw sockets are not handed on: each of two owners would get every packet.
+        if matches!(self.backend.carrier(), Carrier::Udp { .. }) {
+            succession::held().retire(&self.device, self.queues.take());
+        }
+    }
+}
+
+/// Takes over the queues of an earlier life, or makes the device; and which of the two it was.
+fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), TunError> {
+    if bundle.is_empty() {
+        return Ok((Tun::create(options)?, false));
+    }
+    let adopted = match bundle.take(Kind::Tun, options.queues) {
+        Some(queues) => Tun::adopt(queues, options),
+        None => Err(std::io::Error::other("another number of queues")),
+    };
+    match adopted {
+        Ok(tun) => {
+            tracing::info!(
+                device = options.name,
+                "went on with the device of an earlier life"
+            );
+            Ok((tun, true))
+        }
+        Err(error) => {
+            // That it is gone is why there is a new life.
+            if error.raw_os_error() != Some(libc::EBADFD) {
+                tracing::warn!(device = options.name, %error, "the device of an earlier life is of no use; making it anew");
+            }
+            // Its sockets go with it, and so does who still has the device.
+            *bundle = Bundle::default();
+            succession::held().tell_stop();
+            Ok((Tun::create(options)?, false))
+        }
     }
 }
 
@@ -528,7 +639,7 @@ fn open_outer<B: Backend>(
 }
 
 /// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize) -> Result<Opened> {
+fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: Bundle) -> Result<Opened> {
     let options = setup.options;
     match setup.backend.carrier() {
         Carrier::Udp { port, source_ports } => {
@@ -549,9 +660,15 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize) -> Result<Ope
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
-            let underlays = (0..queues)
-                .map(|_| UdpUnderlay::open(&wanted))
-                .collect::<Result<Vec<_>, _>>()?;
+            let underlays = match adopt_underlays(&wanted, &mut bundle) {
+                Some(underlays) => underlays,
+                None => {
+                    drop(bundle);
+                    (0..queues)
+                        .map(|_| UdpUnderlay::open(&wanted))
+                        .collect::<Result<Vec<_>, _>>()?
+                }
+            };
             let offloads = underlays.first().context("no queue")?.offloads();
             Ok(Opened {
                 underlays: underlays.into_iter().map(AnyUnderlay::Udp).collect(),
@@ -569,6 +686,33 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize) -> Result<Ope
                 socket_offloads: None,
                 others: None,
             })
+        }
+    }
+}
+
+/// Takes over the sockets of an earlier life, if they are all there and fit.
+fn adopt_underlays(wanted: &UnderlayOptions, bundle: &mut Bundle) -> Option<Vec<UdpUnderlay>> {
+    if bundle.is_empty() {
+        return None;
+    }
+    let mut of = |kind, asked: bool| match asked {
+        true => bundle.take(kind, wanted.queues),
+        false => Some(Vec::new()),
+    };
+    let (v4, v6) = (
+        of(Kind::Udp4, wanted.v4.is_some())?,
+        of(Kind::Udp6, wanted.v6.is_some())?,
+    );
+    let (mut v4, mut v6) = (v4.into_iter(), v6.into_iter());
+    let adopted = (0..wanted.queues).map(|_| UdpUnderlay::adopt(wanted, v4.next(), v6.next()));
+    match adopted.collect::<Result<Vec<_>, _>>() {
+        Ok(underlays) => Some(underlays),
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the sockets of an earlier life are of no use; opening new ones"
+            );
+            None
         }
     }
 }
@@ -782,6 +926,25 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
         netlink.replace_route(&Route::direct(network, index)).await?;
     }
     Ok(index)
+}
+
+/// Takes away what an earlier life of the device had and this one has not: its addresses and routes are those of another lease.
+async fn tidy_device<B: Backend>(setup: &Setup<'_, B>, index: u32, own: Subnet) -> Result<()> {
+    let netlink = &setup.netlink;
+    let addresses = netlink.addresses().await?;
+    for held in addresses.iter().filter(|held| held.index == index) {
+        let link_local = matches!(held.addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
+        if !link_local && !prefixes(own).any(|prefix| prefix.addr() == held.addr) {
+            netlink.delete_address(index, held.addr, held.prefix_len).await?;
+        }
+    }
+    let routes = netlink.own_routes().await?;
+    for route in routes.iter().filter(|route| route.index == index) {
+        if !networks(setup.config).any(|network| Route::direct(network, index) == *route) {
+            netlink.delete_route(route).await?;
+        }
+    }
+    Ok(())
 }
 
 /// What a look at the device came to.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, interval, sleep, sleep_until};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
 use crate::addr::{MacAddr, Mtu, NetworkName};
@@ -23,11 +23,12 @@ use crate::daemon::direct::DirectRoutes;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
+use crate::daemon::reload::{self, InUse, Requests};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{ENVIRONMENT, exit_status, plain};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
@@ -68,17 +69,29 @@ pub(super) async fn run(
     report: Arc<Report>,
     claims: Option<(NetworkName, Arc<Claims>)>,
 ) -> Result<()> {
+    let mut requests = Requests::new();
+    let in_use = InUse::default();
+    // A config to go by rather than the store's; and the last that could be run, once another came after it.
+    let (mut given, mut last_good) = (None, None);
     let mut moving = None;
     loop {
-        let (store, report) = (Arc::clone(&store), Arc::clone(&report));
-        let ended = live(
+        let life = live(
             &options,
             claims.as_ref(),
             Arc::clone(&store),
             Arc::clone(&report),
+            (given.take(), &in_use),
             moving.take(),
-        )
-        .await;
+        );
+        let ended = tokio::select! {
+            ended = life => ended,
+            config = reload::new_config(&mut requests, &store, &in_use, &report) => {
+                last_good = reload::in_use(&in_use);
+                given = Some(config);
+                report.not_ready();
+                continue;
+            }
+        };
         match ended.map_err(|error| error.downcast::<ChooseAgain>()) {
             Err(Ok(again)) => {
                 tracing::info!("joining anew: {again}");
@@ -87,6 +100,10 @@ pub(super) async fn run(
                 if moving.is_some() {
                     store.distrust();
                 }
+            }
+            Err(Err(error)) if last_good.is_some() && exit_status(&error) == CONFIG => {
+                tracing::warn!("the new network config cannot be run here, so the last one is: {error:#}");
+                given.clone_from(&last_good);
             }
             Err(Err(error)) => return Err(error),
             Ok(()) => return Ok(()),
@@ -156,17 +173,25 @@ async fn live(
     claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
+    (given, in_use): (Option<NetworkConfig>, &InUse),
     moving: Option<Lease>,
 ) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options)).moving(moving);
-    let config = control.network_config().await;
+    let config = match given {
+        Some(given) => given,
+        None => control.network_config().await,
+    };
+    reload::set_in_use(in_use, &config);
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,
     };
     let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
     if let AnyBackend::Auto(auto) = &mut backend {
-        *auto = auto.settled(socket::port_is_taken(auto.port()));
+        let port = auto.port();
+        // What an earlier life of ours has is ours.
+        let ours = succession::held().has_port(&options.packet_path.device, port);
+        *auto = auto.settled(!ours && socket::port_is_taken(port));
     }
     if let Some((name, claims)) = claims {
         let former = claims.take(name, &Wants::of(&backend, &config))?;
@@ -344,8 +369,17 @@ async fn stay<B: Backend>(
     let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
-        let mut plane = up(setup, &lease, failed).await?;
+        let mut plane = up(setup, &lease).await?;
         let mut table = published.peers.borrow_and_update().clone();
+        // Packets may be waiting, or still be moved by another: better they wait on than find no peer.
+        let patience = if table.is_confirmed() {
+            Duration::ZERO
+        } else {
+            plane.patience(table.is_empty())
+        };
+        if !patience.is_zero() && timeout(patience, published.peers.changed()).await.is_ok() {
+            table = published.peers.borrow_and_update().clone();
+        }
         if !by_locators {
             plane.follow(&table, &direct.refused);
         }
@@ -353,6 +387,11 @@ async fn stay<B: Backend>(
         // A peer is in the table once its locator can be reached, if it has one.
         if by_locators {
             plane.follow(&table, &direct.refused);
+        }
+        if let Err(error) = plane.launch(failed) {
+            tracing::warn!(%error, "cannot start the threads; trying again");
+            sleep(RETRY).await;
+            continue;
         }
         report.set_plane(&plane);
         setup.want_firewall(lease.subnet).await;
@@ -498,15 +537,11 @@ pub(super) async fn at(time: Option<Instant>) {
 }
 
 /// Brings the data plane up, trying again while it may still come right.
-async fn up<B: Backend>(
-    setup: &Setup<'_, B>,
-    lease: &Lease,
-    failed: mpsc::Sender<std::io::Error>,
-) -> Result<DataPlane<B>> {
+async fn up<B: Backend>(setup: &Setup<'_, B>, lease: &Lease) -> Result<DataPlane<B>> {
     let mut told = String::new();
     let mut backoff = Backoff::new(RETRY);
     loop {
-        let error = match DataPlane::start(setup, lease, failed.clone()).await {
+        let error = match DataPlane::start(setup, lease).await {
             Ok(plane) => return Ok(plane),
             Err(error) => error,
         };

@@ -23,6 +23,7 @@ use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
 use crate::daemon::network::{networks, prefixes};
 use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, families, rules_name, underlay_interface};
 use crate::daemon::report::Report;
+use crate::daemon::succession;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch};
 use crate::host::interface::{Families, UnderlayInterface};
@@ -40,6 +41,8 @@ pub(super) async fn join<B: NoTunnel>(
     store: Arc<dyn Store>,
     report: Arc<Report>,
 ) -> Result<()> {
+    // A tunnel's device of an earlier life has no place here.
+    succession::held().release(&options.packet_path.device);
     let netlink = Netlink::open()?;
     let wanted = families(&config, false);
     // Packets leave bare, so there is no carrying one family over the other.

@@ -37,6 +37,7 @@ use crate::daemon::claims::Claims;
 use crate::daemon::firewall;
 use crate::daemon::node::{self, rules_of};
 use crate::daemon::report::{Report, Reports};
+use crate::daemon::succession;
 use crate::daemon::withdraw::withdraw;
 use crate::host::netlink::Netlink;
 use crate::options::{NetworkChoice, RunOptions};
@@ -97,6 +98,8 @@ struct Supervisor<'a> {
 /// A network that runs; dropping it ends it.
 struct Running {
     task: JoinHandle<()>,
+    /// Its device.
+    device: String,
     /// Its config changed: what failed may go.
     changed: Arc<Notify>,
 }
@@ -195,7 +198,7 @@ impl Supervisor<'_> {
             }
             let device = self.device(name).await;
             tracing::info!(network = %name, device, "network started");
-            let options = self.options.of_network(name, self.choice, device);
+            let options = self.options.of_network(name, self.choice, device.clone());
             let report = Arc::new(Report::new(&options));
             self.reports.add(name, Arc::clone(&report));
             let changed = Arc::new(Notify::new());
@@ -210,7 +213,14 @@ impl Supervisor<'_> {
             // Shown at every level, or a line would not say which network it is about.
             let span = tracing::error_span!("network", %name);
             let task = tokio::spawn(node.instrument(span));
-            self.running.insert(name.clone(), Running { task, changed });
+            self.running.insert(
+                name.clone(),
+                Running {
+                    task,
+                    device,
+                    changed,
+                },
+            );
         }
     }
 
@@ -237,6 +247,7 @@ impl Supervisor<'_> {
             running.task.abort();
             // Its device goes while it ends.
             let _ = (&mut running.task).await;
+            succession::held().release(&running.device);
         }
         if let Some((device, ranges)) = self.claims.release(name) {
             let stays = "stay; `kersey cleanup` removes them";

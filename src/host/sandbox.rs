@@ -38,6 +38,9 @@ use nix::unistd::{Gid, Uid};
 
 use crate::host::socket::Probed;
 
+/// Whoever started us does not let us: what a part says in place of what it did.
+const REFUSED: &str = "off (refused)";
+
 /// A part of the sandbox that can be switched off by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -178,7 +181,7 @@ pub fn enter(plan: &Plan) -> Result<(), SandboxError> {
         umask(Mode::from_bits_truncate(0o077));
     }
     let kept = capabilities::reduce(plan.account, wanted(Part::Capabilities))?;
-    state.capabilities = kept.is_some();
+    state.capabilities = kept.as_deref().is_some_and(|kept| kept != REFUSED);
     state.tell(
         Part::Capabilities,
         kept.unwrap_or_else(|| Probed::Forced.describe().to_owned()),

@@ -16,7 +16,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -26,6 +26,7 @@ use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
 use crate::dataplane::stats::{Count, WorkerStats};
 use crate::dataplane::{Oversize, SendError, SendFailure, Underlay};
+use crate::host::handover::{Bundle, Kind};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::protocol;
 
@@ -163,9 +164,13 @@ struct Family {
 }
 
 impl Family {
-    fn open(ip: IpAddr, options: &UnderlayOptions) -> Result<Self, UnderlayError> {
+    /// Opens the sockets; the one on the well-known port is `earlier`, if there is one.
+    fn open(ip: IpAddr, options: &UnderlayOptions, earlier: Option<OwnedFd>) -> Result<Self, UnderlayError> {
         let addr = SocketAddr::new(ip, options.port);
-        let recv = bound(addr, options)?;
+        let recv = match earlier {
+            Some(earlier) => adopted(earlier, addr, options)?,
+            None => bound(addr, options)?,
+        };
         let gso = Probed::ask(options.gso, || {
             sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1200)?;
             sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 0)
@@ -216,6 +221,21 @@ fn discovery(oversize: Oversize) -> i32 {
     }
 }
 
+/// Checks that a socket of an earlier life is the one for `addr`, and sets it as this life wants it.
+fn adopted(earlier: OwnedFd, addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, UnderlayError> {
+    let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
+    let socket = Socket::from(earlier);
+    let is_udp = socket.r#type().map_err(failed("look at"))? == Type::DGRAM;
+    let held = socket.local_addr().map_err(failed("look at"))?.as_socket();
+    if !is_udp || held != Some(addr) {
+        let other = io::Error::other("it is bound to another address");
+        return Err(failed("take over")(other));
+    }
+    socket.set_nonblocking(true).map_err(failed("take over"))?;
+    configure(&socket, addr, options)?;
+    Ok(socket)
+}
+
 /// Opens and binds one socket.
 fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, UnderlayError> {
     let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
@@ -225,9 +245,27 @@ fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, Underlay
         Some(Protocol::UDP),
     )
     .map_err(failed("open"))?;
-    let fd = socket.as_fd();
     if addr.is_ipv6() {
         socket.set_only_v6(true).map_err(failed("restrict to IPv6"))?;
+    }
+    if options.queues > 1 && addr.port() != 0 {
+        socket.set_reuse_port(true).map_err(failed("share the port of"))?;
+    }
+    configure(&socket, addr, options)?;
+    match socket.bind(&addr.into()) {
+        Ok(()) => Ok(socket),
+        Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
+            Err(UnderlayError::PortTaken { addr, source })
+        }
+        Err(source) => Err(failed("bind")(source)),
+    }
+}
+
+/// Sets what may be set on a socket at any time.
+fn configure(socket: &Socket, addr: SocketAddr, options: &UnderlayOptions) -> Result<(), UnderlayError> {
+    let failed = |doing| move |source| UnderlayError::Socket { doing, addr, source };
+    let fd = socket.as_fd();
+    if addr.is_ipv6() {
         let discovery = discovery(options.v6_oversize);
         sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, discovery)
             .map_err(failed("set MTU discovery of"))?;
@@ -238,9 +276,6 @@ fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, Underlay
         sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discovery)
             .map_err(failed("set MTU discovery of"))?;
         let _ = sys::set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1);
-    }
-    if options.queues > 1 && addr.port() != 0 {
-        socket.set_reuse_port(true).map_err(failed("share the port of"))?;
     }
     // The forced forms pass the sysctl limits and need CAP_NET_ADMIN; the plain ones are capped silently. A socket of the pool
     // is never read: what strangers send there may fill no more than the kernel's least buffer.
@@ -257,13 +292,7 @@ fn bound(addr: SocketAddr, options: &UnderlayOptions) -> Result<Socket, Underlay
     }
     // Counting overflows is for show; a kernel without it loses nothing.
     let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1);
-    match socket.bind(&addr.into()) {
-        Ok(()) => Ok(socket),
-        Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
-            Err(UnderlayError::PortTaken { addr, source })
-        }
-        Err(source) => Err(failed("bind")(source)),
-    }
+    Ok(())
 }
 
 /// One queue's sockets.
@@ -289,13 +318,44 @@ impl UdpUnderlay {
     pub fn open(options: &UnderlayOptions) -> Result<Self, UnderlayError> {
         let v4 = options
             .v4
-            .map(|ip| Family::open(ip.into(), options))
+            .map(|ip| Family::open(ip.into(), options, None))
             .transpose()?;
         let v6 = options
             .v6
-            .map(|ip| Family::open(ip.into(), options))
+            .map(|ip| Family::open(ip.into(), options, None))
             .transpose()?;
         Ok(Self::of(v4, v6, options.source_ports.max(1)))
+    }
+
+    /// Takes over the sockets of one queue, on the well-known port, of an earlier life.
+    ///
+    /// # Errors
+    /// They are not the ones that `options` want; see [`UnderlayError`].
+    pub fn adopt(
+        options: &UnderlayOptions,
+        v4: Option<OwnedFd>,
+        v6: Option<OwnedFd>,
+    ) -> Result<Self, UnderlayError> {
+        let v4 = options.v4.map(|ip| Family::open(ip.into(), options, v4));
+        let v6 = options.v6.map(|ip| Family::open(ip.into(), options, v6));
+        Ok(Self::of(
+            v4.transpose()?,
+            v6.transpose()?,
+            options.source_ports.max(1),
+        ))
+    }
+
+    /// Puts second descriptors of the sockets on the well-known port into `bundle`.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hold(&self, queue: usize, bundle: &mut Bundle) -> io::Result<()> {
+        for (kind, family) in [(Kind::Udp4, &self.v4), (Kind::Udp6, &self.v6)] {
+            if let Some(family) = family {
+                bundle.insert(kind, queue, family.recv.as_fd().try_clone_to_owned()?);
+            }
+        }
+        Ok(())
     }
 
     fn of(v4: Option<Family>, v6: Option<Family>, source_ports: usize) -> Self {

@@ -614,6 +614,7 @@ mod tun_ioctl {
     nix::ioctl_write_int!(set_offload, b'T', 208);
     nix::ioctl_write_ptr!(set_vnet_hdr_size, b'T', 216, i32);
     nix::ioctl_read!(features, b'T', 207, u32);
+    nix::ioctl_read!(get_iff, b'T', 210, u32);
 }
 
 /// Sets what super-packets and partial checksums the kernel may hand over: TUNSETOFFLOAD.
@@ -676,6 +677,69 @@ pub fn tun_open(name: &str, flags: i32) -> io::Result<OwnedFd> {
     unsafe { tun_ioctl::set_iff(fd.as_raw_fd(), ptr::from_mut(&mut request) as libc::c_ulong) }
         .map_err(io::Error::from)?;
     Ok(fd)
+}
+
+/// Name and flags of the device a queue belongs to: TUNGETIFF.
+///
+/// # Errors
+/// EBADFD if the device is gone, ENOTTY if it is no TUN queue.
+pub fn tun_described(fd: BorrowedFd<'_>) -> io::Result<(String, i32)> {
+    let mut request = TunRequest {
+        name: [0; libc::IFNAMSIZ],
+        flags: 0,
+        rest: [0; 22],
+    };
+    // TUNGETIFF is declared with an int argument, yet writes an `ifreq`.
+    // SAFETY: the pointer describes `request`, as large as `ifreq`, which lives through the call.
+    unsafe { tun_ioctl::get_iff(fd.as_raw_fd(), ptr::from_mut(&mut request).cast()) }
+        .map_err(io::Error::from)?;
+    let end = request.name.iter().position(|&byte| byte == 0);
+    let name = &request.name[..end.unwrap_or(request.name.len())];
+    // The flags are sixteen bits, the highest of which is one of them.
+    Ok((
+        String::from_utf8_lossy(name).into_owned(),
+        i32::from(request.flags.cast_unsigned()),
+    ))
+}
+
+/// Takes a descriptor that was passed to this process at its start, by its number; no program we start gets it.
+///
+/// # Errors
+/// EBADF if it is not open.
+pub fn adopt(number: libc::c_int) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD on any number is harmless: EBADF if it is not open.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and the protocol of LISTEN_FDS makes it ours; each number is taken once, at the start.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Receives bytes from a stream socket, with the descriptors that came along; 0 at the end of the stream.
+///
+/// # Errors
+/// The kernel's.
+pub fn receive_descriptors(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut pieces = [io::IoSliceMut::new(buffer)];
+    // SCM_MAX_FD of the kernel.
+    let mut control = nix::cmsg_space!([libc::c_int; 253]);
+    let message = recvmsg::<()>(
+        fd.as_raw_fd(),
+        &mut pieces,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            // SAFETY: the kernel just made these descriptors for us.
+            descriptors.extend(
+                numbers
+                    .into_iter()
+                    .map(|number| unsafe { OwnedFd::from_raw_fd(number) }),
+            );
+        }
+    }
+    Ok((message.bytes, descriptors))
 }
 
 /// Takes over a descriptor that a library made.

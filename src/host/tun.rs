@@ -19,6 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::dataplane::coalesce::Merge;
 use crate::dataplane::packet::{PacketBatch, shape_places};
 use crate::dataplane::{Device, DeviceError};
+use crate::host::handover::{Bundle, Kind};
 use crate::host::socket::{Probed, Switch};
 use crate::host::sys;
 use crate::wire::virtio::VirtioHeader;
@@ -130,6 +131,49 @@ impl Tun {
         };
         let offloads = probe(&queues, options).map_err(|source| named(source, "set the offloads of"))?;
         Ok(Self { queues, offloads })
+    }
+
+    /// Takes over the queues of a device that is there already.
+    ///
+    /// # Errors
+    /// It is gone, or is not what is wanted: another name, other headers, another kind of queues.
+    pub fn adopt(queues: Vec<OwnedFd>, options: &TunOptions) -> io::Result<Self> {
+        let several = if options.queues > 1 {
+            libc::IFF_MULTI_QUEUE
+        } else {
+            0
+        };
+        let header = if options.tso == Switch::Off {
+            0
+        } else {
+            libc::IFF_VNET_HDR
+        };
+        let wanted = libc::IFF_TUN | libc::IFF_NO_PI | several | header;
+        let compared = wanted | libc::IFF_TAP | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR;
+        for fd in &queues {
+            let (name, flags) = sys::tun_described(fd.as_fd())?;
+            if name != options.name {
+                return Err(io::Error::other(format!("it is called {name:?}")));
+            }
+            if flags & compared != wanted {
+                return Err(io::Error::other("its packets or queues have another form"));
+            }
+            let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
+            fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        }
+        let offloads = probe(&queues, options)?;
+        Ok(Self { queues, offloads })
+    }
+
+    /// Puts a second descriptor of each queue into `bundle`.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hold(&self, bundle: &mut Bundle) -> io::Result<()> {
+        for (queue, fd) in self.queues.iter().enumerate() {
+            bundle.insert(Kind::Tun, queue, fd.try_clone()?);
+        }
+        Ok(())
     }
 
     /// Which offloads are in use.

@@ -8,6 +8,7 @@ use crate::dataplane::datagram::DatagramBatch;
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{SendFailure, Underlay};
+use crate::host::handover::Bundle;
 use crate::host::outer_tun::OuterTun;
 use crate::host::raw::RawUnderlay;
 use crate::host::sandbox::Role;
@@ -42,6 +43,17 @@ impl AnyUnderlay {
             Self::Udp(_) | Self::Raw(_) => Role::Queue,
             // Its reader deals with what SIDs say, too.
             Self::Tun(_) => Role::Sids,
+        }
+    }
+
+    /// Puts second descriptors of what another process may go on with into `bundle`.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hold(&self, queue: usize, bundle: &mut Bundle) -> io::Result<()> {
+        match self {
+            Self::Udp(underlay) => underlay.hold(queue, bundle),
+            Self::Raw(_) | Self::Tun(_) => Ok(()),
         }
     }
 

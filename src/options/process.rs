@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU16;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// All of it.
@@ -19,6 +20,8 @@ pub struct ProcessOptions {
     pub handover: Handover,
     /// What to do about a daemon that runs already.
     pub predecessor: Predecessor,
+    /// The file that flags come from, to be read again.
+    pub config_file: Option<PathBuf>,
 }
 
 /// Where probes and metrics are answered.

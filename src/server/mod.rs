@@ -62,7 +62,7 @@ use self::listen::Accepted;
 pub use self::listen::{Inherit, ListenError, Listener, listen};
 use crate::control::RateLimit;
 use crate::control::store::{Networks, Store};
-use crate::options::{ApiForm, ListenAddress, ServeOptions};
+use crate::options::{ApiForm, ServeOptions};
 use crate::trust::names::names;
 use crate::trust::{ServerTls, TrustError};
 
@@ -380,13 +380,5 @@ pub fn announce(listeners: &[Listener], served: &Served) {
     );
     for warning in served.warnings(listeners) {
         tracing::warn!("{warning}");
-    }
-}
-
-/// The address a process listens on by default: this machine only.
-pub fn default_address() -> ListenAddress {
-    ListenAddress::Tcp {
-        host: "127.0.0.1".to_owned(),
-        port: 8888,
     }
 }

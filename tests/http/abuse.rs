@@ -13,7 +13,8 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::process::Process;
 use crate::support::{ask, parse};
 
-/// What a good client may wait, 99 times of 100.
+/// What a good client may wait, 99 times of 100; on a machine that is busy with other things, thrice what a server that does
+/// nothing at all makes it wait meanwhile.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// What an attack may cost in memory.
 const ROOM: usize = 16 << 20;
@@ -256,6 +257,8 @@ struct Siege {
     descriptors: usize,
     over: Arc<AtomicBool>,
     good: std::thread::JoinHandle<Vec<Duration>>,
+    /// The same client at a server that does nothing.
+    yardstick: std::thread::JoinHandle<Vec<Duration>>,
     _dir: tempfile::TempDir,
 }
 
@@ -269,22 +272,15 @@ impl Siege {
             assert_eq!(ask(&process.address, "GET", "/v1/_/config", "", "").await.0, 200);
         }
         let over = Arc::new(AtomicBool::new(false));
-        let (address, ended) = (process.address.clone(), Arc::clone(&over));
-        // On a thread of its own, as the attacker's tasks would make it wait.
-        let good = std::thread::spawn(move || {
-            let mut times = Vec::new();
-            while !ended.load(Ordering::Relaxed) {
-                times.push(good_request(&address));
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            times
-        });
+        let good = good_client(process.address.clone(), &over);
+        let yardstick = good_client(idle_server(), &over);
         Self {
             before: process.memory(),
             descriptors: process.descriptors(),
             process,
             over,
             good,
+            yardstick,
             _dir: dir,
         }
     }
@@ -341,14 +337,15 @@ impl Siege {
         let grown = self.process.memory().saturating_sub(self.before);
         assert!(grown <= room, "{grown} bytes more");
         self.over.store(true, Ordering::Relaxed);
-        let mut times = self.good.join().unwrap();
-        times.sort_unstable();
-        let p99 = times[times.len() * 99 / 100];
-        println!(
-            "{} requests of a good client, p99 {p99:?}, {grown} bytes more",
-            times.len()
+        let (good, idle) = (
+            p99(self.good.join().unwrap()),
+            p99(self.yardstick.join().unwrap()),
         );
-        assert!(p99 <= PATIENCE, "{p99:?}");
+        println!("a good client's p99 {good:?} (an idle server's {idle:?}), {grown} bytes more");
+        assert!(
+            good <= PATIENCE.max(idle * 3),
+            "{good:?}, at an idle server {idle:?}"
+        );
         // Everything is given back.
         for _ in 0..100 {
             if self.process.descriptors() <= self.descriptors + 2 {
@@ -362,6 +359,40 @@ impl Siege {
             self.descriptors
         );
     }
+}
+
+/// Asks all the time, on a thread of its own, as the attacker's tasks would make it wait.
+fn good_client(address: String, over: &Arc<AtomicBool>) -> std::thread::JoinHandle<Vec<Duration>> {
+    let over = Arc::clone(over);
+    std::thread::spawn(move || {
+        let mut times = Vec::new();
+        while !over.load(Ordering::Relaxed) {
+            times.push(good_request(&address));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        times
+    })
+}
+
+/// A server that reads a request and answers, in one thread; gives its address.
+fn idle_server() -> String {
+    use std::io::{Read, Write};
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+        }
+    });
+    address
+}
+
+fn p99(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() * 99 / 100]
 }
 
 /// Asks for the config, and says how long it took.

@@ -6,7 +6,7 @@ use caps::securebits::set_keepcaps;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::unistd::{setgroups, setresgid, setresuid};
 
-use super::{Account, SandboxError};
+use super::{Account, REFUSED, SandboxError};
 
 /// What the daemon uses for as long as it lives. CAP_NET_RAW: ICMP errors to inner senders, and SRv6.
 const KEPT: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
@@ -42,10 +42,19 @@ pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<Str
     }
     // Ambient capabilities are for programs to be executed, and there are none.
     let _ = caps::clear(None, CapSet::Ambient);
-    caps::clear(None, CapSet::Inheritable).map_err(failed("drop inheritable capabilities"))?;
-    // Effective first: it may hold no more than what is permitted.
-    caps::set(None, CapSet::Effective, &kept).map_err(failed("reduce the effective capabilities"))?;
-    caps::set(None, CapSet::Permitted, &kept).map_err(failed("reduce the permitted capabilities"))?;
+    let dropped = caps::clear(None, CapSet::Inheritable)
+        // Effective first: it may hold no more than what is permitted.
+        .and_then(|()| caps::set(None, CapSet::Effective, &kept))
+        .and_then(|()| caps::set(None, CapSet::Permitted, &kept));
+    match dropped {
+        Ok(()) => {}
+        // A filter of system calls around us may know no capset. A user who was asked for must not keep more than that, though.
+        Err(error) if account.is_none() => {
+            tracing::debug!(%error, "capabilities cannot be dropped");
+            return Ok(asked.then(|| REFUSED.to_owned()));
+        }
+        Err(error) => return Err(failed("drop capabilities")(error)),
+    }
     let mut names: Vec<_> = kept.iter().map(ToString::to_string).collect();
     names.sort();
     Ok(asked.then(|| {

@@ -9,7 +9,7 @@ use landlock::{
     RulesetStatus, Scope,
 };
 
-use super::SandboxError;
+use super::{REFUSED, SandboxError};
 use crate::host::socket::Probed;
 
 /// The newest set of rules known here; an older kernel enforces what it knows of them.
@@ -23,11 +23,18 @@ pub(super) fn restrict(
     devices: &BTreeSet<PathBuf>,
 ) -> Result<String, SandboxError> {
     let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
-    let mut rules = Ruleset::default()
+    let made = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
         .and_then(|rules| rules.scope(Scope::Signal))
-        .and_then(Ruleset::create)
-        .map_err(failed)?;
+        .and_then(Ruleset::create);
+    let mut rules = match made {
+        Ok(rules) => rules,
+        // A filter of system calls around us, as old service managers and container runtimes have, knows nothing of Landlock.
+        Err(error) => {
+            tracing::debug!(%error, "Landlock is refused");
+            return Ok(REFUSED.to_owned());
+        }
+    };
     let own = AccessFs::from_all(NEWEST)
         & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev);
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;

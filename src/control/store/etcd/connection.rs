@@ -28,11 +28,11 @@ use super::tls::TlsFiles;
 use crate::control::RateLimit;
 use crate::control::store::StoreError;
 
-/// Ping interval of a connection in use. Etcd ends connections that are pinged more often than every 5 s.
-const PING: Duration = Duration::from_secs(6);
+/// Ping interval of a connection in use. Etcd ends connections that are pinged more often than that.
+const PING: Duration = Duration::from_secs(5);
 
-/// How long a ping may go unanswered: a black hole is noticed in 10 to 11 s.
-const PONG: Duration = Duration::from_secs(5);
+/// How long a ping may go unanswered: a black hole is noticed in 9 s.
+const PONG: Duration = Duration::from_secs(4);
 
 /// One request; etcd answers in milliseconds, and in a second or two while it elects a leader.
 const REQUEST: Duration = Duration::from_secs(5);
@@ -135,12 +135,12 @@ impl Connection {
         &self.place
     }
 
-    /// How often etcd was found wiped, restored or exchanged.
     /// Has the next request look for a member that answers, over a connection of its own.
     pub(super) fn distrust(&self) {
         *self.slot() = None;
     }
 
+    /// How often etcd was found wiped, restored or exchanged.
     pub(super) fn resets(&self) -> u64 {
         self.resets.load(Ordering::Relaxed)
     }
@@ -352,8 +352,8 @@ fn endpoints(options: &EtcdOptions) -> Result<Vec<Endpoint>, StoreError> {
     let mut endpoints = Vec::new();
     for text in &options.endpoints {
         let (tls, rest) = match text.split_once("://") {
-            Some(("https", rest)) => (true, rest),
-            Some(("http", rest)) => (false, rest),
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (true, rest),
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (false, rest),
             Some((scheme, _)) => {
                 let cause = format!("the etcd endpoint is {scheme}://...: must be http:// or https://");
                 return Err(refused(DOING, &cause));
@@ -457,6 +457,7 @@ mod tests {
             urls(&["a:1", "https://b:2"], Some("ca.pem")).unwrap(),
             ["https://a:1", "https://b:2"]
         );
+        assert_eq!(urls(&["HTTPS://a:1"], None).unwrap(), ["https://a:1"]);
     }
 
     #[test]

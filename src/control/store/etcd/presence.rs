@@ -79,7 +79,7 @@ struct Written {
     address: Option<IpAddr>,
     /// The subnet of the lease written for it.
     own: Option<Subnet>,
-    /// The etcd leases of the latest puts, for whomever they were.
+    /// The etcd leases of the latest puts of it.
     leases: VecDeque<i64>,
 }
 
@@ -163,9 +163,11 @@ impl Presence {
     /// Notes that a lease key is about to be written under an etcd lease.
     pub(super) fn wrote(&self, subnet: Subnet, attrs: &LeaseAttrs, lease: i64) {
         let mut written = self.written();
-        if written.address.is_some() && attrs.address() == written.address {
-            written.own = Some(subnet);
+        if written.address.is_none() || attrs.address() != written.address {
+            // A server writes the leases of others, too.
+            return;
         }
+        written.own = Some(subnet);
         written.leases.push_back(lease);
         if written.leases.len() > LATEST {
             written.leases.pop_front();
@@ -179,7 +181,7 @@ impl Presence {
         if ours && id != 0 && !written.leases.contains(&id) && self.complaints.allows() {
             tracing::warn!(
                 subnet = %lease.subnet,
-                public_ip = %lease.attrs.public_ip,
+                public_ip = lease.attrs.address().map(|address| address.to_string()),
                 "somebody else wrote our lease: another host with the same public address, perhaps a flanneld; \
                  give each host its own with --iface or --public-ip"
             );

@@ -233,7 +233,7 @@ mod tests {
             keyfile: Some(key.clone()),
             ..EtcdOptions::default()
         };
-        for (mode, warned) in [(0o600, false), (0o640, false), (0o644, true), (0o666, true)] {
+        for (mode, warned) in [(0o600, false), (0o640, false), (0o644, true), (0o604, true)] {
             fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
             let log = Log::default();
             let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).finish();

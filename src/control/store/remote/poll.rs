@@ -18,6 +18,9 @@ const POLL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after a poll that failed at once or brought nothing: flannel's own.
 const POLL_PAUSE: Duration = Duration::from_secs(1);
 
+/// Reads an answer: what it says, if anything, and the server's cursor.
+type Reader<T> = fn(&str) -> Result<(Option<T>, Cursor), StoreError>;
+
 /// What is watched.
 pub(super) struct Watched<'a, T> {
     /// For errors.
@@ -26,8 +29,8 @@ pub(super) struct Watched<'a, T> {
     pub(super) path: &'a str,
     /// A path with an answer at once, to see whether a silent server lives.
     pub(super) sign_of_life: &'a str,
-    /// Reads an answer: what it says, and the server's cursor.
-    pub(super) read: fn(&str) -> Result<(Option<T>, Cursor), StoreError>,
+    /// Reads an answer.
+    pub(super) read: Reader<T>,
     /// What a first answer that says nothing means: old servers write `null` for an empty list.
     pub(super) nothing: fn() -> T,
 }

@@ -1,0 +1,436 @@
+//! Device and sockets go from one process to the next while packets flow (F11).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use kersey::host::sys;
+use kersey::lab::daemon::Child;
+use kersey::lab::traffic::probe::{Probe, ProbeReport};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::signal::Signal;
+
+use crate::overlay::{Blueprint, Conversation, Daemon, Overlay, READY, figure, wait_for, within};
+use crate::support::{require_etcd, require_root};
+
+/// Starts a daemon in the place of node `nth`'s, and waits until the old one has gone and the new one is up.
+fn take_over(overlay: &mut Overlay, nth: usize, flags: &[&str]) {
+    let mut command = overlay.command(nth);
+    command.arg("--takeover").args(flags);
+    let successor = overlay.run("successor", nth, command);
+    let mut old = std::mem::replace(&mut overlay.nodes[nth - 1].child, successor);
+    let ended = old.wait_end(READY).unwrap();
+    assert_eq!(ended.code(), Some(0), "{}", old.log_end());
+    let peers = overlay.nodes.len() - 1;
+    overlay.wait(nth, READY, |status| {
+        status.ready && status.store.connected && status.peers.len() == peers
+    });
+}
+
+/// Runs the probe beside `change`, and for half a second after it.
+fn under_probe(overlay: &mut Overlay, change: impl FnOnce(&mut Overlay)) -> ProbeReport {
+    let (one, two) = (overlay.pod(1).addr, overlay.pod(2).addr);
+    let ends = [(1, one), (2, two)].map(|(nth, addr)| (overlay.namespace(nth).name().to_owned(), addr));
+    let spaces = ends
+        .each_ref()
+        .map(|(name, _)| kersey::lab::netns::Namespace::existing(name).unwrap());
+    let end = |at: usize| kersey::lab::traffic::End::new(&spaces[at], ends[at].1);
+    let probe = Probe::start(end(0), end(1)).unwrap();
+    wait_for("the probe runs", READY, || probe.received().0 > 100);
+    change(overlay);
+    let before = probe.received();
+    wait_for("traffic flows on", READY, || {
+        let (there, back) = probe.received();
+        there > before.0 + 500 && back > before.1 + 500
+    });
+    let report = probe.stop().unwrap();
+    assert_eq!(report.corrupted(), 0, "{report:?}");
+    report
+}
+
+#[test]
+fn a_successor_takes_over_and_no_packet_is_lost() {
+    if !require_etcd("a_successor_takes_over_and_no_packet_is_lost") {
+        return;
+    }
+    for kind in ["udp", "vxlan"] {
+        let mut blueprint = Blueprint::new("takeover", 2);
+        blueprint.network = kersey::lab::cluster::ClusterPlan::network(kind, false);
+        let mut overlay = blueprint.start();
+        let (subnet, device) = (overlay.subnet(2), overlay.device(2).unwrap().0.index);
+        let mac = fs::read_to_string(overlay.file("2.data").join("vtep-mac")).unwrap();
+        let mut conversation = Conversation::start(overlay.pod(1), overlay.pod(2));
+        conversation.exchange();
+        let report = under_probe(&mut overlay, |overlay| {
+            for _ in 0..3 {
+                take_over(overlay, 2, &[]);
+                conversation.exchange();
+            }
+        });
+        let drops = overlay.status(2).drops;
+        figure(
+            &format!("{kind}, three takeovers: lost, longest gap"),
+            (report.lost(), report.longest_gap()),
+        );
+        assert!(report.lost() <= 3, "{report:?} {drops:?}");
+        assert!(
+            report.longest_gap() <= within(Duration::from_millis(200)),
+            "{report:?}"
+        );
+        assert_eq!(overlay.subnet(2), subnet);
+        assert_eq!(
+            overlay.device(2).unwrap().0.index,
+            device,
+            "the device is the same"
+        );
+        assert_eq!(
+            fs::read_to_string(overlay.file("2.data").join("vtep-mac")).unwrap(),
+            mac
+        );
+        assert_eq!(overlay.device(2).unwrap().2.len(), 1);
+        overlay.ping_all();
+        overlay.transfer(1, 2, 1 << 20);
+        overlay.terminate(2);
+        assert!(overlay.device(2).is_none(), "the device stayed");
+    }
+}
+
+#[test]
+fn the_node_with_the_embedded_store_hands_that_over_too() {
+    if !require_root("the_node_with_the_embedded_store_hands_that_over_too") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("storeover", 2).start();
+    let report = under_probe(&mut overlay, |overlay| take_over(overlay, 1, &[]));
+    figure(
+        "takeover of the store's node: lost, longest gap",
+        (report.lost(), report.longest_gap()),
+    );
+    assert!(report.lost() <= 3, "{report:?}");
+    overlay.wait(2, READY, |status| status.store.connected);
+    overlay.ping_all();
+}
+
+#[test]
+fn a_successor_that_wants_something_else_starts_cold() {
+    if !require_root("a_successor_that_wants_something_else_starts_cold") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("coldover", 2).start();
+    let old = overlay.device(2).unwrap().0.index;
+    take_over(&mut overlay, 2, &["--queues", "2"]);
+    assert_ne!(overlay.device(2).unwrap().0.index, old);
+    assert!(
+        overlay.log(2).contains("another number of queues"),
+        "{}",
+        overlay.log(2)
+    );
+    overlay.ping_all();
+
+    // Without anybody to take over from, it is a start like any other.
+    overlay.terminate(2);
+    let mut command = overlay.command(2);
+    command.arg("--takeover");
+    overlay.nodes[1].child = overlay.run("alone", 2, command);
+    overlay.wait_all();
+    overlay.ping_all();
+}
+
+#[test]
+fn a_successor_of_another_version_or_that_goes_away_does_no_harm() {
+    if !require_root("a_successor_of_another_version_or_that_goes_away_does_no_harm") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("badover", 2).start();
+    let pid = overlay.daemon(2).pid();
+    let device = overlay.device(2).unwrap().0.index;
+    let bell = overlay.file("2.sock.takeover");
+    let report = under_probe(&mut overlay, |overlay| {
+        // The next version but one.
+        let mut stranger = UnixStream::connect(&bell).unwrap();
+        stranger
+            .write_all(b"{\"take\":[3],\"colour\":\"blue\"}\n")
+            .unwrap();
+        let mut answer = [0; 64];
+        let len = stranger.read(&mut answer).unwrap();
+        assert_eq!(&answer[..len], b"{\"refuse\":[1]}\n");
+        drop(stranger);
+        overlay.wait(2, READY, |status| status.ready);
+
+        // One that takes everything and dies.
+        let mut dying = UnixStream::connect(&bell).unwrap();
+        dying.write_all(b"{\"take\":[1]}\n").unwrap();
+        let len = dying.read(&mut answer).unwrap();
+        assert!(answer[..len].starts_with(b"{\"give\":1,"), "{answer:?}");
+        drop(dying);
+        let socket = overlay.socket(2);
+        overlay
+            .daemon(2)
+            .wait(READY, || {
+                let status = kersey::lab::daemon::status(&socket).ok().flatten()?;
+                (status.ready && status.peers.len() == 1).then_some(())
+            })
+            .unwrap();
+    });
+    figure(
+        "a successor that dies: lost, longest gap",
+        (report.lost(), report.longest_gap()),
+    );
+    assert!(report.lost() <= 3, "{report:?}");
+    assert_eq!(overlay.daemon(2).pid(), pid);
+    assert_eq!(overlay.device(2).unwrap().0.index, device);
+    assert!(
+        overlay.log(2).contains("the successor went away"),
+        "{}",
+        overlay.log(2)
+    );
+    overlay.ping_all();
+}
+
+#[test]
+fn handing_over_can_be_switched_off() {
+    if !require_root("handing_over_can_be_switched_off") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("noover", 1);
+    blueprint.flags = vec!["--handover=off".to_owned()];
+    let mut overlay = blueprint.start();
+    assert!(!overlay.file("1.sock.takeover").exists());
+    let mut command = overlay.command(1);
+    command.arg("--takeover");
+    let mut second = overlay.run("second", 1, command);
+    let ended = second.wait_end(READY).unwrap();
+    assert_eq!(ended.code(), Some(7), "{}", second.log_end());
+    overlay.wait(1, READY, |status| status.ready);
+}
+
+/// A service manager as far as a daemon can tell: what it is told, and the descriptors it keeps. It listens all the time.
+struct Manager {
+    heard: Arc<Mutex<Heard>>,
+}
+
+#[derive(Default)]
+struct Heard {
+    kept: BTreeMap<String, OwnedFd>,
+    told: Vec<String>,
+}
+
+impl Manager {
+    fn listen(overlay: &Overlay) -> Self {
+        let socket = UnixDatagram::bind(overlay.file("notify.sock")).unwrap();
+        let heard = Arc::<Mutex<Heard>>::default();
+        let listening = Arc::clone(&heard);
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            // It ends with the test's process.
+            while let Ok((len, descriptors)) = sys::receive_descriptors(socket.as_fd(), &mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+                listening.lock().unwrap().note(&text, descriptors);
+            }
+        });
+        Self { heard }
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap()
+    }
+
+    fn wait_for(&self, line: &str) {
+        wait_for(line, READY, || {
+            self.heard().told.iter().any(|have| have.starts_with(line))
+        });
+    }
+
+    /// Starts node 2's daemon with what is kept, as systemd would.
+    fn start(&self, overlay: &mut Overlay) -> Child {
+        let heard = self.heard();
+        let kersey = overlay.command(2);
+        let mut script = String::new();
+        let mut names = Vec::new();
+        let mut passed = Vec::new();
+        for (at, (name, fd)) in heard.kept.iter().enumerate() {
+            // Out of the way of those passed, and not closed on exec.
+            let high = fcntl(fd, FcntlArg::F_DUPFD(100)).unwrap();
+            passed.push(sys::adopt(high).unwrap());
+            fcntl(
+                passed.last().unwrap(),
+                FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+            )
+            .unwrap();
+            script += &format!("exec {}<&{high}; ", at + 3);
+            names.push(name.clone());
+        }
+        if !names.is_empty() {
+            script += &format!(
+                "export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; ",
+                names.len(),
+                names.join(":")
+            );
+        }
+        script += "exec \"$@\"";
+        let mut command = Command::new("bash");
+        command.args(["-c", &script, "bash"]);
+        command.arg(kersey.get_program()).args(kersey.get_args());
+        command.env("NOTIFY_SOCKET", overlay.file("notify.sock"));
+        command.env("WATCHDOG_USEC", "600000");
+        let child = overlay.run("under a manager", 2, command);
+        assert!(passed.iter().all(|fd| fd.as_raw_fd() >= 100));
+        child
+    }
+}
+
+impl Heard {
+    fn note(&mut self, text: &str, mut descriptors: Vec<OwnedFd>) {
+        let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+        if let (Some(name), true) = (name, text.contains("FDSTORE=1")) {
+            assert!(text.contains("FDPOLL=0"), "{text}");
+            self.kept.insert(name.to_owned(), descriptors.remove(0));
+        }
+        if let (Some(name), true) = (name, text.contains("FDSTOREREMOVE=1")) {
+            self.kept.remove(name);
+        }
+        self.told.extend(text.lines().map(str::to_owned));
+    }
+}
+
+#[test]
+fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
+    if !require_etcd("a_service_manager_keeps_device_and_sockets_through_stop_and_crash") {
+        return;
+    }
+    let mut overlay = Blueprint::new("fdstore", 2).start();
+    overlay.terminate(2);
+    let manager = Manager::listen(&overlay);
+    overlay.nodes[1].child = manager.start(&mut overlay);
+    manager.wait_for("READY=1");
+    overlay.wait_all();
+    // The subnet file is there before READY is said, and the line for `systemctl status` tells of the node.
+    assert!(overlay.file("2.env").exists());
+    manager.wait_for("WATCHDOG=1");
+    manager.wait_for("STATUS=10.244.");
+    let (subnet, device) = (overlay.subnet(2), overlay.device(2).unwrap().0.index);
+    let mut conversation = Conversation::start(overlay.pod(1), overlay.pod(2));
+    conversation.exchange();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        assert!(manager.heard().kept.len() >= 2, "{:?}", manager.heard().kept);
+        let report = under_probe(&mut overlay, |overlay| {
+            overlay.daemon(2).signal(signal).unwrap();
+            overlay
+                .daemon(2)
+                .wait_end(within(Duration::from_secs(2)))
+                .unwrap();
+            assert_eq!(overlay.device(2).unwrap().0.index, device, "the manager keeps it");
+            overlay.nodes[1].child = manager.start(overlay);
+            overlay.wait(2, READY, |status| {
+                status.ready && status.store.connected && status.peers.len() == 1
+            });
+        });
+        figure(
+            &format!("{signal} under a manager that keeps descriptors: lost, longest gap"),
+            (report.lost(), report.longest_gap()),
+        );
+        // What comes in the meantime waits in the kernel: 500 packets in the device, 16 MiB in the socket.
+        assert!(report.lost() <= 3, "{report:?}");
+        assert!(
+            report.longest_gap() <= within(Duration::from_secs(1)),
+            "{report:?}"
+        );
+        assert_eq!(overlay.device(2).unwrap().0.index, device);
+        assert_eq!(overlay.subnet(2), subnet);
+        conversation.exchange();
+        overlay.ping_all();
+    }
+}
+
+/// SIGHUP: another config in the store is taken without a restart, and a wrong one is not.
+#[test]
+fn a_reload_takes_another_config_and_refuses_a_wrong_one() {
+    if !require_etcd("a_reload_takes_another_config_and_refuses_a_wrong_one") {
+        return;
+    }
+    let mut overlay = Blueprint::new("reload", 2).start();
+    let pids = [overlay.daemon(1).pid(), overlay.daemon(2).pid()];
+    let subnet = overlay.subnet(2);
+    let reload = |overlay: &mut Overlay, nth: usize| {
+        let before = overlay.log(nth).matches("reloaded").count();
+        overlay.daemon(nth).signal(Signal::SIGHUP).unwrap();
+        wait_for("the reload is done", READY, || {
+            overlay.log(nth).matches("reloaded").count() > before
+        });
+    };
+    // The same config: nothing happens, not even to a packet.
+    let report = under_probe(&mut overlay, |overlay| reload(overlay, 2));
+    assert_eq!(report.lost(), 0, "{report:?}");
+
+    for wrong in [
+        r#"{"Network":"10.244.0.0/16","SubnetLen":31}"#,
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"carrier-pigeon"}}"#,
+        "junk",
+        // It reads well, but too little is left inside for IPv6.
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","Backend":{"Type":"vxlan","MTU":1300}}"#,
+    ] {
+        overlay.put("config", wrong);
+        let report = under_probe(&mut overlay, |overlay| reload(overlay, 2));
+        figure("a wrong config: lost", report.lost());
+        overlay.wait(2, READY, |status| status.ready && status.backend.name == "udp");
+        assert!(
+            report.longest_gap() <= within(Duration::from_secs(1)),
+            "{report:?}"
+        );
+    }
+
+    overlay.put(
+        "config",
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#,
+    );
+    for nth in 1..=2 {
+        reload(&mut overlay, nth);
+    }
+    for nth in 1..=2 {
+        overlay.wait(nth, READY, |status| {
+            status.ready && status.backend.name == "vxlan" && status.peers.len() == 1
+        });
+    }
+    overlay.ping_all();
+    assert_eq!(overlay.subnet(2), subnet);
+    assert_eq!([overlay.daemon(1).pid(), overlay.daemon(2).pid()], pids);
+}
+
+/// SIGHUP inside the sandbox: the config file is read again, and what cannot be read changes nothing.
+#[test]
+fn a_reload_reads_the_config_file_again() {
+    if !require_root("a_reload_reads_the_config_file_again") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("conffile", 1).build();
+    let file = overlay.file("kersey.toml");
+    let write = |text: &str| {
+        fs::write(&file, text).unwrap();
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    };
+    write("log-level = \"warn\"\n");
+    let mut command = overlay.command(1);
+    command.arg("--config").arg(&file);
+    let child = overlay.run("node 1", 1, command);
+    overlay.nodes.push(Daemon {
+        child,
+        pods: Vec::new(),
+    });
+    overlay.wait(1, READY, |status| status.ready);
+    assert!(!overlay.log(1).contains("INFO"), "{}", overlay.log(1));
+    let hangup = |overlay: &mut Overlay, text: &str| {
+        overlay.daemon(1).signal(Signal::SIGHUP).unwrap();
+        wait_for(text, READY, || overlay.log(1).contains(text));
+    };
+    write("log-level = \"info\"\n");
+    hangup(&mut overlay, "outcome=Applied");
+    write("log-level = \"loud\"\n");
+    hangup(&mut overlay, "outcome=Refused");
+    overlay.wait(1, READY, |status| status.ready);
+}
