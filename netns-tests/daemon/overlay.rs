@@ -350,6 +350,7 @@ impl Overlay {
         self.store = Some(child);
     }
 
+    #[allow(dead_code, reason = "the fault tests stop etcd, and share this file")]
     pub(crate) fn etcd_process(&mut self) -> &mut Child {
         self.store.as_mut().expect("the store is etcd")
     }

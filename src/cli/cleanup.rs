@@ -1,7 +1,7 @@
 //! `kersey cleanup`: removes from this host what a flannel or a killed Kersey left behind.
 //!
 //! What is found belongs to one of them for certain: a device of the kernel's VXLAN driver that is called as flannel calls it by its own
-//! VNI, a route with our protocol number, a status socket on which nobody answers. Default routes are left alone whatever their number:
+//! VNI, a route with our protocol number, a table, chain or comment of the names that both use, a status socket on which nobody answers. Default routes are left alone whatever their number:
 //! no daemon makes one, only labs do. A device takes its routes and neighbours along, so devices go first.
 
 use std::fmt;
@@ -21,12 +21,12 @@ use crate::host::firewall;
 use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
 use crate::options::{CleanupMode, CleanupOptions};
 
-/// Undo what Kersey or flannel did to this machine: vxlan devices, routes, firewall rules, switches, a dead status socket
+/// Undo what Kersey or flannel did to this machine: vxlan devices, routes, firewall rules, a dead status socket
 ///
 /// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's, those of
 /// SRv6 locators among them), flannel's and Kersey's tables and chains in nft and iptables, and the status socket if nobody
-/// answers on it; kernel switches get the values they had. Stop flannel first: it would make its device anew. Leases,
-/// subnet.env and the data directory stay.
+/// answers on it. Stop flannel first: it would make its device anew. Leases, subnet.env and the data directory stay, and
+/// what srv6 switched on for the whole host.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Options", after_help = AFTER_HELP)]
 pub(super) struct CleanupArgs {

@@ -254,6 +254,9 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
             &format!("was wiped, restored or exchanged: {times} times"),
         );
     }
+    if !status.firewall.is_empty() {
+        row(out, colour, "firewall", &status.firewall);
+    }
 
     let device = &status.device;
     if device.is_absent() {

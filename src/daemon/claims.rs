@@ -182,12 +182,14 @@ impl Claims {
         Ok(former)
     }
 
-    /// Gives up all a network has, and tells which device and ranges that were.
-    pub(super) fn release(&self, name: &NetworkName) -> Option<(String, Vec<Prefix>)> {
+    /// Gives up all a network has, and tells which ranges that were.
+    pub(super) fn release(&self, name: &NetworkName) -> Vec<Prefix> {
         let mut held = self.held();
-        let released = held.remove(name)?;
+        let Some(released) = held.remove(name) else {
+            return Vec::new();
+        };
         self.save(&held);
-        Some((released.device, released.wants.prefixes))
+        released.wants.prefixes
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<NetworkName, Held>> {
@@ -329,10 +331,7 @@ mod tests {
         claims
             .take(&name("green"), &wants(&["10.1.0.0/24"], None))
             .unwrap_err();
-        assert_eq!(
-            claims.release(&name("blue")),
-            Some(("flannel0".to_owned(), blue.prefixes))
-        );
+        assert_eq!(claims.release(&name("blue")), blue.prefixes);
         claims
             .take(&name("green"), &wants(&["10.1.0.0/24"], None))
             .unwrap();

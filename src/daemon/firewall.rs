@@ -73,6 +73,31 @@ pub(super) struct Keeper {
     state: watch::Receiver<State>,
 }
 
+/// Takes the rules of a network away that was removed; its keeper has ended.
+pub(super) async fn withdraw(options: FirewallOptions, network: String) {
+    let Some(choice) = choice(options.tool) else {
+        return;
+    };
+    let rules = RuleSet::nothing(&network);
+    let removed = tokio::task::spawn_blocking(move || Firewall::new(choice).keep(&rules)).await;
+    match removed {
+        Ok(Ok(_) | Err(FirewallError::NoTool(_))) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "firewall rules of a removed network stay; `kersey cleanup` removes them");
+        }
+        Err(error) => tracing::error!(%error, "firewall rules of a removed network stay"),
+    }
+}
+
+fn choice(tool: FirewallTool) -> Option<Choice> {
+    match tool {
+        FirewallTool::Auto => Some(Choice::Auto),
+        FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
+        FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
+        FirewallTool::Off => None,
+    }
+}
+
 impl Keeper {
     /// Starts the thread for the network called `network`; it touches nothing until it is told what is wanted.
     pub(super) fn start(options: FirewallOptions, network: &str, report: Arc<Report>) -> Result<Self> {
@@ -161,11 +186,12 @@ struct Thread {
 
 impl Thread {
     fn new(options: FirewallOptions, report: Arc<Report>, state: watch::Sender<State>) -> Self {
+        let choice = choice(options.tool);
         Self {
             options,
             report,
             state,
-            firewall: choice(options.tool).map(Firewall::new),
+            firewall: choice.map(Firewall::new),
             made: None,
             told: BTreeSet::new(),
             blackholes_looked_for: false,
@@ -192,32 +218,10 @@ impl Thread {
             tokio::select! {
                 order = orders.recv() => match order {
                     Some(order) => wanted = order,
-                    None => {
-                        if self.report.is_gone() {
-                            self.take_away(&wanted, &netlink).await;
-                        }
-                        return;
-                    }
+                    None => return,
                 },
                 () = sleep_until(due), if pause.is_some() => {}
             }
-        }
-    }
-
-    /// Takes away all that was made: the network is gone for good.
-    async fn take_away(&mut self, wanted: &Wanted, netlink: &Netlink) {
-        let nothing = RuleSet {
-            names: wanted.rules.names.clone(),
-            ..RuleSet::nothing("")
-        };
-        if let Some(Err(error)) = self.firewall.as_mut().map(|firewall| firewall.keep(&nothing)) {
-            tracing::warn!(%error, "firewall rules of a removed network stay; `kersey cleanup` removes them");
-        }
-        if let Err(error) = set_blackholes(netlink, &[], &wanted.networks).await {
-            tracing::warn!(
-                error = told(&error),
-                "the blackhole route of a removed network stays"
-            );
         }
     }
 
@@ -330,30 +334,6 @@ impl Thread {
                 Some(RETRY)
             }
         }
-    }
-}
-
-fn choice(tool: FirewallTool) -> Option<Choice> {
-    match tool {
-        FirewallTool::Auto => Some(Choice::Auto),
-        FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
-        FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
-        FirewallTool::Off => None,
-    }
-}
-
-/// Takes away the rules that an earlier life made for the network called `network`. It runs other programs, so it is for a thread that may
-/// wait.
-///
-/// # Errors
-/// The tool failed. That there is none is no error.
-pub(super) fn withdraw(options: FirewallOptions, network: &str) -> Result<(), FirewallError> {
-    let Some(choice) = choice(options.tool) else {
-        return Ok(());
-    };
-    match Firewall::new(choice).keep(&RuleSet::nothing(network)) {
-        Ok(_) | Err(FirewallError::NoTool(_)) => Ok(()),
-        Err(error) => Err(error),
     }
 }
 

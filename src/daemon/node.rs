@@ -49,12 +49,7 @@ const MAX_KEYS_BYTES: u64 = 1 << 20;
 /// What tells the rules of the network without a name from those of another daemon's on this host: nothing, unless the device has a name
 /// of its own.
 pub(super) fn rules_name(options: &RunOptions) -> &str {
-    rules_of(&options.packet_path.device)
-}
-
-/// The same for a device.
-pub(super) fn rules_of(device: &str) -> &str {
-    match device {
+    match options.packet_path.device.as_str() {
         "flannel0" => "",
         device => device,
     }

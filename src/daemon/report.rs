@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::UNIX_EPOCH;
 
@@ -30,7 +29,6 @@ pub(super) struct Report {
     pub(super) unwritten: RateLimit,
     parts: Mutex<Parts>,
     ready: watch::Sender<bool>,
-    gone: AtomicBool,
 }
 
 #[derive(Default)]
@@ -88,7 +86,6 @@ impl Report {
                 ..Parts::default()
             }),
             ready: watch::Sender::new(false),
-            gone: AtomicBool::new(false),
         }
     }
 
@@ -207,11 +204,6 @@ impl Report {
             parts.pulses.clear();
         });
         self.ready.send_replace(false);
-    }
-
-    /// Whether its network was removed, so that nothing of it is to stay.
-    pub(super) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
     }
 
     /// Says why it is not ready.
@@ -351,7 +343,6 @@ impl Reports {
     pub(super) fn remove(&self, name: &NetworkName) {
         self.health.remove(name.as_str());
         if let Some(report) = self.networks().remove(name) {
-            report.gone.store(true, Ordering::Release);
             // Nobody is to wait for it.
             report.ready.send_replace(true);
         }

@@ -35,7 +35,8 @@ use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, StoreError};
 use crate::control::{Backoff, PATIENCE, RateLimit, cache};
 use crate::daemon::claims::Claims;
 use crate::daemon::firewall;
-use crate::daemon::node::{self, rules_of};
+use crate::daemon::node;
+use crate::daemon::node::rules_name;
 use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession;
 use crate::daemon::withdraw::withdraw;
@@ -236,30 +237,26 @@ impl Supervisor<'_> {
 
     /// Ends a network that was removed, and takes away what it leaves; its lease runs out.
     async fn stop(&mut self, name: &NetworkName) {
-        let known = self.running.contains_key(name) || self.claims.names().contains(name);
-        if !known {
+        match self.running.remove(name) {
+            Some(mut running) => {
+                running.task.abort();
+                // Its device goes while it ends.
+                let _ = (&mut running.task).await;
+                succession::held().release(&running.device);
+            }
+            None if self.claims.names().contains(name) => {}
             // Somebody else's.
-            return;
+            None => return,
         }
-        // First, so that whatever ends knows for how long.
         self.reports.remove(name);
-        if let Some(mut running) = self.running.remove(name) {
-            running.task.abort();
-            // Its device goes while it ends.
-            let _ = (&mut running.task).await;
-            succession::held().release(&running.device);
-        }
-        if let Some((device, ranges)) = self.claims.release(name) {
-            let stays = "stay; `kersey cleanup` removes them";
-            if let Err(error) = withdraw(&ranges).await {
-                tracing::warn!(network = %name, %error, "kernel routes of a removed network {stays}");
-            }
-            // Those of a node that ran go with its thread; this is for one that did not.
-            let options = self.options.firewall;
-            let rules = tokio::task::spawn_blocking(move || firewall::withdraw(options, rules_of(&device)));
-            if let Ok(Err(error)) = rules.await {
-                tracing::warn!(network = %name, %error, "firewall rules of a removed network {stays}");
-            }
+        let device = self
+            .claims
+            .device(name, &self.options.packet_path.device, |_| false);
+        let options = self.options.of_network(name, self.choice, device);
+        firewall::withdraw(options.firewall, rules_name(&options).to_owned()).await;
+        let ranges = self.claims.release(name);
+        if let Err(error) = withdraw(&ranges).await {
+            tracing::warn!(network = %name, %error, "kernel routes of a removed network stay; `kersey cleanup` removes them");
         }
         let data_dir = NetworkChoice::data_dir(&self.options.data_dir, name);
         // What the node is known by stays: should the network come back, so does the node.

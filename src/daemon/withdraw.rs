@@ -23,6 +23,11 @@ pub(super) async fn withdraw(ranges: &[Prefix]) -> Result<(), NetlinkError> {
             failed = failed.and(netlink.delete_route(&route).await);
         }
     }
+    for subnet in netlink.own_blackholes().await? {
+        if within(subnet) {
+            failed = failed.and(netlink.delete_own_blackhole(subnet).await);
+        }
+    }
     for locator in netlink.own_local_prefixes().await? {
         if within(locator.into()) {
             failed = failed.and(netlink.delete_local_prefix(locator).await);
@@ -31,11 +36,6 @@ pub(super) async fn withdraw(ranges: &[Prefix]) -> Result<(), NetlinkError> {
     for locator in netlink.own_backstops().await? {
         if within(locator.into()) {
             failed = failed.and(netlink.delete_backstop(locator).await);
-        }
-    }
-    for prefix in netlink.own_blackholes().await? {
-        if within(prefix) {
-            failed = failed.and(netlink.delete_own_blackhole(prefix).await);
         }
     }
     failed
