@@ -294,7 +294,13 @@ impl Machine {
             steps: 0,
             _namespace: namespace,
         };
-        machine.run("for own in /run /var/lib /tmp; do mount -t tmpfs own $own; done");
+        // Without br_netfilter, on machines that have it too: flannel would not start.
+        machine.run(
+            "for own in /run /var/lib /tmp; do mount -t tmpfs own $own; done
+            bridge=/proc/sys/net/bridge
+            if [ -d $bridge ]; then mount -t tmpfs own $bridge; fi
+            [ ! -e $bridge/bridge-nf-call-iptables ]",
+        );
         machine
     }
 

@@ -106,6 +106,7 @@ fn page_help_and_units_list_the_same_statuses() {
         exit::USAGE,
         exit::ENVIRONMENT,
         exit::CONFIG,
+        exit::INSTANCE,
     ];
     let page = fs::read_to_string("docs/operations.md").unwrap();
     let (_, section) = page.split_once("\n## Exit status\n").unwrap();

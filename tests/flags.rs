@@ -210,6 +210,111 @@ fn variables_with_a_typo_are_warned_about() {
     }
 }
 
+#[test]
+fn flag_beats_variable_beats_flannels_variable_beats_file_beats_default() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kersey.toml");
+    fs::write(
+        &file,
+        "queues = 2\niface = [\"a\", \"b\"]\nstatus-socket = \"/from-file\"\n",
+    )
+    .unwrap();
+    let config = format!("--config={}", file.display());
+    let ask = |args: &[&str], variables: &[(&str, &str)]| {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        format!("{:?}", parse(&words(args), &variables).unwrap().command)
+    };
+    let (flannels, own) = (("FLANNELD_QUEUES", "3"), ("KERSEY_QUEUES", "4"));
+    for (args, variables, expected) in [
+        (
+            &["flanneld", &config, "--queues=5"] as &[&str],
+            &[flannels, own] as &[_],
+            "queues: Some(5)",
+        ),
+        (&["flanneld", &config], &[flannels, own], "queues: Some(4)"),
+        (&["flanneld", &config], &[flannels], "queues: Some(3)"),
+        (&["flanneld", &config], &[], "queues: Some(2)"),
+        (&["flanneld"], &[], "queues: None"),
+        // A list is silenced as a whole; an empty name means no file; a variable can name one.
+        (&["flanneld", &config], &[], "iface: [\"a\", \"b\"]"),
+        (&["flanneld", &config, "--iface=c"], &[], "iface: [\"c\"]"),
+        (
+            &["flanneld", &config],
+            &[("FLANNELD_IFACE", "d")],
+            "iface: [\"d\"]",
+        ),
+        (
+            &["flanneld", "--config="],
+            &[("KERSEY_CONFIG", file.to_str().unwrap())],
+            "queues: None",
+        ),
+        (
+            &["flanneld"],
+            &[("KERSEY_CONFIG", file.to_str().unwrap())],
+            "queues: Some(2)",
+        ),
+        (
+            &["flanneld"],
+            &[("FLANNELD_CONFIG", file.to_str().unwrap())],
+            "queues: Some(2)",
+        ),
+        // The other subcommands take what they know.
+        (&["kersey", "status", &config], &[], "socket: \"/from-file\""),
+        (&["kersey", "cleanup", &config], &[], "socket: \"/from-file\""),
+        (&["kersey", "server", &config], &[], "Server("),
+    ] {
+        let command = ask(args, variables);
+        assert!(command.contains(expected), "{args:?} {variables:?}: {command}");
+    }
+}
+
+#[test]
+fn what_a_file_asks_for_is_judged_like_a_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    for (text, parts) in [
+        (
+            "kube-subnet-mgr = true",
+            [
+                "kersey.toml line 1: kube-subnet-mgr=true is not supported",
+                "hint: ",
+            ],
+        ),
+        (
+            "\n\nqueues = 300",
+            [
+                "invalid value \"300\" for queues in",
+                "kersey.toml line 3: expected a whole number from 1 to 256",
+            ],
+        ),
+        (
+            "etcd-password = true",
+            ["kersey.toml line 1: etcd-password is true", "expected text"],
+        ),
+        (
+            "ifase = 'x'",
+            [
+                "kersey.toml line 1: unknown key \"ifase\"",
+                "did you mean \"iface\"?",
+            ],
+        ),
+    ] {
+        let file = dir.path().join("kersey.toml");
+        fs::write(&file, text).unwrap();
+        let Err(Stop::Misused(error)) = parse(
+            &words(&["flanneld", &format!("--config={}", file.display())]),
+            &BTreeMap::new(),
+        ) else {
+            panic!("{text} is taken");
+        };
+        for part in parts {
+            assert!(error.to_string().contains(part), "{text}: {error}");
+        }
+    }
+}
+
 /// As flanneld: what goes where, with which status.
 #[test]
 fn help_version_and_mistakes_as_a_shell_sees_them() {

@@ -138,21 +138,15 @@ fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
         .filter(|line| {
             let program = line.split('"').nth(1).unwrap_or_default();
             let name = program.rsplit('/').next().unwrap_or_default();
-            let is_own = program == env!("CARGO_BIN_EXE_kersey");
-            let is_fixed = FIREWALL.contains(&name) && !NASTY.iter().any(|nasty| line.contains(nasty));
-            !is_own && !is_fixed
+            // The daemon itself, and its helper for the firewall: both are this very program.
+            let is_own = program == env!("CARGO_BIN_EXE_kersey") || program == "/proc/self/exe";
+            let is_known = is_own || FIREWALL.contains(&name);
+            !is_known || NASTY.iter().any(|nasty| line.contains(nasty))
         })
         .collect();
     assert!(!started.is_empty(), "strace saw nothing");
+    figure("programs started", started.len());
     assert_eq!(foreign, [] as [&&str; 0]);
-    assert_eq!(
-        started
-            .iter()
-            .filter(|line| line.contains(env!("CARGO_BIN_EXE_kersey")))
-            .count(),
-        1,
-        "{trace}"
-    );
 }
 
 #[test]

@@ -122,7 +122,15 @@ fn check_file(
     let store = match &command {
         super::Command::Run(options) => Some(&options.store.kind),
         super::Command::Server(options) => Some(&options.store.kind),
-        _ => None,
+        super::Command::Status(_)
+        | super::Command::Reserve(_)
+        | super::Command::Cleanup(_)
+        | super::Command::Lab(_)
+        | super::Command::Bench(_)
+        | super::Command::Config(_)
+        | super::Command::DockerOpts(_)
+        | super::Command::Man(_)
+        | super::Command::Completions(_) => None,
     };
     if let Some(StoreKind::Embedded(embedded)) = store {
         for (_, given) in &embedded.network_configs {

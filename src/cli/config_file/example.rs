@@ -72,7 +72,11 @@ fn needs(key: &str) -> &'static [&'static str] {
         "etcd-keyfile" => &["etcd-certfile"],
         "etcd-username" => &["etcd-password"],
         "etcd-password" => &["etcd-username"],
-        "network-config" => &["listen"],
+        "network-config" | "access-file" | "server-name" | "api-form" => &["listen"],
+        "remote-cafile" => &["remote"],
+        "remote-certfile" => &["remote-keyfile", "remote"],
+        "remote-keyfile" => &["remote-certfile", "remote"],
+        "remote-token-file" => &["remote-cafile", "remote"],
         _ => &[],
     }
 }
