@@ -19,7 +19,7 @@ use kersey::lab::traffic::probe::Probe;
 use kersey::status::Status;
 
 use crate::overlay::{Blueprint, Daemon, Overlay, READY, figure, wait_for, within};
-use crate::support::require_etcd;
+use crate::support::{require_etcd, require_root};
 
 const BLUE: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}"#;
 const GREEN: &str = r#"{"Network":"10.245.0.0/16","Backend":{"Type":"udp","Port":8286}}"#;
@@ -107,6 +107,63 @@ fn assert_files_keys_and_devices(several: &Several) {
     }
 }
 
+/// A peer in both networks sends a packet of one to the port of the other.
+#[test]
+fn a_packet_of_one_network_never_leaves_the_device_of_another() {
+    if !require_etcd("a_packet_of_one_network_never_leaves_the_device_of_another") {
+        return;
+    }
+    let mut several = Several::build("apart", 2, &["--watch-networks"]);
+    several.overlay.put("blue/config", BLUE);
+    several.overlay.put("green/config", GREEN);
+    several.start(1);
+    several.start(2);
+    several.wait_up(&["blue", "green"]);
+    let [blue, green] = ["blue", "green"].map(|name| [several.pod_v4(1, name), several.pod_v4(2, name)]);
+    let before = several.received(2, &["flannel0", "flannel1"]);
+    let refused = |several: &Several| several.network(2, "green").drops.values().sum::<u64>();
+    let counted = refused(&several);
+    let packets = [
+        // All of blue; a source of blue; a destination of blue.
+        datagram(blue[0], blue[1]),
+        datagram(blue[0], green[1]),
+        datagram(green[0], blue[1]),
+    ];
+    several
+        .overlay
+        .namespace(1)
+        .run(|| {
+            let socket = std::net::UdpSocket::bind("192.0.2.1:0")?;
+            for packet in &packets {
+                socket.send_to(packet, "192.0.2.2:8286")?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    wait_for("they are refused and counted", READY, || {
+        refused(&several) >= counted + 3
+    });
+    assert_eq!(several.received(2, &["flannel0", "flannel1"]), before);
+}
+
+/// An IPv4 packet with an empty UDP datagram.
+fn datagram(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(from.octets());
+    packet.extend(to.octets());
+    let sum: u32 = packet
+        .chunks_exact(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    // Ten words: one carry is all there can be after the first fold.
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap();
+    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+    // Ports, length, no checksum.
+    packet.extend([0x12, 0x34, 0x12, 0x35, 0, 8, 0, 0]);
+    packet
+}
+
 /// A network of each kind comes and goes; the one beside it does not lose a packet.
 #[test]
 fn networks_come_and_go_beside_one_that_carries_traffic() {
@@ -137,6 +194,9 @@ fn networks_come_and_go_beside_one_that_carries_traffic() {
             .map(Prefix::V4)
             .unwrap();
         assert!(!several.routes(1, range).is_empty());
+        wait_for("each network has its rules", READY, || {
+            several.tables(1) != 1 || !has_nft()
+        });
         several.overlay.delete(&format!("{name}/config"));
         for nth in 1..=2 {
             several.wait(nth, |networks| networks.keys().eq(["blue"]));
@@ -144,6 +204,7 @@ fn networks_come_and_go_beside_one_that_carries_traffic() {
             wait_for("the network's things go", within(Duration::from_secs(2)), || {
                 several.links(nth, "flannel") == ["flannel0"]
                     && several.routes(nth, range).is_empty()
+                    && several.tables(nth) == 1
                     && !file.exists()
             });
             assert!(several.subnet_dir(nth).join("blue.env").exists());
@@ -261,6 +322,52 @@ fn a_network_that_cannot_be_joined_touches_no_other() {
     several.wait_ready(1, &["overlapping", "same-port"]);
 }
 
+/// The leases of both networks in one file on node 1, which serves them; node 2 is a client.
+#[test]
+fn networks_behind_a_server_come_and_go_as_well() {
+    if !require_root("networks_behind_a_server_come_and_go_as_well") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("served", 2);
+    let configs = [format!("blue={BLUE}"), format!("green={GREEN}")];
+    let flags = configs.iter().flat_map(|config| ["--network-config", config]);
+    blueprint.own_flags.insert(1, flags.map(str::to_owned).collect());
+    let mut several = Several {
+        overlay: blueprint.build(),
+        flags: vec!["--networks=blue,green,absent".to_owned()],
+    };
+    several.start(1);
+    several.start(2);
+    several.wait_up(&["blue", "green"]);
+    for name in ["blue", "green"] {
+        let pods = [several.pod(1, name), several.pod(2, name)];
+        several.ping(1, pods[0], pods[1]);
+    }
+    assert!(!several.status(2).networks.unwrap().contains_key("absent"));
+    // The server is away: the client starts with the networks it had.
+    let before = ["blue", "green"].map(|name| summary(&several.network(2, name)));
+    wait_for("the caches have the peer", READY, || {
+        ["blue", "green"].iter().all(|name| {
+            let cache = several
+                .overlay
+                .file(&format!("2.data/networks/{name}/control.json"));
+            fs::read_to_string(cache).is_ok_and(|text| text.contains(r#""192.0.2.1""#))
+        })
+    });
+    several.overlay.kill(1);
+    several.overlay.kill(2);
+    several.restart(2);
+    several.wait_ready(2, &["blue", "green"]);
+    assert_eq!(
+        ["blue", "green"].map(|name| summary(&several.network(2, name))),
+        before
+    );
+    several.restart(1);
+    several.wait_up(&["blue", "green"]);
+    let pods = [several.pod(1, "green"), several.pod(2, "green")];
+    several.ping(2, pods[1], pods[0]);
+}
+
 /// Names that are not allowed are misuse, told before anything is touched.
 #[test]
 fn a_name_that_is_not_allowed_is_misuse() {
@@ -281,6 +388,13 @@ fn summary(status: &Status) -> (Vec<String>, String, Option<u16>) {
         status.device.name.clone(),
         status.backend.port,
     )
+}
+
+fn has_nft() -> bool {
+    std::process::Command::new("nft")
+        .arg("--version")
+        .output()
+        .is_ok()
 }
 
 /// Daemons with several networks each.
@@ -366,10 +480,14 @@ impl Several {
         }
     }
 
+    fn pod_v4(&self, nth: usize, name: &str) -> Ipv4Addr {
+        let subnet: Ipv4Prefix = self.network(nth, name).node.subnets[0].parse().unwrap();
+        Ipv4Addr::from_bits(subnet.addr().to_bits() + 2)
+    }
+
     /// A pod address in a network, made if it is not there.
     fn pod(&self, nth: usize, name: &str) -> IpAddr {
-        let subnet: Ipv4Prefix = self.network(nth, name).node.subnets[0].parse().unwrap();
-        let pod = IpAddr::V4(Ipv4Addr::from_bits(subnet.addr().to_bits() + 2));
+        let pod = IpAddr::V4(self.pod_v4(nth, name));
         self.overlay
             .namespace(nth)
             .netlink(async |netlink| {
@@ -410,6 +528,21 @@ impl Several {
         destinations
             .filter(|&destination| range.covers(destination))
             .collect()
+    }
+
+    /// How many networks have nft tables; without nft, 1.
+    fn tables(&self, nth: usize) -> usize {
+        let listed = self.overlay.namespace(nth).run(|| {
+            let listed = std::process::Command::new("nft")
+                .args(["list", "tables"])
+                .output();
+            Ok(listed.ok())
+        });
+        let Some(listed) = listed.unwrap() else { return 1 };
+        let text = String::from_utf8_lossy(&listed.stdout);
+        text.lines()
+            .filter(|line| line.starts_with("table ip flannel-ipv4"))
+            .count()
     }
 
     /// Packets the kernel of a node has received from devices.
