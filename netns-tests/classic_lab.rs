@@ -9,8 +9,9 @@
 //! blocks as somebody would type them. Only `kersey` and its two other names are put into its path beforehand.
 
 #![expect(
+    clippy::disallowed_methods,
     clippy::unwrap_used,
-    reason = "in the helpers of tests it says where a test failed"
+    reason = "a test measures, and unwrap in its helpers says where it failed"
 )]
 
 mod support;

@@ -1,6 +1,8 @@
 //! B1: network configs that cannot be. Each is refused in one line that names field, value and rule, by the same way a
 //! daemon's start takes; none costs more than a moment.
 
+#![expect(clippy::disallowed_methods, reason = "a test measures")]
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 

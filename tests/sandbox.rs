@@ -2,6 +2,12 @@
 //!
 //! The test starts itself anew for each role: the sandbox is entered for good.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test says what went wrong by panicking, and its child tells it what came of each attempt"
+)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::CommandExt;

@@ -1,5 +1,7 @@
 //! The shipped units, judged by systemd itself: `systemd-analyze`, where there is one.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

@@ -193,8 +193,7 @@ fn tables_somebody_flushed_are_back_within_the_period() {
         right.contains("masquerade") && right.contains("tunnel guard"),
         "{right}"
     );
-    let mut told = 0;
-    for (what, words) in [
+    for (told, (what, words)) in (1..).zip([
         ("all flushed", "flush ruleset"),
         ("a table deleted", "delete table ip flannel-ipv4"),
         ("a chain flushed", "flush chain ip flannel-ipv4 postrtg"),
@@ -206,10 +205,9 @@ fn tables_somebody_flushed_are_back_within_the_period() {
             "a rule behind",
             "add rule ip flannel-ipv4 forward ip saddr 192.0.2.9 drop",
         ),
-    ] {
+    ]) {
         nft(&overlay, 1, words);
         // Each is told once, so this cannot be how it was before.
-        told += 1;
         let took = wait_for(what, within(PUT_RIGHT), || {
             overlay.log(1).matches("somebody changed firewall rules").count() == told && list() == right
         });
@@ -232,8 +230,7 @@ fn chains_somebody_changed_are_right_again_within_the_period() {
     };
     let right = list();
     assert!(right.contains("-A FLANNEL-FWD -s 10.244.0.0/16"), "{right}");
-    let mut told = 0;
-    for (what, words) in [
+    for (told, (what, words)) in (1..).zip([
         ("a chain flushed", "-F FLANNEL-FWD"),
         (
             "a jump deleted",
@@ -253,7 +250,7 @@ fn chains_somebody_changed_are_right_again_within_the_period() {
             "the guard unhooked",
             "-D INPUT -m comment --comment Y -j KERSEY-GUARD",
         ),
-    ] {
+    ]) {
         let words: Vec<&str> = words
             .split(' ')
             .map(|word| match word {
@@ -264,7 +261,6 @@ fn chains_somebody_changed_are_right_again_within_the_period() {
             .collect();
         run_words(&overlay, 1, "iptables", &words);
         // Each is told once, so this cannot be how it was before.
-        told += 1;
         let took = wait_for(what, within(PUT_RIGHT), || {
             overlay.log(1).matches("somebody changed firewall rules").count() == told && list() == right
         });

@@ -95,7 +95,7 @@ async fn our_client_lives_its_life_on_a_v0_7_1_server() {
     store.reserve(subnet("10.20.0.0-20"), &other).await.unwrap();
     store.unreserve(subnet("10.20.0.0-20")).await.unwrap();
     store.revoke(subnet("10.20.0.0-20")).await.unwrap();
-    server.is_told().await;
+    server.finish().await;
 }
 
 #[tokio::test]
@@ -112,7 +112,7 @@ async fn our_client_lives_its_life_on_a_v0_5_5_server() {
     drop(watch);
     let error = store.revoke(lease.subnet).await.unwrap_err();
     assert!(matches!(error, StoreError::Refused { .. }), "{error}");
-    server.is_told().await;
+    server.finish().await;
 }
 
 /// Plays a client's part against our server.
@@ -240,7 +240,7 @@ impl FlannelServer {
     }
 
     /// All of the conversation was had.
-    async fn is_told(self) {
+    async fn finish(self) {
         timeout(Duration::from_secs(5), self.serving)
             .await
             .expect("all is asked")
