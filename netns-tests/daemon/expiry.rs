@@ -422,16 +422,19 @@ fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
     };
     wait_for("one member is left", READY, || serving().len() == 1);
     let lonely = serving()[0];
+    // Both ways: what the others still told it would be news, too.
     for other in (1..=3).filter(|nth| *nth != lonely) {
-        let mut command = std::process::Command::new("ip");
-        command.args(["route", "add", "blackhole", &format!("192.0.2.{other}")]);
-        let ended = overlay
-            .namespace(lonely)
-            .spawn(&mut command)
-            .unwrap()
-            .wait()
-            .unwrap();
-        assert!(ended.success());
+        for (here, there) in [(lonely, other), (other, lonely)] {
+            let mut command = std::process::Command::new("ip");
+            command.args(["route", "add", "blackhole", &format!("192.0.2.{there}")]);
+            let ended = overlay
+                .namespace(here)
+                .spawn(&mut command)
+                .unwrap()
+                .wait()
+                .unwrap();
+            assert!(ended.success());
+        }
     }
     let cut = Instant::now();
     let other = lonely % 3 + 1;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::process::Process;
 use crate::support::{ask, parse};
 
-/// What a good client may wait, 99 times of 100; on a machine that is busy with other things, thrice what a server that does
+/// What a good client may wait, 99 times of 100 (CI machines get double); on a machine that is busy with other things, thrice what a server that does
 /// nothing at all makes it wait meanwhile.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// What an attack may cost in memory.
@@ -342,8 +342,10 @@ impl Siege {
             p99(self.yardstick.join().unwrap()),
         );
         println!("a good client's p99 {good:?} (an idle server's {idle:?}), {grown} bytes more");
+        let slow = std::env::var("CI").as_deref() == Ok("true");
+        let patience = if slow { PATIENCE * 2 } else { PATIENCE };
         assert!(
-            good <= PATIENCE.max(idle * 3),
+            good <= patience.max(idle * 3),
             "{good:?}, at an idle server {idle:?}"
         );
         // Everything is given back.
