@@ -5,8 +5,8 @@
 //! written under `PREFIX/subnets`. Claims are transactions: create if the key has version 0, update and delete if it
 //! still has the mod revision read. The etcd lease that a renewal leaves behind without a key is revoked.
 //!
-//! [`following`] is the watch, [`connection`] the way to etcd and what its refusals mean, [`tls`] the certificates, and
-//! [`presence`] how two hosts with one public address find out, with keys under `PREFIX/kersey`.
+//! `following` is the watch, `connection` the way to etcd and what its refusals mean, `tls` the certificates, and
+//! `presence` how two hosts with one public address find out, with keys under `PREFIX/kersey`.
 //!
 //! A key or value that cannot be read is skipped, counted and told once a minute. It stands for nothing, not for a
 //! removal.

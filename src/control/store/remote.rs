@@ -1,9 +1,9 @@
 //! A store behind Kersey or old flannel servers: flannel's HTTP API from the client's side.
 //!
-//! Any number of servers, in order of preference; [`servers`](self::servers) says which one is asked. An answer that says no
+//! Any number of servers, in order of preference; `servers` says which one is asked. An answer that says no
 //! counts as an answer. Acquiring twice does no harm, as a server finds a node's lease by its public address.
 //!
-//! A watch is a chain of long polls ([`poll`]). A poll that brings nothing for a minute is given up; if the server still
+//! A watch is a chain of long polls (`poll`). A poll that brings nothing for a minute is given up; if the server still
 //! answers a question it is asked again, else it hangs and is left behind. A machine that vanished is noticed sooner, by TCP
 //! keep-alive.
 //!

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The helper is this very program, started before the sandbox is entered; the socket is its standard input, and it ends when that ends. What
-//! it is asked it checks against the few calls there are ([`is_known`]): a daemon that was taken over can make firewall rules by it, which it
+//! it is asked it checks against the few calls there are (`is_known`): a daemon that was taken over can make firewall rules by it, which it
 //! could anyway, and nothing else. It gives up what the tools do not need, as the daemon does: all capabilities but `CAP_NET_ADMIN` and
 //! `CAP_NET_RAW`, and all files but programs, libraries and the lock of iptables ([`sandbox::enter_for_tools`]).
 //!

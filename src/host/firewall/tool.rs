@@ -1,5 +1,5 @@
 //! The programs firewall rules are made with: the only place in the daemon that starts programs, beside the start of the
-//! [`helper`](super::helper) that does it once the daemon has given that up.
+//! `helper` that does it once the daemon has given that up.
 //!
 //! An [`Invocation`] is a tool, arguments that are fixed texts but for names of tables and chains (see [`Invocation::with`]), and a text
 //! for its standard input. [`Invocation::execute`] finds the program in [`FOLDERS`] and nowhere else, starts it without a shell and with an
