@@ -486,9 +486,13 @@ async fn revoke(
     caller: Caller,
     Path((network, key)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    let entered = api.enter(&caller, &network, Right::Admin)?;
+    let entered = api.enter(&caller, &network, Right::Lease)?;
     let Network { store, feed, .. } = &*entered;
     let subnet = known_subnet(feed, parse_key(&key, "failed to parse subnet")?);
+    // A node may always give up what is its own.
+    if !holds(feed, subnet, caller.peer.address) {
+        api.enter(&caller, &network, Right::Admin)?;
+    }
     store.revoke(subnet).await?;
     tracing::info!(network, %subnet, "lease revoked");
     feed.wait_for(|history| history.lease(subnet.v4).is_none()).await;
@@ -626,6 +630,16 @@ fn known_subnet(feed: &Feed, subnet: Subnet) -> Subnet {
     feed.history()
         .lease(subnet.v4)
         .map_or(subnet, |lease: &Lease| lease.subnet)
+}
+
+/// Whether the lease of `subnet` names `address` as its node's.
+fn holds(feed: &Feed, subnet: Subnet, address: Option<std::net::IpAddr>) -> bool {
+    let history = feed.history();
+    address.is_some_and(|address| {
+        history.lease(subnet.v4).is_some_and(|lease| {
+            address == lease.attrs.public_ip || lease.attrs.public_ipv6.is_some_and(|v6| address == v6)
+        })
+    })
 }
 
 fn previous_subnet(headers: &HeaderMap) -> Result<Option<Subnet>, ApiError> {
