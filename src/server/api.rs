@@ -632,12 +632,14 @@ fn known_subnet(feed: &Feed, subnet: Subnet) -> Subnet {
         .map_or(subnet, |lease: &Lease| lease.subnet)
 }
 
-/// Whether the lease of `subnet` names `address` as its node's.
-fn holds(feed: &Feed, subnet: Subnet, address: Option<std::net::IpAddr>) -> bool {
+/// Whether the lease of `subnet` is one of the node at `address`, and no reservation: those are the operator's.
+fn holds(feed: &Feed, subnet: Subnet, address: Option<IpAddr>) -> bool {
     let history = feed.history();
     address.is_some_and(|address| {
         history.lease(subnet.v4).is_some_and(|lease| {
-            address == lease.attrs.public_ip || lease.attrs.public_ipv6.is_some_and(|v6| address == v6)
+            lease.expiration != Expiration::Never
+                && (address == lease.attrs.public_ip
+                    || lease.attrs.public_ipv6.is_some_and(|v6| address == v6))
         })
     })
 }

@@ -179,6 +179,31 @@ async fn without_a_file_strangers_may_do_what_flannels_nodes_do_and_no_more() {
 }
 
 #[tokio::test]
+async fn a_node_ends_its_own_lease_and_no_other() {
+    let Some(own) = another_address() else {
+        println!("skipped: this machine has no address but loopback");
+        return;
+    };
+    let server = Running::with(ServeOptions::plain(format!("{own}:0").parse().unwrap())).await;
+    let take = async |public_ip: &str| -> String {
+        let body = format!(r#"{{"PublicIP":"{public_ip}"}}"#);
+        let (status, text) = ask(&server.address, "POST", "/v1/_/leases", "", &body).await;
+        assert_eq!(status, 200, "{text}");
+        let lease: serde_json::Value = serde_json::from_str(&text).unwrap();
+        lease["Subnet"].as_str().unwrap().replace('/', "-")
+    };
+    let end = async |key: &str| {
+        ask(&server.address, "DELETE", &format!("/v1/_/leases/{key}"), "", "")
+            .await
+            .0
+    };
+    let (ours, theirs) = (take(&own.to_string()).await, take("192.0.2.77").await);
+    assert_eq!(end(&theirs).await, 403);
+    assert_eq!(end(&ours).await, 200);
+    assert_eq!(end(&ours).await, 403, "it is nobody's any more");
+}
+
+#[tokio::test]
 async fn an_access_file_that_is_no_good_at_start_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("access.toml");
