@@ -88,6 +88,14 @@ impl StoreError {
             Self::Refused { .. } | Self::AddressTaken { .. } | Self::LeaseLost { .. } => false,
         }
     }
+
+    /// Whether somebody else has what is ours.
+    pub fn is_conflict(&self) -> bool {
+        match self {
+            Self::LeaseLost { .. } => true,
+            Self::Unavailable { .. } | Self::Refused { .. } => false,
+        }
+    }
 }
 
 /// One network's config and leases, as a node sees them.
