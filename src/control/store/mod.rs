@@ -92,7 +92,7 @@ impl StoreError {
     /// Whether somebody else has what is ours.
     pub fn is_conflict(&self) -> bool {
         match self {
-            Self::LeaseLost { .. } => true,
+            Self::AddressTaken { .. } | Self::LeaseLost { .. } => true,
             Self::Unavailable { .. } | Self::Refused { .. } => false,
         }
     }
