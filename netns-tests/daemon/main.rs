@@ -28,6 +28,7 @@ mod icmp;
 mod ingress;
 mod lease_server;
 mod leases;
+mod metrics;
 mod mtu;
 mod networks;
 mod nodes;

@@ -692,6 +692,7 @@ peers  2
                 outbound_bytes: 3 << 19,
                 inbound_packets: 678,
                 inbound_bytes: 67_800,
+                last_seen_unix_s: None,
                 drops: BTreeMap::from([("malformed".into(), 3)]),
                 kernel_route: None,
             },

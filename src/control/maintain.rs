@@ -96,6 +96,7 @@ impl Keep<'_> {
             };
             let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
+                    StoreHealth::note_conflict(self.health);
                     tracing::warn!(%error, "our lease went to another node; taking another subnet");
                     super::acquire(self.store, self.options, &lease.attrs, None).await
                 }
@@ -217,6 +218,9 @@ impl Follow<'_> {
             }
         };
         let disturbance = disturbance(&self.own.borrow(), &update);
+        if disturbance == Disturbance::Altered {
+            StoreHealth::note_conflict(self.health);
+        }
         match disturbance {
             Disturbance::None => {}
             Disturbance::Gone => self.disturbed.notify_one(),

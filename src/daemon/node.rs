@@ -34,6 +34,7 @@ use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::{RunOptions, Srv6Options};
+use crate::trust::warn_if_exposed;
 
 /// Longest pause before something that failed at start is tried again. The first is a tenth of a second: what is in the way after a restart
 /// is often the dying predecessor.
@@ -229,6 +230,7 @@ fn srv6_node(options: &Srv6Options) -> Result<Srv6Node> {
                 cause,
             };
             let text = state_file::read(file, MAX_KEYS_BYTES).map_err(|error| unusable(error.to_string()))?;
+            warn_if_exposed(file);
             Srv6Node::parse_keys(&text).map_err(|error| unusable(error.to_string()))?
         }
     };
