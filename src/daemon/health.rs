@@ -26,7 +26,8 @@ const LOOP_STUCK: Duration = Duration::from_secs(20);
 const THREAD_STUCK: Duration = Duration::from_secs(10);
 
 /// What is wrong when nobody runs firewall tools any more.
-const HELPER_ENDED: &str = "the process that runs firewall tools has ended: rules stay as they are until kersey is restarted";
+const HELPER_ENDED: &str =
+    "the process that runs firewall tools has ended: rules stay as they are until kersey is restarted";
 
 /// How a reload went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
