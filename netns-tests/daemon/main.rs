@@ -22,6 +22,8 @@ mod cleanup;
 mod expiry;
 mod faults;
 mod firewall;
+mod firewall_helper;
+mod firewall_others;
 mod handover;
 mod hostile_data;
 mod icmp;
