@@ -49,14 +49,15 @@ fn a_helper_that_was_stopped_gets_into_step_again() {
     assert_eq!(right.matches("-j FLANNEL-FWD").count(), 1, "{right}");
     let helper = helper(&mut overlay, 1);
     kill(helper, Signal::SIGSTOP).unwrap();
-    // Longer than an answer may take.
-    wait_for("somebody gives up waiting", READY, || {
-        overlay.log(1).contains("iptables did not end within")
+    // An answer may take 15 s, and more than one call has to be given up before a look is.
+    wait_for("somebody gives up waiting", Duration::from_secs(90), || {
+        overlay.log(1).contains("did not end within")
     });
     kill(helper, Signal::SIGCONT).unwrap();
+    overlay.wait(1, READY, |status| status.firewall == "iptables");
+    // Each of the looks of these seconds inserted a rule.
     sleep(Duration::from_secs(5));
     assert_eq!(list(&overlay), right);
-    assert_eq!(overlay.status(1).firewall, "iptables");
     run(&overlay, 1, "iptables", "-F FLANNEL-FWD");
     wait_for("rules are put right", within(PUT_RIGHT), || {
         list(&overlay) == right
