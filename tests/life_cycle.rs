@@ -318,14 +318,13 @@ async fn vanished_peers_linger_for_a_minute() {
 async fn whoever_vanishes_last_has_the_whole_minute_to_come_back() {
     let fake = Fake::new();
     let node = start(&fake, options(None)).await;
-    let list = |peers: std::ops::Range<u8>| {
-        let peers = peers.map(|i| lease(&format!("10.0.{i}.0-24"), i));
-        LeaseUpdate::Snapshot(peers.chain([lease(OWN, 1)]).collect())
-    };
-    fake.tell(list(2..12));
-    fake.tell(list(2..6));
+    let leases = |peers: std::ops::Range<u8>| peers.map(|i| lease(&format!("10.0.{i}.0-24"), i));
+    let list = |last| LeaseUpdate::Snapshot(leases(2..last).chain([lease(OWN, 1)]).collect());
+    fake.tell(list(12));
+    fake.tell(list(6));
     sleep(Duration::from_secs(50)).await;
-    fake.tell(list(2..3));
+    // A list that lacks us, too.
+    fake.tell(LeaseUpdate::Snapshot(leases(2..3).collect()));
     sleep(Duration::from_secs(20)).await;
     assert_eq!(node.published.peers.borrow().len(), 10);
     sleep(Duration::from_secs(45)).await;
