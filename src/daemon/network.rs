@@ -197,7 +197,10 @@ impl<B: Backend> DataPlane<B> {
             ThreadLayout::Joined => Layout::Joined,
             ThreadLayout::Split => Layout::Split,
         };
-        let mut bundle = succession::held().take(&options.device);
+        // Until this plane is launched it stays held: what fails from here on is tried again with the same.
+        let mut bundle = succession::held()
+            .lend(&options.device)
+            .context("cannot take the device and sockets of an earlier life")?;
         let (tun, is_adopted) = make_tun(
             &TunOptions {
                 name: options.device.clone(),
@@ -575,6 +578,7 @@ fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), Tu
             }
             // Its sockets go with it, and so does who still has the device.
             *bundle = Bundle::default();
+            succession::held().release(&options.name);
             succession::held().tell_stop();
             Ok((Tun::create(options)?, false))
         }
@@ -660,10 +664,17 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
-            let underlays = match adopt_underlays(&wanted, &mut bundle) {
+            let has_sockets = bundle.has_sockets();
+            let adopted = adopt_underlays(&wanted, &mut bundle);
+            drop(bundle);
+            let underlays = match adopted {
                 Some(underlays) => underlays,
                 None => {
-                    drop(bundle);
+                    // Whoever still has one of them has its port.
+                    if has_sockets {
+                        succession::held().release_sockets(&options.device);
+                        succession::held().tell_stop();
+                    }
                     (0..queues)
                         .map(|_| UdpUnderlay::open(&wanted))
                         .collect::<Result<Vec<_>, _>>()?
