@@ -7,6 +7,7 @@
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
 #   make soak    faults at length; SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel, and what both let through
 #                compared; the long forms of the model, of races and of many nodes; see CONTRIBUTING.md
+#   make cross   whether it compiles for arm64, armv7 and musl (needs rustup)
 #   make deps    only install what is missing
 #
 # ARGS is handed on: `make lab ARGS='--nodes 5 --store etcd'`, `make bench ARGS=--quick`, `make test ARGS=longest_prefix`.
@@ -18,6 +19,7 @@ SHELL := /bin/bash
 ARGS ?=
 FUZZ_SECONDS ?= 20
 SOAK_CASES ?= 20000
+CROSS ?= aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf x86_64-unknown-linux-musl
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -31,7 +33,7 @@ AS_ROOT := sudo -E
 RUNNER := --config "target.'cfg(unix)'.runner=['sudo','-E']"
 endif
 
-.PHONY: lab test check bench fuzz soak deps build-deps build
+.PHONY: lab test check bench fuzz soak cross deps build-deps build
 
 lab: build
 	$(AS_ROOT) $(TARGET)/release/kersey lab $(ARGS)
@@ -74,6 +76,13 @@ soak: deps
 	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
 	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model -- $(ARGS); \
 	fi
+
+cross:
+	@.ci/deps build cross
+	for target in $(CROSS); do \
+	    rustup target add "$$target"; \
+	    cargo check --locked --lib --bins --target "$$target"; \
+	done
 
 build: build-deps
 	cargo build --release --locked
