@@ -96,7 +96,6 @@ fn f9_a_thousand_nodes_churn_storm_and_vanish_beside_traffic() {
 }
 
 /// Writes so many changes, evenly, and gives how long it took until packets followed those that there was time to look at.
-#[expect(clippy::disallowed_methods, reason = "a test measures")]
 fn churn(overlay: &Overlay, changes: u32) -> Vec<Duration> {
     let ear = Sniffer::start(overlay.namespace(1), INTERFACE);
     let from = overlay.pod(1);
