@@ -6,7 +6,8 @@
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
 #   make soak    faults at length; SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel, and what both let through
-#                compared; the long forms of the model, of races and of many nodes; see CONTRIBUTING.md
+#                compared; the long forms of the model, of races and of many nodes; optimised, as the `soak` profile in
+#                Cargo.toml says; see CONTRIBUTING.md
 #   make cross   whether it compiles for arm64, armv7 and musl (needs rustup)
 #   make deps    only install what is missing
 #
@@ -20,6 +21,8 @@ ARGS ?=
 FUZZ_SECONDS ?= 20
 SOAK_CASES ?= 20000
 CROSS ?= aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf x86_64-unknown-linux-musl
+# The tests that KERSEY_SOAK makes longer.
+SOAKED := --test embedded --test etcd --test etcd_many --test http --test model
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -70,11 +73,11 @@ soak: deps
 	@if [ -n "$(AS_ROOT)" ]; then echo 'the soak makes network namespaces; sudo may ask for your password'; sudo -v; fi
 	export CI=true KERSEY_SOAK_CASES=$(SOAK_CASES); \
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run --locked $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
-	    KERSEY_SOAK=1 cargo nextest run --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model --no-tests pass $(ARGS); \
+	    cargo nextest run --locked --cargo-profile soak $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
+	    KERSEY_SOAK=1 cargo nextest run --locked --cargo-profile soak $(RUNNER) $(SOAKED) --no-tests pass $(ARGS); \
 	else \
-	    cargo test --locked $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
-	    KERSEY_SOAK=1 cargo test --locked $(RUNNER) --test embedded --test etcd --test etcd_many --test model -- $(ARGS); \
+	    cargo test --locked --profile soak $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
+	    KERSEY_SOAK=1 cargo test --locked --profile soak $(RUNNER) $(SOAKED) -- $(ARGS); \
 	fi
 
 cross:

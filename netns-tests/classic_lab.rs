@@ -193,11 +193,15 @@ impl Lab {
     fn new(tag: &str) -> Self {
         let folder =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("classic-{tag}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
-        for name in ["kersey", "flanneld", "mk-docker-opts.sh"] {
-            let link = folder.join(name);
-            let _ = fs::remove_file(&link);
-            symlink(env!("CARGO_BIN_EXE_kersey"), link).unwrap();
+        // The program itself, not a link to it: a machine sees nothing of this one's /tmp but this folder.
+        let program = folder.join("kersey");
+        fs::hard_link(env!("CARGO_BIN_EXE_kersey"), &program)
+            .or_else(|_| fs::copy(env!("CARGO_BIN_EXE_kersey"), &program).map(drop))
+            .unwrap();
+        for name in ["flanneld", "mk-docker-opts.sh"] {
+            symlink("kersey", folder.join(name)).unwrap();
         }
         let name = |which: &str| format!("kersey-{}-{tag}-{which}", std::process::id());
         let nat = Namespace::create(&name("nat")).unwrap();
@@ -295,13 +299,19 @@ impl Machine {
             steps: 0,
             _namespace: namespace,
         };
-        // Without br_netfilter, on machines that have it too: flannel would not start.
-        machine.run(
-            "for own in /run /var/lib /tmp; do mount -t tmpfs own $own; done
+        // Without br_netfilter, on machines that have it too: flannel would not start. The folder is put back where it was:
+        // whoever clones below /tmp has it under one of the three.
+        machine.run(&format!(
+            "exec 7<'{folder}'
+            for own in /run /var/lib /tmp; do mount -t tmpfs own $own; done
+            mkdir -p '{folder}'
+            mount --bind /proc/self/fd/7 '{folder}'
+            exec 7<&-
             bridge=/proc/sys/net/bridge
             if [ -d $bridge ]; then mount -t tmpfs own $bridge; fi
             [ ! -e $bridge/bridge-nf-call-iptables ]",
-        );
+            folder = folder.display()
+        ));
         machine
     }
 

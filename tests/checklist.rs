@@ -28,6 +28,26 @@ fn every_test_named_in_the_checklists_exists() {
 }
 
 #[test]
+fn every_test_named_among_the_faults_exists() {
+    let known = tests();
+    let page = include_str!("../docs/reliability.md");
+    let mut named = 0;
+    for row in page.lines().filter(|line| line.starts_with("| ")) {
+        let last = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for name in last.split('`').skip(1).step_by(2) {
+            let is_name = name
+                .chars()
+                .all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_');
+            if is_name {
+                assert!(known.contains(name), "there is no test {name}: {row}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 80, "{named} tests are named");
+}
+
+#[test]
 fn a_row_without_a_test_says_that_it_is_not_there_yet() {
     for (section, state) in [("Checklist", 1), ("Flannel's known faults", 2)] {
         for row in rows(section) {

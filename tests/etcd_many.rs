@@ -17,9 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use etcd_client::{Txn, TxnOp};
+use etcd_server::proxy::Proxy;
 use etcd_server::{Etcd, PREFIX};
 use futures_util::stream::{self, StreamExt};
-use kersey::control::store::{EtcdStore, Lifetime, Registry, Store};
+use kersey::control::store::{EtcdOptions, EtcdStore, Lifetime, Registry, Store};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 use tokio::task::JoinHandle;
@@ -120,6 +121,59 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
     );
 }
 
+/// F6: a list of several pages that breaks off, wherever it does, is no list: nobody goes for it.
+#[tokio::test]
+async fn a_list_that_breaks_off_anywhere_removes_nobody() {
+    const LEASES: u32 = 2000;
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let mut client = etcd.client().await;
+    for first in (0..LEASES).step_by(100) {
+        let puts: Vec<_> = (first..first + 100)
+            .map(|i| TxnOp::put(key(i), node(i, 0).to_json(), None))
+            .collect();
+        client.txn(Txn::new().and_then(puts)).await.unwrap();
+    }
+    let proxy = Proxy::before(etcd.port()).await;
+    let place = EtcdOptions {
+        endpoints: vec![format!("http://127.0.0.1:{}", proxy.port)],
+        ..etcd.options()
+    };
+    let watcher = Watcher::over(EtcdStore::connect(place).unwrap(), 1, Duration::from_millis(100)).await;
+    let whole = LEASES as usize;
+    watcher.wait("all", |table| table.len() == whole).await;
+    // Two go meanwhile. While no list is whole, nobody can know.
+    let gone = [TxnOp::delete(key(7), None), TxnOp::delete(key(1_900), None)];
+    let mut cuts = 0;
+    for bytes in (0..24).map(|nth| 200 + nth * nth * 350) {
+        proxy.cut_after(bytes);
+        let made = proxy.made();
+        proxy.cut();
+        if cuts == 0 {
+            client.txn(Txn::new().and_then(gone.to_vec())).await.unwrap();
+        }
+        let tried = async {
+            while proxy.made() < made + 2 {
+                assert_eq!(watcher.table().len(), whole, "a list of {bytes} bytes");
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(30), tried)
+            .await
+            .expect("it tries again");
+        assert_eq!(watcher.table().len(), whole, "a list of {bytes} bytes");
+        cuts += 1;
+    }
+    proxy.cut_after(usize::MAX);
+    proxy.cut();
+    watcher
+        .wait("the two are gone", |table| table.len() == whole - 2)
+        .await;
+    eprintln!("{cuts} lists broke off; {} connections", proxy.made());
+}
+
 /// The round a node was last written in, and when that was done.
 type Written = Arc<Mutex<BTreeMap<u32, (u32, Instant)>>>;
 
@@ -139,12 +193,16 @@ type Table = BTreeMap<Subnet, LeaseAttrs>;
 
 impl Watcher {
     async fn start(etcd: &Etcd, number: u32) -> Self {
-        let store: Arc<EtcdStore> = Arc::new(etcd.store());
+        Self::over(etcd.store(), number, ControlOptions::default().backoff_cap).await
+    }
+
+    async fn over(store: EtcdStore, number: u32, backoff_cap: Duration) -> Self {
         let options = ControlOptions {
             subnet_file: "/nonexistent/subnet.env".into(),
+            backoff_cap,
             ..ControlOptions::default()
         };
-        let mut control = Control::new(store.clone(), options);
+        let mut control = Control::new(Arc::new(store), options);
         let config = control.network_config().await;
         let attrs =
             LeaseAttrs::from_json(format!("{{\"PublicIP\":\"198.51.100.{number}\"}}").as_bytes()).unwrap();

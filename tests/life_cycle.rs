@@ -448,12 +448,12 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
 
-    /// Whatever breaks in whatever order, no peer goes whose removal the store did not tell.
+    /// F6: whatever breaks in whatever order, no peer goes whose removal the store did not tell.
     #[test]
     fn nothing_is_removed_that_was_not_told(steps in prop::collection::vec(any_step(), 0..20)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async {
             let fake = Fake::new();
             let node = start(&fake, options(None)).await;

@@ -1,14 +1,11 @@
 //! What a store says is only data: nothing of it is executed (S9), no line of the log is forged by it (S15), and a bad config
-//! takes no running node down (B1). Secrets are shown nowhere (S11).
+//! takes no running node down (B1).
 
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-use etcd_client::PermissionType;
-use kersey::status::Status;
-
-use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for};
+use crate::overlay::{Blueprint, READY, figure, wait_for};
 use crate::support::require_etcd;
 
 /// Texts that mean something to a shell, a terminal, a path or a log.
@@ -193,132 +190,4 @@ fn a_bad_config_in_the_store_takes_no_running_node_down() {
     overlay.put("config", good);
     overlay.wait_all();
     overlay.ping_all();
-}
-
-/// Words that must not be seen; letters only, so that no escape hides them.
-const PASSWORD: &str = "CanaryPasswordQxZkWv";
-const WRONG_PASSWORD: &str = "CanaryWrongPasswordJtBn";
-const HMAC_KEY: &str = "CanaryHmacKeyRrLpTu";
-
-#[test]
-fn secrets_are_shown_nowhere() {
-    if !require_etcd("secrets_are_shown_nowhere") {
-        return;
-    }
-    let mut overlay = Blueprint::new("secrets", 1).build();
-    overlay.etcd(async |mut client| {
-        client.user_add("root", "root", None).await?;
-        client.user_grant_role("root", "root").await?;
-        client.role_add("node").await?;
-        let all = etcd_client::Permission::new(PermissionType::Readwrite, "/").with_prefix();
-        client.role_grant_permission("node", all).await?;
-        client.user_add("node", PASSWORD, None).await?;
-        client.user_grant_role("node", "node").await?;
-        client.auth_enable().await.map(drop)
-    });
-    let keys = overlay.file("hmac-keys");
-    fs::write(&keys, format!("7 sha256 {HMAC_KEY}\n")).unwrap();
-    let mut shown = String::new();
-
-    // The password in the environment, then in a file; and a wrong one, which etcd refuses.
-    let file = overlay.file("kersey.toml");
-    let write = |password: &str| {
-        let text = format!(
-            "etcd-username = 'node'\netcd-password = '{password}'\nsrv6-hmac-keys = '{}'\nlog-level = 'trace'\n",
-            keys.display()
-        );
-        fs::write(&file, text).unwrap();
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-    };
-    write(PASSWORD);
-    let mut by_variable = overlay.command(1);
-    by_variable
-        .args(["--log-level=trace", "--etcd-username=node", "--log-format=json"])
-        .env("KERSEY_ETCD_PASSWORD", PASSWORD);
-    let mut by_file = overlay.command(1);
-    by_file.arg(format!("--config={}", file.display()));
-    for command in [by_variable, by_file] {
-        overlay.nodes.clear();
-        overlay.adopt(1, command);
-        overlay.wait(1, READY, |status| status.ready);
-        shown += &everything_shown(&mut overlay);
-        overlay.terminate(1);
-        shown += &overlay.log(1);
-    }
-    write(WRONG_PASSWORD);
-    let mut refused = overlay.command(1);
-    refused.arg(format!("--config={}", file.display()));
-    overlay.nodes.clear();
-    let _ = fs::remove_dir_all(overlay.file("1.data"));
-    overlay.adopt(1, refused);
-    let log = overlay.nodes[0].child.log().to_owned();
-    let is_told = || {
-        fs::read_to_string(&log)
-            .unwrap()
-            .contains("authentication failed")
-    };
-    wait_for("etcd's refusal in the log", READY, is_told);
-    shown += &everything_shown(&mut overlay);
-    overlay.terminate(1);
-    shown += &overlay.log(1);
-
-    assert_eq!(shown.matches("kersey starts").count(), 3, "{shown}");
-    for secret in [PASSWORD, WRONG_PASSWORD, HMAC_KEY] {
-        let as_numbers = secret
-            .bytes()
-            .map(|byte| byte.to_string())
-            .collect::<Vec<_>>()
-            .join(", ");
-        let as_hex: String = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
-        for form in [secret.to_owned(), as_numbers, as_hex, secret[..12].to_owned()] {
-            let at = shown.find(&form);
-            assert_eq!(
-                at,
-                None,
-                "{secret}: {}",
-                shown[at.unwrap_or(0).saturating_sub(200)..]
-                    .get(..400)
-                    .unwrap_or_default()
-            );
-        }
-    }
-    // Etcd's token for the session, which is as good as the password.
-    for line in shown.lines() {
-        let lower = line.to_ascii_lowercase();
-        assert!(
-            !lower.contains("authorization") && !lower.contains("token:"),
-            "{line}"
-        );
-    }
-    // And the open file was warned of.
-    assert!(
-        shown.contains("has a secret, etcd-password, and mode 0644"),
-        "{:.2000}",
-        shown
-    );
-}
-
-/// What a daemon shows to whoever asks: status, files in its directory, its command line, metrics if there are any.
-fn everything_shown(overlay: &mut Overlay) -> String {
-    let mut shown = String::new();
-    let status: Status = overlay.status(1);
-    shown += &format!("{status:#?}\n");
-    for form in [&[] as &[&str], &["--json"]] {
-        let done = Command::new(env!("CARGO_BIN_EXE_kersey"))
-            .args(["status", "--status-socket"])
-            .arg(overlay.socket(1))
-            .args(form)
-            .output()
-            .unwrap();
-        shown += &String::from_utf8_lossy(&done.stdout);
-        shown += &String::from_utf8_lossy(&done.stderr);
-    }
-    for name in ["1.env", "1.data/control.json"] {
-        shown += &fs::read_to_string(overlay.file(name)).unwrap_or_default();
-    }
-    let pid = overlay.daemon(1).pid();
-    shown += &fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
-    shown.push('\n');
-    shown
 }

@@ -21,7 +21,7 @@ fn a_stranger_gets_nothing_in() {
     if !require_etcd("a_stranger_gets_nothing_in") {
         return;
     }
-    const PACKETS: u64 = 100_000;
+    const PACKETS: u64 = 1_000_000;
     let mut blueprint = Blueprint::new("stranger", 3);
     blueprint.daemons = 2;
     let overlay = blueprint.start();
@@ -31,6 +31,7 @@ fn a_stranger_gets_nothing_in() {
     // The same packet from the peer itself arrives: it is the sender that is refused, not the packet.
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     wait_for("the probe runs", READY, || probe.received().0 > 100);
+    let before = overlay.log(2);
     send(&overlay, 3, PACKETS, &[valid]);
     let count = || {
         let status = overlay.status(2);
@@ -57,6 +58,8 @@ fn a_stranger_gets_nothing_in() {
     assert!(lost <= 0.01, "{report:?}");
     assert_eq!(report.corrupted(), 0);
     overlay.assert_no_drops(1);
+    // S15: they are counted, and not told of.
+    assert_eq!(overlay.log(2), before);
 }
 
 #[test]
@@ -158,6 +161,7 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
     ];
     let written = overlay.let_through(2);
     let before = overlay.status(2);
+    let told = overlay.log(2);
     for (name, packets, reasons) in cases {
         let refused = |overlay: &Overlay| {
             let status = overlay.status(2);
@@ -192,6 +196,8 @@ fn a_peer_that_lies_gets_nothing_in_and_each_lie_is_counted() {
     assert_eq!(after.counters["receive_overflows"], 0);
     let lies: u64 = after.drops.values().sum();
     figure("liar: refused", lies);
+    // S15: they are counted, and not told of.
+    assert_eq!(overlay.log(2), told);
 }
 
 /// What is tried, the packets, and the reasons they may be counted under.
@@ -213,7 +219,7 @@ fn with_ttl(src: Ipv4Addr, dst: Ipv4Addr, port: u16, ttl: u8) -> Vec<u8> {
 /// Sends `count` of the packets in turn to node 2's port from the node's underlay address, no faster than a busy
 /// machine takes them.
 fn send(overlay: &Overlay, nth: usize, count: u64, packets: &[Vec<u8>]) {
-    const BURST: usize = 50;
+    const BURST: usize = 100;
     let from = overlay.lab.nodes[nth - 1].underlay();
     let socket = from
         .namespace

@@ -40,8 +40,16 @@ mod offloads;
 #[allow(dead_code, reason = "shared with tests that need more of it")]
 mod overlay;
 mod path;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with the tests of etcd, which need more of it"
+)]
+#[path = "../../tests/etcd_server/pki.rs"]
+mod pki;
 mod privileges;
 mod routed;
+mod secrets;
 #[path = "../support/mod.rs"]
 mod support;
 mod underlay;

@@ -6,18 +6,20 @@
 //!
 //! Nodes 3 and 4 are routers of the underlay; daemons run on 1 and 2.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use etherparse::PacketBuilder;
 use kersey::addr::{Ipv4Prefix, Ipv6Prefix, Prefix};
 use kersey::host::netlink::{Gateway, Route};
 use kersey::lab::cluster::ClusterPlan;
 use kersey::lab::topology::INTERFACE;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::tcp::Verified;
+use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::overlay::{Blueprint, Overlay, Underlay, within};
+use crate::overlay::{Blueprint, Overlay, READY, Underlay, figure, within};
 use crate::support::{require_etcd, require_root};
 
 /// What the link in the middle carries.
@@ -84,6 +86,74 @@ fn clamped_segments_fit_where_no_answer_arrives() {
             assert_eq!(status.counters["path_too_big"], before, "node {nth}");
         }
     }
+}
+
+/// S6: who is not asked says "too big". What is believed has a floor, and packets still pass.
+#[test]
+fn a_forged_too_big_makes_no_path_narrower_than_the_floor() {
+    if !require_root("a_forged_too_big_makes_no_path_narrower_than_the_floor") {
+        return;
+    }
+    // The kernel believes no less than 552 bytes outside (net/ipv4/route.c), and inner senders are told of no less than this.
+    const FLOOR: u16 = 576;
+    let mut blueprint = Blueprint::embedded("p-forged", 3);
+    blueprint.daemons = 2;
+    blueprint.network = ClusterPlan::network("udp", true);
+    let mut overlay = blueprint.start();
+    let (one, two) = (overlay.lab.nodes[0].v4, overlay.lab.nodes[1].v4);
+    let stranger = overlay.namespace(3);
+    let forge = |ports: [u16; 2]| {
+        let socket = stranger
+            .run(|| Ok(Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?))
+            .unwrap();
+        for mtu in [0, 1, 67, 68, 100, 551] {
+            let message = too_big(mtu, [one, two], ports);
+            socket
+                .send_to(&message, &SocketAddr::from((one, 0)).into())
+                .unwrap();
+        }
+    };
+    // Of a flow that node 1 does not have: nobody listens, and nothing changes.
+    forge([40_000, 40_001]);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(overlay.status(1).peers[0].narrow_mtu, None);
+    // Of the tunnel itself: a stranger who knows its port can have that done.
+    forge([8285, 8285]);
+    let mut narrowest = None;
+    for _ in 0..12 {
+        std::thread::sleep(Duration::from_secs(1));
+        narrowest = overlay.status(1).peers[0].narrow_mtu.or(narrowest);
+        if let Some(mtu) = narrowest {
+            assert!(mtu >= FLOOR, "{mtu}");
+        }
+    }
+    figure("after forged answers the path carries, inside", narrowest);
+    assert!(
+        narrowest.is_some(),
+        "no forged answer was believed: this tests nothing"
+    );
+    transfer(&overlay);
+    overlay.ping_all();
+    overlay.wait(1, READY, |status| status.ready);
+}
+
+/// "Fragmentation needed" about a UDP datagram (RFC 792, RFC 1191 §4).
+fn too_big(mtu: u16, [from, to]: [Ipv4Addr; 2], ports: [u16; 2]) -> Vec<u8> {
+    let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64).udp(ports[0], ports[1]);
+    let mut quoted = Vec::new();
+    builder.write(&mut quoted, &[0; 1400]).unwrap();
+    quoted.truncate(28);
+    let mut message = vec![3, 4, 0, 0, 0, 0];
+    message.extend(mtu.to_be_bytes());
+    message.extend(quoted);
+    let sum = message
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum::<u32>();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
+    message[2..4].copy_from_slice(&checksum.to_be_bytes());
+    message
 }
 
 /// Both ends find out, tell their senders, and bulk transfers pass meanwhile and afterwards.

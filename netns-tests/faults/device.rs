@@ -6,7 +6,7 @@ use kersey::lab::traffic::cpu;
 
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, DEVICE, Overlay, figure, wait_for, within};
-use crate::{assert_gap, flows, probe, require_root, warm};
+use crate::{assert_gap, flows, in_ci, probe, require_root, warm};
 
 /// What is done to the device.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +22,8 @@ pub(crate) enum Hand {
 #[test]
 fn f12_a_device_changed_by_hand_is_restored_within_a_second() {
     if require_root("f12_a_device_changed_by_hand_is_restored_within_a_second") {
-        hands("hands", 5);
+        // Nine times six.
+        hands("hands", in_ci(9, 3));
     }
 }
 

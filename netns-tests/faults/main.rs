@@ -27,6 +27,7 @@ mod hostile_tun;
 mod impair;
 mod load;
 mod loops;
+mod many;
 mod network;
 #[path = "../support/oracle.rs"]
 mod oracle;
@@ -34,6 +35,13 @@ mod outage;
 #[allow(dead_code, reason = "made for the tests of daemons, which need more of it")]
 #[path = "../daemon/overlay.rs"]
 mod overlay;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with the tests of etcd, which need more of it"
+)]
+#[path = "../../tests/etcd_server/pki.rs"]
+mod pki;
 mod restart;
 mod returns;
 mod soak;
@@ -115,6 +123,15 @@ fn assert_gap(report: &ProbeReport, gap: Duration) {
         (0, 0),
         "there {there:?}, back {back:?}"
     );
+}
+
+/// What CI has the time for, and what somebody who waits for it has.
+fn in_ci<T>(in_ci: T, elsewhere: T) -> T {
+    if std::env::var("CI").as_deref() == Ok("true") {
+        in_ci
+    } else {
+        elsewhere
+    }
 }
 
 /// A number from the environment, for the long forms.

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, figure, within};
-use crate::{assert_untouched, probe, require_etcd, warm};
+use crate::{assert_untouched, in_ci, probe, require_etcd, warm};
 
 /// How etcd is made to fail, and to come back.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +25,7 @@ pub(crate) enum Fault {
 #[test]
 fn f1_an_outage_of_the_store_costs_no_packet() {
     if require_etcd("f1_an_outage_of_the_store_costs_no_packet") {
-        outages("outage", Duration::from_secs(10));
+        outages("outage", Duration::from_secs(in_ci(60, 10)));
     }
 }
 

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, READY, figure, wait_for, within};
-use crate::{assert_untouched, flows, probe, require_root, warm};
+use crate::{assert_untouched, flows, in_ci, probe, require_root, warm};
 
 /// Older than this is stale. A thread that sleeps wakes every second.
 const STALE: Duration = Duration::from_secs(2);
@@ -24,7 +24,7 @@ const IN_HAND: usize = 128;
 #[test]
 fn f20_a_daemon_that_was_stopped_delivers_nothing_stale() {
     if require_root("f20_a_daemon_that_was_stopped_delivers_nothing_stale") {
-        stopped("stopped", Duration::from_secs(5));
+        stopped("stopped", Duration::from_secs(in_ci(30, 5)));
     }
 }
 

@@ -6,6 +6,9 @@
 //!
 //! Where outer IPv4 datagrams leave with "don't fragment" clear, as vxlan's do, routers fragment and nobody learns anything; the two sides then pay
 //! for fragments, but nothing is lost.
+//!
+//! "Too big" can be forged by whoever knows the ports, and the kernel believes it down to 552 bytes. Inner senders are told of no path below
+//! what every host must take ([`MIN_V4`], [`MIN_V6`]): an inner kernel believes no less either, and would fall silent between the two.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -20,6 +23,8 @@ use crate::addr::{Mtu, Prefix};
 const SURVEY: Duration = Duration::from_secs(10);
 /// How often we look whether it found something too large.
 const LOOK: Duration = Duration::from_secs(1);
+/// What every IPv4 host takes, RFC 1122 §3.3.2: below that, outer datagrams are fragmented.
+const MIN_V4: u16 = 576;
 /// What every IPv6 link carries, RFC 8200 §5: below that, outer datagrams are fragmented.
 const MIN_V6: u16 = 1280;
 
@@ -87,7 +92,7 @@ impl Paths {
             return whole;
         };
         let floor = match prefix {
-            Prefix::V4(_) => Mtu::MIN,
+            Prefix::V4(_) => MIN_V4,
             Prefix::V6(_) => MIN_V6,
         };
         let left = narrow.bytes().saturating_sub(overhead).max(floor);
@@ -123,6 +128,19 @@ mod tests {
         );
         assert_eq!(paths.survey(both, |_| Ok(mtu(1500)), now), BTreeSet::from([far]));
         assert_eq!(paths.inner_mtu(prefix, far, 50, mtu(1450)), mtu(1450));
+    }
+
+    /// S6: an answer that says less is forged, or about a path nobody can use.
+    #[tokio::test(start_paused = true)]
+    async fn ipv4_inside_keeps_its_576_bytes() {
+        let now = Instant::now();
+        let far: IpAddr = [192, 0, 2, 2].into();
+        let prefix = Prefix::V4("10.244.2.0/24".parse().unwrap());
+        for (said, inside) in [(68, 576), (552, 576), (604, 576), (605, 577), (700, 672)] {
+            let mut paths = Paths::new(mtu(1500), now);
+            paths.survey(BTreeSet::from([far]), |_| Ok(mtu(said)), now);
+            assert_eq!(paths.inner_mtu(prefix, far, 28, mtu(1472)), mtu(inside), "{said}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

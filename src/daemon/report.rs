@@ -534,10 +534,12 @@ fn node(config: &NetworkConfig, interface: &UnderlayInterface, inner_mtu: Mtu) -
 
 /// The reasons that occurred, by name.
 fn nonzero(dropped: impl Fn(DropReason) -> u64) -> BTreeMap<String, u64> {
-    let counted = DropReason::ALL
-        .iter()
-        .map(|reason| (reason.name().to_owned(), dropped(*reason)));
-    counted.filter(|(_, n)| *n > 0).collect()
+    // Names last: there are many reasons, a hundred thousand peers at the most, and hardly any drops.
+    let counted = DropReason::ALL.iter().map(|&reason| (reason, dropped(reason)));
+    counted
+        .filter(|(_, n)| *n > 0)
+        .map(|(reason, n)| (reason.name().to_owned(), n))
+        .collect()
 }
 
 #[cfg(test)]

@@ -16,7 +16,6 @@
 //! Limits: an attacker who can send with a peer's address on the underlay is that peer to us; only a filtered or encrypted underlay prevents it.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
 
 use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, Offer, Trust};
@@ -560,107 +559,4 @@ pub fn flow_hash(ip: &IpHeader, packet: &[u8]) -> u32 {
     };
     let mixed = (addrs.wrapping_mul(K) ^ (ports << 8) ^ u64::from(ip.protocol)).wrapping_mul(K);
     (mixed >> 32) as u32
-}
-
-/// Errors a source may be sent each second.
-const PER_SOURCE: u32 = 10;
-/// Errors sent each second in all.
-const GLOBAL: u32 = 1000;
-/// Buckets sources hash to; two sources in one bucket share its allowance.
-const BUCKETS: usize = 256;
-
-/// Limits the rate of ICMP errors, per source and in all (RFC 1812 §4.3.2.8, RFC 4443 §2.4 f), with token buckets.
-#[derive(Debug)]
-pub struct ErrorLimiter {
-    global: Bucket,
-    sources: Box<[Bucket]>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    tokens: u32,
-    rate: u32,
-    filled: Instant,
-}
-
-impl Bucket {
-    fn new(rate: u32, now: Instant) -> Self {
-        Self {
-            tokens: rate,
-            rate,
-            filled: now,
-        }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let passed = now
-            .saturating_duration_since(self.filled)
-            .min(Duration::from_secs(1));
-        let earned = (passed.as_nanos() * u128::from(self.rate) / 1_000_000_000) as u32;
-        if earned > 0 {
-            self.tokens = (self.tokens + earned).min(self.rate);
-            self.filled = now;
-        }
-        match self.tokens.checked_sub(1) {
-            Some(left) => {
-                self.tokens = left;
-                true
-            }
-            None => false,
-        }
-    }
-}
-
-impl ErrorLimiter {
-    /// Full buckets.
-    pub fn new(now: Instant) -> Self {
-        Self {
-            global: Bucket::new(GLOBAL, now),
-            sources: vec![Bucket::new(PER_SOURCE, now); BUCKETS].into_boxed_slice(),
-        }
-    }
-
-    /// Whether an error to `source` may be sent now.
-    pub fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
-        let hash = match source {
-            IpAddr::V4(addr) => u64::from(addr.to_bits()),
-            IpAddr::V6(addr) => (addr.to_bits() >> 64) as u64 ^ addr.to_bits() as u64,
-        };
-        let bucket = (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as usize;
-        self.sources[bucket].take(now) && self.global.take(now)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![expect(clippy::disallowed_methods, reason = "tests start their clock somewhere")]
-
-    use super::*;
-
-    #[test]
-    fn errors_are_limited_per_source_and_refill() {
-        let start = Instant::now();
-        let mut limiter = ErrorLimiter::new(start);
-        let source = "10.244.1.2".parse().unwrap();
-        let allowed = (0..100).filter(|_| limiter.allows(source, start)).count();
-        assert_eq!(allowed, PER_SOURCE as usize);
-        let later = start + Duration::from_millis(500);
-        assert_eq!((0..100).filter(|_| limiter.allows(source, later)).count(), 5);
-        let much_later = start + Duration::from_secs(3600);
-        assert_eq!(
-            (0..100).filter(|_| limiter.allows(source, much_later)).count(),
-            PER_SOURCE as usize
-        );
-    }
-
-    #[test]
-    fn errors_are_limited_in_all() {
-        let start = Instant::now();
-        let mut limiter = ErrorLimiter::new(start);
-        let sources = (0..20_000u32).map(|n| IpAddr::from(std::net::Ipv4Addr::from(0x0a00_0000 + n)));
-        assert_eq!(
-            sources.filter(|&source| limiter.allows(source, start)).count(),
-            GLOBAL as usize
-        );
-    }
 }

@@ -33,6 +33,7 @@ pub mod coalesce;
 pub mod datagram;
 pub mod endpoint;
 pub mod forward;
+pub mod limiter;
 pub mod memory;
 pub mod offload;
 pub mod packet;

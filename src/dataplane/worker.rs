@@ -11,7 +11,8 @@ use std::time::Instant;
 use crate::addr::Mtu;
 use crate::dataplane::coalesce::{Coalescer, MAX_SLICES, Merge};
 use crate::dataplane::datagram::DatagramBatch;
-use crate::dataplane::forward::{self, ErrorLimiter, Ingress, IngressCheck, Sending, Sources};
+use crate::dataplane::forward::{self, Ingress, IngressCheck, Sending, Sources};
+use crate::dataplane::limiter::ErrorLimiter;
 use crate::dataplane::offload::SuperPacket;
 use crate::dataplane::packet::{MAX_PACKET, PacketBatch, SendPlan};
 use crate::dataplane::route::{RouteReader, RouteTable};
@@ -79,6 +80,11 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
             plan: SendPlan::new(),
             failures: Vec::with_capacity(64),
         }
+    }
+
+    /// Has all that share `limiter` send no more ICMP errors together than one may alone.
+    pub fn share_limiter(&mut self, limiter: &Arc<ErrorLimiter>) {
+        self.errors.limiter = Arc::clone(limiter);
     }
 
     /// Makes TCP connections announce segments that fit the path from now on, or no longer.
@@ -260,6 +266,11 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
         }
     }
 
+    /// As [`Outbound::share_limiter`].
+    pub fn share_limiter(&mut self, limiter: &Arc<ErrorLimiter>) {
+        self.errors.limiter = Arc::clone(limiter);
+    }
+
     /// Drops all that waits in the underlay: nobody wants it any more.
     ///
     /// # Errors
@@ -436,14 +447,14 @@ fn copy_frame(frame: &[IoSlice<'_>], whole: &mut Vec<u8>) {
 
 /// Builds and sends ICMP errors, at a limited rate.
 struct Errors {
-    limiter: ErrorLimiter,
+    limiter: Arc<ErrorLimiter>,
     buffer: Box<[u8; icmp::MAX_LEN]>,
 }
 
 impl Errors {
     fn new(now: Instant) -> Self {
         Self {
-            limiter: ErrorLimiter::new(now),
+            limiter: Arc::new(ErrorLimiter::new(now, rand::random())),
             buffer: Box::new([0; icmp::MAX_LEN]),
         }
     }

@@ -21,7 +21,7 @@ use crate::dataplane::datagram::{DATAGRAM_SLOTS, Datagram, DatagramBatch};
 use crate::dataplane::endpoint::{
     Answer, Arrived, Domain, LocalSids, Refusal, Verdict, advance, build_error,
 };
-use crate::dataplane::forward::ErrorLimiter;
+use crate::dataplane::limiter::ErrorLimiter;
 use crate::dataplane::route::{Hop, SharedRoutes};
 use crate::dataplane::stats::{Call, Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
@@ -238,7 +238,7 @@ impl SidWorker {
             // Without a reader no old snapshot is held while nothing comes.
             is_peer: Box::new(move |addr| routes.current().source(addr.into()).is_some()),
             out,
-            limiter: ErrorLimiter::new(now()),
+            limiter: ErrorLimiter::new(now(), rand::random()),
             packet: Vec::new(),
             answer: Vec::new(),
         }

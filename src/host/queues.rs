@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::dataplane::Encap;
 use crate::dataplane::forward::Sources;
+use crate::dataplane::limiter::ErrorLimiter;
 use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::{Call, Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
@@ -85,6 +86,7 @@ impl Queues {
             stats: Vec::new(),
             pulses: Vec::new(),
         };
+        let errors = Arc::new(ErrorLimiter::new(now(), rand::random()));
         for (index, ((tun_out, tun_in), underlay)) in
             tun.into_queues()?.into_iter().zip(underlays).enumerate()
         {
@@ -99,6 +101,7 @@ impl Queues {
                 (index, Arc::clone(counting_out)),
                 now,
             );
+            outbound.share_limiter(&errors);
             outbound.set_clamp_mss(options.clamp_mss);
             outbound.set_sources(sources);
             let mut inbound = Inbound::new(
@@ -109,6 +112,7 @@ impl Queues {
                 options,
                 now,
             );
+            inbound.share_limiter(&errors);
             // Without huge pages it is a little slower, nothing else.
             let _ = sys::advise_huge_pages(outbound.memory())
                 .and_then(|()| sys::advise_huge_pages(inbound.memory()));

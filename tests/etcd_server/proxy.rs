@@ -10,12 +10,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// What becomes of connections made before now, by their number.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Orders {
     /// Those below are silent.
     silent_below: usize,
     /// Those below are closed.
     closed_below: usize,
+    /// So many bytes of answers go through each connection made from now on; then it is closed.
+    most: usize,
 }
 
 pub struct Proxy {
@@ -38,7 +40,11 @@ impl Proxy {
     pub async fn before(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let own_port = listener.local_addr().unwrap().port();
-        let (orders, orders_rx) = watch::channel(Orders::default());
+        let (orders, orders_rx) = watch::channel(Orders {
+            silent_below: 0,
+            closed_below: 0,
+            most: usize::MAX,
+        });
         let (made, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (made_in_task, open_in_task) = (Arc::clone(&made), Arc::clone(&open));
         let accepting = tokio::spawn(async move {
@@ -46,14 +52,15 @@ impl Proxy {
                 let (client, _) = listener.accept().await.unwrap();
                 let number = made_in_task.fetch_add(1, Ordering::SeqCst);
                 let (orders, open) = (orders_rx.clone(), Arc::clone(&open_in_task));
+                let most = orders.borrow().most;
                 tokio::spawn(async move {
                     open.fetch_add(1, Ordering::SeqCst);
                     if let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await {
                         let (client_read, client_write) = client.into_split();
                         let (server_read, server_write) = server.into_split();
                         tokio::select! {
-                            () = carry(client_read, server_write, orders.clone(), number) => {}
-                            () = carry(server_read, client_write, orders.clone(), number) => {}
+                            () = carry(client_read, server_write, orders.clone(), number, usize::MAX) => {}
+                            () = carry(server_read, client_write, orders.clone(), number, most) => {}
                             () = closed(orders, number) => {}
                         }
                     }
@@ -96,6 +103,11 @@ impl Proxy {
         self.orders.send_modify(|orders| orders.silent_below = 0);
     }
 
+    /// Closes every connection made from now on after so many bytes of answers.
+    pub fn cut_after(&self, bytes: usize) {
+        self.orders.send_modify(|orders| orders.most = bytes);
+    }
+
     /// Closes the connections that are there.
     pub fn cut(&self) {
         let made = self.made();
@@ -108,6 +120,7 @@ async fn carry(
     mut to: OwnedWriteHalf,
     mut orders: watch::Receiver<Orders>,
     number: usize,
+    mut left: usize,
 ) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -126,7 +139,9 @@ async fn carry(
         match read {
             Ok(0) | Err(_) => return,
             Ok(len) => {
-                if to.write_all(&buffer[..len]).await.is_err() {
+                let len = len.min(left);
+                left -= len;
+                if to.write_all(&buffer[..len]).await.is_err() || left == 0 {
                     return;
                 }
             }

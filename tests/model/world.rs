@@ -5,7 +5,7 @@
 //! entry, is noted as a fault.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
@@ -311,8 +311,14 @@ impl Link {
         if failure == Some(Failure::Question) {
             return Err(self.unavailable());
         }
-        let done = act(&mut self.0.world.state());
-        self.0.world.wake();
+        let (done, is_news) = {
+            let mut state = self.0.world.state();
+            let before = state.disk.revision;
+            (act(&mut state), state.disk.revision != before)
+        };
+        if is_news {
+            self.0.world.wake();
+        }
         if failure == Some(Failure::Answer) {
             return Err(self.unavailable());
         }
@@ -491,8 +497,11 @@ impl Link {
 impl World {
     /// Every subnet there can be: `10.0.0.0/24` cut into /28s.
     fn every_subnet(&self) -> BTreeSet<Subnet> {
-        (0..16)
-            .map(|i| format!("10.0.0.{}-28", i * 16).parse().unwrap())
-            .collect()
+        static EVERY: LazyLock<BTreeSet<Subnet>> = LazyLock::new(|| {
+            (0..16)
+                .map(|i| format!("10.0.0.{}-28", i * 16).parse().unwrap())
+                .collect()
+        });
+        EVERY.clone()
     }
 }
