@@ -17,9 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 
-use self::results::{
-    LITTLE_LOSS, Metric, NO_LOSS, Raw, Report, Sample, Scenario, Spread, Switches, Unit, is_search,
-};
+use self::results::{LITTLE_LOSS, Metric, NO_LOSS, Raw, Report, Sample, Scenario, Spread, Switches, Unit};
 use crate::addr::Mtu;
 use crate::cli::progress::{Progress, table};
 use crate::host::ethtool::Switch;

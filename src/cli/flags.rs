@@ -220,7 +220,7 @@ fn misused(settings: &[Setting], error: &clap::Error) -> Stop {
     }
 }
 
-fn bad_value(origin: &str, value: &str, error: &clap::Error) -> UsageError {
+pub(super) fn bad_value(origin: &str, value: &str, error: &clap::Error) -> UsageError {
     let shown = if config_file::is_secret(origin) {
         "***"
     } else {

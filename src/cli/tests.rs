@@ -310,7 +310,7 @@ fn what_has_no_effect_is_noted() {
 
 #[test]
 fn a_password_in_the_environment_is_not_shown() {
-    let error = bad_value(
+    let error = flags::bad_value(
         "FLANNELD_ETCD_PASSWORD",
         "hunter2",
         &clap::Error::new(clap::error::ErrorKind::ValueValidation),
