@@ -28,7 +28,7 @@ use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession, watchdog};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
@@ -521,9 +521,9 @@ pub(super) fn announce(
         return Some(Instant::now() + RETRY);
     }
     report.set_ready();
-    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
+    // Of several networks, the supervisor tells when all are up.
     if options.network.is_none() {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        watchdog::tell_ready();
     }
     None
 }
