@@ -38,6 +38,7 @@ mod overlay;
 mod path;
 mod privileges;
 mod routed;
+mod shared_port;
 #[path = "../support/mod.rs"]
 mod support;
 mod underlay;
