@@ -232,6 +232,7 @@ fn carry(several: &Several) {
                 End::new(several.overlay.namespace(1), one),
                 End::new(several.overlay.namespace(2), two),
             );
+            let transfer = &transfer;
             scope.spawn(move || {
                 for (from, to) in [(from, to), (to, from)] {
                     let report = transfer.run(from, to).unwrap();
