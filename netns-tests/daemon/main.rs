@@ -19,6 +19,7 @@
 
 mod auto;
 mod cleanup;
+mod config;
 mod expiry;
 mod faults;
 mod firewall;
@@ -26,6 +27,7 @@ mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod kept;
 mod lease_server;
 mod leases;
 mod metrics;
