@@ -27,6 +27,7 @@ mod network;
 mod node;
 mod paths;
 mod plain;
+mod ports;
 mod reload;
 mod report;
 mod succession;

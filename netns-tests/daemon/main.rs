@@ -50,6 +50,7 @@ mod pki;
 mod privileges;
 mod routed;
 mod secrets;
+mod shared_port;
 #[path = "../support/mod.rs"]
 mod support;
 mod underlay;

@@ -398,13 +398,13 @@ fn has_nft() -> bool {
 }
 
 /// Daemons with several networks each.
-struct Several {
-    overlay: Overlay,
-    flags: Vec<String>,
+pub(crate) struct Several {
+    pub(crate) overlay: Overlay,
+    pub(crate) flags: Vec<String>,
 }
 
 impl Several {
-    fn build(tag: &str, nodes: usize, flags: &[&str]) -> Self {
+    pub(crate) fn build(tag: &str, nodes: usize, flags: &[&str]) -> Self {
         let overlay = Blueprint::new(tag, nodes).build();
         // The network without a name is none of these daemons' business.
         overlay.delete("config");
@@ -418,7 +418,7 @@ impl Several {
         self.overlay.file(&format!("{nth}.nets"))
     }
 
-    fn spawn(&mut self, nth: usize) -> daemon::Child {
+    pub(crate) fn spawn(&mut self, nth: usize) -> daemon::Child {
         let mut command = self.overlay.command(nth);
         command
             .arg("--subnet-dir")
@@ -427,7 +427,7 @@ impl Several {
         self.overlay.run(&format!("node {nth}"), nth, command)
     }
 
-    fn start(&mut self, nth: usize) {
+    pub(crate) fn start(&mut self, nth: usize) {
         let child = self.spawn(nth);
         self.overlay.nodes.push(Daemon {
             child,
@@ -435,7 +435,7 @@ impl Several {
         });
     }
 
-    fn restart(&mut self, nth: usize) {
+    pub(crate) fn restart(&mut self, nth: usize) {
         self.overlay.nodes[nth - 1].child = self.spawn(nth);
     }
 
@@ -443,12 +443,12 @@ impl Several {
         self.overlay.status(nth)
     }
 
-    fn network(&self, nth: usize, name: &str) -> Status {
+    pub(crate) fn network(&self, nth: usize, name: &str) -> Status {
         self.status(nth).networks.unwrap().remove(name).unwrap()
     }
 
     /// Waits until a node's networks are as they should be.
-    fn wait(
+    pub(crate) fn wait(
         &mut self,
         nth: usize,
         mut good: impl FnMut(&BTreeMap<String, Status>) -> bool,
@@ -459,7 +459,7 @@ impl Several {
         status.networks.unwrap()
     }
 
-    fn wait_ready(&mut self, nth: usize, names: &[&str]) {
+    pub(crate) fn wait_ready(&mut self, nth: usize, names: &[&str]) {
         self.wait(nth, |networks| {
             names
                 .iter()
@@ -468,7 +468,7 @@ impl Several {
     }
 
     /// Waits until these are up on two nodes that know each other.
-    fn wait_up(&mut self, names: &[&str]) {
+    pub(crate) fn wait_up(&mut self, names: &[&str]) {
         for nth in 1..=2 {
             self.wait(nth, |networks| {
                 names.iter().all(|&name| {
@@ -486,7 +486,7 @@ impl Several {
     }
 
     /// A pod address in a network, made if it is not there.
-    fn pod(&self, nth: usize, name: &str) -> IpAddr {
+    pub(crate) fn pod(&self, nth: usize, name: &str) -> IpAddr {
         let pod = IpAddr::V4(self.pod_v4(nth, name));
         self.overlay
             .namespace(nth)
@@ -499,7 +499,7 @@ impl Several {
         pod
     }
 
-    fn ping(&self, nth: usize, from: IpAddr, to: IpAddr) {
+    pub(crate) fn ping(&self, nth: usize, from: IpAddr, to: IpAddr) {
         let report = Ping::default()
             .run(End::new(self.overlay.namespace(nth), from), to)
             .unwrap();

@@ -66,6 +66,8 @@ pub enum Carrier {
         port: u16,
         /// How many source ports flows are spread over unless the user says otherwise; 1 is the port it is spoken on.
         source_ports: usize,
+        /// What tells it from other networks on that port, if anything does.
+        vni: Option<Vni>,
     },
     /// Raw IPv6 sockets.
     Raw {
@@ -79,6 +81,14 @@ pub enum Carrier {
 }
 
 impl Carrier {
+    /// What tells it from other networks on its port, if anything does.
+    pub fn vni(&self) -> Option<Vni> {
+        match self {
+            Self::Udp { vni, .. } => *vni,
+            Self::Raw { .. } => None,
+        }
+    }
+
     /// The UDP port, if there is one.
     pub fn port(&self) -> Option<u16> {
         match self {

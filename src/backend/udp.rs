@@ -120,6 +120,7 @@ impl Backend for UdpBackend {
         Carrier::Udp {
             port: self.port,
             source_ports: 1,
+            vni: None,
         }
     }
 

@@ -227,6 +227,7 @@ impl Backend for VxlanBackend {
         Carrier::Udp {
             port: self.port,
             source_ports: SOURCE_PORTS,
+            vni: Some(self.vni),
         }
     }
 

@@ -7,8 +7,8 @@
 //! Claims outlive the process, in `networks.json` in the data directory: after a restart every network has its device again, and a network that
 //! was made while another ran cannot take that one's place because it came up first. They end when the network is removed.
 //!
-//! Flannel's kernel vxlan devices share a port among VNIs. Here a port has one socket that hands out each packet once, so every network needs a
-//! `Port` of its own, vxlan's too.
+//! Vxlan networks may share a port as long as their VNIs differ, as flannel's kernel devices do (`host::shared_port`). Networks of other backends
+//! need a port of their own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::addr::{NetworkName, Prefix};
+use crate::addr::{NetworkName, Prefix, Vni};
 use crate::backend::{AnyBackend, Backend};
 use crate::control::config::NetworkConfig;
 use crate::control::state_file;
@@ -36,11 +36,21 @@ pub(super) struct Wants {
     pub(super) prefixes: Vec<Prefix>,
     /// The UDP port on the underlay.
     pub(super) port: Option<u16>,
+    /// What tells its packets from those of other networks on that port, if anything does.
+    pub(super) vni: Option<u32>,
 }
 
 impl Wants {
     /// What a network of this config takes.
     pub(super) fn of(backend: &AnyBackend, config: &NetworkConfig) -> Self {
+        let vni = match backend {
+            AnyBackend::Vxlan(backend) => backend.carrier().vni().map(Vni::get),
+            AnyBackend::Udp(_)
+            | AnyBackend::Auto(_)
+            | AnyBackend::Srv6(_)
+            | AnyBackend::HostGw(_)
+            | AnyBackend::Alloc(_) => None,
+        };
         let (port, blocks) = match backend {
             AnyBackend::Udp(backend) => (backend.carrier().port(), Vec::new()),
             AnyBackend::Vxlan(backend) => (backend.carrier().port(), Vec::new()),
@@ -53,6 +63,7 @@ impl Wants {
                 .chain(blocks.into_iter().map(Prefix::V6))
                 .collect(),
             port,
+            vni,
         }
     }
 }
@@ -86,6 +97,8 @@ struct Row {
     prefixes: Vec<String>,
     #[serde(default)]
     port: Option<u16>,
+    #[serde(default)]
+    vni: Option<u32>,
 }
 
 impl Claims {
@@ -110,6 +123,7 @@ impl Claims {
                 wants: Wants {
                     prefixes: prefixes.collect(),
                     port: row.port,
+                    vni: row.vni,
                 },
                 device: row.device,
             };
@@ -211,6 +225,7 @@ impl Claims {
                     device: held.device.clone(),
                     prefixes: held.wants.prefixes.iter().map(Prefix::to_string).collect(),
                     port: held.wants.port,
+                    vni: held.wants.vni,
                 };
                 (name.as_str(), row)
             })
@@ -263,9 +278,15 @@ fn clash(ours: &Wants, theirs: &Wants) -> Option<String> {
         }
     }
     let port = ours.port.filter(|_| ours.port == theirs.port)?;
-    Some(format!(
-        "both use UDP port {port}, and every network needs its own, whatever its VNI; give one of them another Backend.Port"
-    ))
+    match (ours.vni, theirs.vni) {
+        (Some(our), Some(their)) if our != their => None,
+        (Some(vni), Some(_)) => Some(format!(
+            "both use VNI {vni} on UDP port {port}; give one of them another Backend.VNI or Backend.Port"
+        )),
+        (None, _) | (_, None) => Some(format!(
+            "both use UDP port {port}, which only vxlan networks can share; give one of them another Backend.Port"
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -280,7 +301,33 @@ mod tests {
         Wants {
             prefixes: prefixes.iter().map(|text| parse_prefix(text).unwrap()).collect(),
             port,
+            vni: None,
         }
+    }
+
+    #[test]
+    fn vxlan_networks_share_a_port_unless_they_have_one_vni() {
+        let dir = tempfile::tempdir().unwrap();
+        let vxlan = |prefix: &str, vni: u32| Wants {
+            vni: Some(vni),
+            ..wants(&[prefix], Some(8472))
+        };
+        let claims = Claims::load(dir.path());
+        for network in ["blue", "green", "red"] {
+            claims.device(&name(network), "flannel0", |_| false);
+        }
+        claims.take(&name("blue"), &vxlan("10.1.0.0/16", 7)).unwrap();
+        // After a restart the VNI of the first is still known.
+        let claims = Claims::load(dir.path());
+        claims.take(&name("green"), &vxlan("10.2.0.0/16", 8)).unwrap();
+        for (rival, said) in [
+            (vxlan("10.3.0.0/16", 8), "both use VNI 8 on UDP port 8472"),
+            (wants(&["10.3.0.0/16"], Some(8472)), "both use UDP port 8472"),
+        ] {
+            let error = claims.take(&name("red"), &rival).unwrap_err().to_string();
+            assert!(error.contains(said) && error.contains("\"red\""), "{error}");
+        }
+        claims.take(&name("red"), &vxlan("10.3.0.0/16", 9)).unwrap();
     }
 
     #[test]

@@ -12,12 +12,13 @@ use netlink_packet_route::link::LinkFlags;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::addr::{Ipv6Prefix, Mtu, Prefix};
+use crate::addr::{Ipv6Prefix, Mtu, Prefix, Vni};
 use crate::backend::{Backend, Carrier, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
+use crate::daemon::ports;
 use crate::daemon::succession;
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::{IngressCheck, Sources};
@@ -34,6 +35,7 @@ use crate::host::outer_tun::{self, OuterTun, PathMtus};
 use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
 use crate::host::raw::{RawError, RawOptions, RawUnderlay};
+use crate::host::shared_port::SharedPorts;
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl::{self, Forwarding, SysctlError};
 use crate::host::tun::{Tun, TunError, TunOffloads, TunOptions};
@@ -643,10 +645,14 @@ fn open_outer<B: Backend>(
 }
 
 /// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: Bundle) -> Result<Opened> {
+fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: Bundle) -> Result<Opened> {
     let options = setup.options;
     match setup.backend.carrier() {
-        Carrier::Udp { port, source_ports } => {
+        Carrier::Udp {
+            port,
+            source_ports,
+            vni,
+        } => {
             let wanted = UnderlayOptions {
                 v4: setup.interface.v4,
                 v6: setup.interface.v6,
@@ -664,21 +670,9 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
-            let has_sockets = bundle.has_sockets();
-            let adopted = adopt_underlays(&wanted, &mut bundle);
-            drop(bundle);
-            let underlays = match adopted {
-                Some(underlays) => underlays,
-                None => {
-                    // Whoever still has one of them has its port.
-                    if has_sockets {
-                        succession::held().release_sockets(&options.device);
-                        succession::held().tell_stop();
-                    }
-                    (0..queues)
-                        .map(|_| UdpUnderlay::open(&wanted))
-                        .collect::<Result<Vec<_>, _>>()?
-                }
+            let underlays = match vni.zip(ports::shared()) {
+                Some((vni, ports)) => share_underlays((ports, vni), &wanted, bundle, &options.device)?,
+                None => open_or_adopt(&wanted, bundle, &options.device)?,
             };
             let offloads = underlays.first().context("no queue")?.offloads();
             Ok(Opened {
@@ -699,6 +693,62 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
             })
         }
     }
+}
+
+/// Takes over the sockets of an earlier life, or opens new ones.
+fn open_or_adopt(wanted: &UnderlayOptions, mut bundle: Bundle, device: &str) -> Result<Vec<UdpUnderlay>> {
+    let has_sockets = bundle.has_sockets();
+    if let Some(underlays) = adopt_underlays(wanted, &mut bundle) {
+        return Ok(underlays);
+    }
+    drop(bundle);
+    if has_sockets {
+        give_up_sockets(device);
+    }
+    let opened = (0..wanted.queues).map(|_| UdpUnderlay::open(wanted));
+    Ok(opened.collect::<Result<_, _>>()?)
+}
+
+/// Whoever still has a socket of an earlier life has its port.
+fn give_up_sockets(device: &str) {
+    succession::held().release_sockets(device);
+    succession::held().tell_stop();
+}
+
+/// The same for one of several networks that may have one port: sockets that another of them has go before those of an earlier life, which are
+/// the same.
+fn share_underlays(
+    sharing: (&SharedPorts, Vni),
+    wanted: &UnderlayOptions,
+    mut bundle: Bundle,
+    device: &str,
+) -> Result<Vec<UdpUnderlay>> {
+    let has_sockets = bundle.has_sockets();
+    let mut earlier = |kind, asked: bool| {
+        let held = asked.then(|| bundle.take(kind, wanted.queues)).flatten();
+        held.unwrap_or_default().into_iter()
+    };
+    let mut v4 = earlier(Kind::Udp4, wanted.v4.is_some());
+    let mut v6 = earlier(Kind::Udp6, wanted.v6.is_some());
+    let held: Vec<_> = (0..wanted.queues).map(|_| [v4.next(), v6.next()]).collect();
+    let shared = held
+        .into_iter()
+        .enumerate()
+        .map(|(queue, held)| UdpUnderlay::share(sharing, queue, wanted, held));
+    match shared.collect::<Result<Vec<_>, _>>() {
+        Ok(underlays) => return Ok(underlays),
+        Err(error) if has_sockets => {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the sockets of an earlier life are of no use; opening new ones"
+            );
+        }
+        Err(error) => return Err(error.into()),
+    }
+    drop(bundle);
+    give_up_sockets(device);
+    let new = (0..wanted.queues).map(|queue| UdpUnderlay::share(sharing, queue, wanted, [None, None]));
+    Ok(new.collect::<Result<_, _>>()?)
 }
 
 /// Takes over the sockets of an earlier life, if they are all there and fit.

@@ -37,6 +37,7 @@ use crate::daemon::claims::Claims;
 use crate::daemon::firewall;
 use crate::daemon::node;
 use crate::daemon::node::rules_name;
+use crate::daemon::ports;
 use crate::daemon::reload;
 use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession;
@@ -65,6 +66,7 @@ pub(super) async fn run(
         reports,
         running: BTreeMap::new(),
     };
+    ports::share();
     supervisor.begin().await;
     tokio::spawn(tell_when_up(supervisor.reports.all()));
     let complaints = RateLimit::default();

@@ -68,6 +68,8 @@ pub struct Datagram {
 pub struct DatagramBatch {
     bytes: Arena,
     datagrams: Vec<Datagram>,
+    /// Slots in use: of these, and of what was taken out.
+    used: usize,
     cut: u64,
     overflows: u64,
 }
@@ -84,6 +86,7 @@ impl DatagramBatch {
         Self {
             bytes: Arena::new(DATAGRAM_SLOTS * SLOT_BYTES),
             datagrams: Vec::with_capacity(DATAGRAM_SLOTS),
+            used: 0,
             cut: 0,
             overflows: 0,
         }
@@ -97,6 +100,7 @@ impl DatagramBatch {
     /// Forgets the datagrams, keeps the memory.
     pub fn clear(&mut self) {
         self.datagrams.clear();
+        self.used = 0;
         self.cut = 0;
         self.overflows = 0;
     }
@@ -107,13 +111,14 @@ impl DatagramBatch {
         self.bytes
             .chunks_exact_mut(SLOT_BYTES)
             .take(DATAGRAM_SLOTS)
-            .skip(self.datagrams.len())
+            .skip(self.used)
     }
 
     /// Takes the next slot as a datagram.
     #[inline]
     pub fn commit(&mut self, envelope: Envelope, len: usize, segment_size: Option<usize>) {
-        let slot = self.datagrams.len();
+        let slot = self.used;
+        self.used += 1;
         self.datagrams.push(Datagram {
             slot,
             len: len.min(SLOT_BYTES),
@@ -127,7 +132,8 @@ impl DatagramBatch {
     pub fn note_cut(&mut self) {
         self.cut += 1;
         // Keeps slots and datagrams in step: the forwarder finds no packet in an empty datagram.
-        let slot = self.datagrams.len();
+        let slot = self.used;
+        self.used += 1;
         let from = SocketAddr::from(([0, 0, 0, 0], 0));
         self.datagrams.push(Datagram {
             slot,
@@ -163,6 +169,26 @@ impl DatagramBatch {
         true
     }
 
+    /// Has `keep` say of each datagram from `first` on how many of its bytes, from the front, stay: with none it is taken out. What did not
+    /// fit its slot stays as it is.
+    pub fn winnow(&mut self, first: usize, mut keep: impl FnMut(Datagram, &mut [u8]) -> usize) {
+        let Self { bytes, datagrams, .. } = self;
+        let mut index = 0;
+        datagrams.retain_mut(|datagram| {
+            index += 1;
+            if index <= first || datagram.is_cut {
+                return true;
+            }
+            let start = Self::start(*datagram);
+            let Some(content) = bytes.get_mut(start..start + datagram.len) else {
+                return true;
+            };
+            datagram.len = keep(*datagram, content).min(datagram.len);
+            datagram.segment_size = datagram.segment_size.filter(|&size| size < datagram.len);
+            datagram.len > 0
+        });
+    }
+
     /// The datagrams, in order of arrival.
     pub fn datagrams(&self) -> &[Datagram] {
         &self.datagrams
@@ -195,6 +221,36 @@ impl DatagramBatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_taken_out_leaves_the_rest_where_it_is() {
+        let from = SocketAddr::from(([192, 0, 2, 1], 8285));
+        let envelope = Envelope::udp(from, Ecn::NotEct);
+        let mut batch = DatagramBatch::new();
+        for text in [&b"first"[..], b"mine", b"theirs", b"aabbcc"] {
+            assert!(batch.push(envelope, text, (text.len() == 6).then_some(2)));
+        }
+        batch.note_cut();
+        batch.winnow(1, |_, bytes| match &*bytes {
+            b"theirs" => 0,
+            b"aabbcc" => {
+                bytes.copy_within(4.., 0);
+                2
+            }
+            other => other.len(),
+        });
+        assert!(batch.push(envelope, b"next", None));
+        let content = |batch: &DatagramBatch| -> Vec<(Vec<u8>, Option<usize>)> {
+            let datagrams = batch.datagrams().iter().map(|&datagram| {
+                let start = DatagramBatch::start(datagram);
+                let bytes = batch.bytes()[start..start + datagram.len].to_vec();
+                (bytes, datagram.segment_size)
+            });
+            datagrams.collect()
+        };
+        let texts = ["first", "mine", "cc", "", "next"].map(|text| (text.into(), None));
+        assert_eq!(content(&batch), texts);
+    }
 
     #[test]
     fn a_cut_datagram_keeps_slots_in_step() {

@@ -19,6 +19,7 @@ pub mod pulse;
 pub mod queues;
 pub mod raw;
 pub mod sandbox;
+pub mod shared_port;
 pub mod socket;
 pub mod sys;
 pub mod sysctl;

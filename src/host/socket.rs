@@ -21,12 +21,13 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::addr::Mtu;
+use crate::addr::{Mtu, Vni};
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
 use crate::dataplane::stats::{Call, Calls, Count, WorkerStats};
 use crate::dataplane::{Oversize, SendError, SendFailure, Underlay};
 use crate::host::handover::{Bundle, Kind};
+use crate::host::shared_port::{Member, SharedPorts};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::ip::protocol;
 
@@ -161,15 +162,37 @@ struct Family {
     /// Empty for a pool of one: then `recv` sends.
     pool: Vec<Socket>,
     offloads: SocketOffloads,
+    /// The part in `recv` of one of several networks that receive by it.
+    member: Option<Member>,
 }
 
+/// Which networks receive by one socket, and which of them this is.
+type Sharing<'p> = Option<(&'p SharedPorts, Vni)>;
+
 impl Family {
-    /// Opens the sockets; the one on the well-known port is `earlier`, if there is one.
-    fn open(ip: IpAddr, options: &UnderlayOptions, earlier: Option<OwnedFd>) -> Result<Self, UnderlayError> {
+    /// Opens the sockets of a queue; the one on the well-known port is `earlier`, if there is one, or that of another network of this process.
+    fn open(
+        ip: IpAddr,
+        options: &UnderlayOptions,
+        earlier: Option<OwnedFd>,
+        (sharing, queue): (Sharing<'_>, usize),
+    ) -> Result<Self, UnderlayError> {
         let addr = SocketAddr::new(ip, options.port);
-        let recv = match earlier {
-            Some(earlier) => adopted(earlier, addr, options)?,
-            None => bound(addr, options)?,
+        let open = || match earlier {
+            Some(earlier) => adopted(earlier, addr, options),
+            None => bound(addr, options),
+        };
+        let (recv, member) = match sharing {
+            None => (open()?, None),
+            Some((ports, vni)) => {
+                let (recv, member) =
+                    ports.join((addr, queue), vni, open, |source| UnderlayError::Socket {
+                        doing: "share",
+                        addr,
+                        source,
+                    })?;
+                (recv, Some(member))
+            }
         };
         let gso = Probed::ask(options.gso, || {
             sys::set_option(recv.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1200)?;
@@ -190,6 +213,7 @@ impl Family {
             recv,
             pool,
             offloads: SocketOffloads { gso, gro },
+            member,
         })
     }
 
@@ -198,6 +222,7 @@ impl Family {
         self.pool.get(port % self.pool.len().max(1)).unwrap_or(&self.recv)
     }
 
+    /// The same sockets, to send by.
     fn try_clone(&self) -> io::Result<Self> {
         let pool = self
             .pool
@@ -208,6 +233,7 @@ impl Family {
             recv: self.recv.try_clone()?,
             pool,
             offloads: self.offloads,
+            member: None,
         })
     }
 }
@@ -319,13 +345,34 @@ impl UdpUnderlay {
     pub fn open(options: &UnderlayOptions) -> Result<Self, UnderlayError> {
         let v4 = options
             .v4
-            .map(|ip| Family::open(ip.into(), options, None))
+            .map(|ip| Family::open(ip.into(), options, None, (None, 0)))
             .transpose()?;
         let v6 = options
             .v6
-            .map(|ip| Family::open(ip.into(), options, None))
+            .map(|ip| Family::open(ip.into(), options, None, (None, 0)))
             .transpose()?;
         Ok(Self::of(v4, v6, options.source_ports.max(1)))
+    }
+
+    /// Opens the sockets of a queue for one of several networks of this process that have one port. Those on it are, of IPv4 and IPv6, the
+    /// others' if they have them, else `earlier` of an earlier life, else new.
+    ///
+    /// # Errors
+    /// See [`UnderlayError`].
+    pub fn share(
+        (ports, vni): (&SharedPorts, Vni),
+        queue: usize,
+        options: &UnderlayOptions,
+        [v4, v6]: [Option<OwnedFd>; 2],
+    ) -> Result<Self, UnderlayError> {
+        let sharing = (Some((ports, vni)), queue);
+        let v4 = options.v4.map(|ip| Family::open(ip.into(), options, v4, sharing));
+        let v6 = options.v6.map(|ip| Family::open(ip.into(), options, v6, sharing));
+        Ok(Self::of(
+            v4.transpose()?,
+            v6.transpose()?,
+            options.source_ports.max(1),
+        ))
     }
 
     /// Takes over the sockets of one queue, on the well-known port, of an earlier life.
@@ -337,8 +384,12 @@ impl UdpUnderlay {
         v4: Option<OwnedFd>,
         v6: Option<OwnedFd>,
     ) -> Result<Self, UnderlayError> {
-        let v4 = options.v4.map(|ip| Family::open(ip.into(), options, v4));
-        let v6 = options.v6.map(|ip| Family::open(ip.into(), options, v6));
+        let v4 = options
+            .v4
+            .map(|ip| Family::open(ip.into(), options, v4, (None, 0)));
+        let v6 = options
+            .v6
+            .map(|ip| Family::open(ip.into(), options, v6, (None, 0)));
         Ok(Self::of(
             v4.transpose()?,
             v6.transpose()?,
@@ -396,7 +447,10 @@ impl UdpUnderlay {
 
     /// What to wait for before receiving.
     pub fn readable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.v4.iter().chain(&self.v6).map(|family| family.recv.as_fd())
+        self.v4.iter().chain(&self.v6).flat_map(|family| {
+            let woken = family.member.as_ref().map(Member::readable);
+            [Some(family.recv.as_fd()), woken].into_iter().flatten()
+        })
     }
 
     fn family(&self, to: SocketAddr) -> Option<&Family> {
@@ -503,8 +557,15 @@ impl Underlay for UdpUnderlay {
         for (family, scratch) in families {
             let Some(family) = family else { continue };
             self.calls.note(Call::Recvmmsg);
-            match sys::recv_datagrams((family.recv.as_fd(), protocol::UDP), batch, scratch, slots) {
-                Ok(_) => {}
+            let mut recv = |batch: &mut DatagramBatch| {
+                sys::recv_datagrams((family.recv.as_fd(), protocol::UDP), batch, scratch, slots)
+            };
+            let received = match &family.member {
+                None => recv(batch).map(drop),
+                Some(member) => member.recv(batch, slots, recv),
+            };
+            match received {
+                Ok(()) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
                     return Err(error);
                 }
