@@ -317,7 +317,7 @@ impl Firewall {
                 }
                 continue;
             }
-            let flavour = flavour_of_default(family);
+            let flavour = flavour_of_default(family)?;
             let present = present_tables(family, flavour, has_nft)?;
             let written = self.written.entry((family, Flavour::Default)).or_default();
             let mut wanted = Wanted {
@@ -457,13 +457,13 @@ fn legacy_tables_asked_for(
 }
 
 /// Which of the two the program called `iptables` is.
-fn flavour_of_default(family: Family) -> Flavour {
-    let version = Invocation::new(Tool::Iptables(family, Flavour::Default), &["--version"]).demand();
-    if version.is_ok_and(|text| text.contains("nf_tables")) {
+fn flavour_of_default(family: Family) -> Result<Flavour, ToolError> {
+    let version = Invocation::new(Tool::Iptables(family, Flavour::Default), &["--version"]).demand()?;
+    Ok(if version.contains("nf_tables") {
         Flavour::Nft
     } else {
         Flavour::Legacy
-    }
+    })
 }
 
 /// The program for a flavour, if there is one: its own, or the one called `iptables` if it is that.
@@ -471,8 +471,8 @@ fn program(family: Family, flavour: Flavour) -> Option<Flavour> {
     if Tool::Iptables(family, flavour).path().is_some() {
         return Some(flavour);
     }
-    let is_it =
-        Tool::Iptables(family, Flavour::Default).path().is_some() && flavour_of_default(family) == flavour;
+    let is_it = Tool::Iptables(family, Flavour::Default).path().is_some()
+        && flavour_of_default(family).is_ok_and(|default| default == flavour);
     is_it.then_some(Flavour::Default)
 }
 
