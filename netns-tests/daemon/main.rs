@@ -19,13 +19,17 @@
 
 mod auto;
 mod cleanup;
+mod config;
 mod expiry;
 mod faults;
 mod firewall;
+mod firewall_helper;
+mod firewall_others;
 mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod kept;
 mod lease_server;
 mod leases;
 mod metrics;

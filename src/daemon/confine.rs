@@ -1,14 +1,14 @@
 //! Which files this process needs, and everything else given up: what [`sandbox`](crate::host::sandbox) is told to leave.
 
 use std::fs::{self, DirBuilder, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, User};
 
 use crate::control::identity;
 use crate::host::firewall;
+use crate::host::folders::{self, FolderError};
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
     FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress,
@@ -16,7 +16,8 @@ use crate::options::{
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
-/// replaced as networks come and go.
+/// replaced as networks come and go; and where that leads, see [`resolver_folder`].
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 const RESOLVER: [&str; 8] = [
     "/etc",
     "/run/systemd/resolve",
@@ -57,27 +58,9 @@ pub(super) enum ConfineError {
     /// There is no such user.
     #[error("there is no user {0:?} (--user)")]
     NoUser(String),
-    /// The user could not write where it must.
-    #[error("user {user} may not write to {}, which belongs to user {owner}; chown it", .folder.display())]
-    Foreign {
-        /// Whom we should become.
-        user: Uid,
-        /// The folder.
-        folder: PathBuf,
-        /// Whose it is.
-        owner: u32,
-    },
-    /// A folder cannot be given to the user.
-    #[error("cannot give {} to user {user}", .path.display())]
-    Give {
-        /// What.
-        path: PathBuf,
-        /// To whom.
-        user: Uid,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
+    /// A folder is not the user's, or cannot be.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
     /// The kernel refuses.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -88,11 +71,13 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     let account = options.process.user.as_deref().map(account).transpose()?;
     let folders = folders(options);
     for (folder, mode) in &folders {
-        prepare(folder, *mode, account)?;
+        match account {
+            Some(account) => folders::prepare(folder, *mode, account)?,
+            None => prepare(folder, *mode),
+        }
     }
     if let Some(account) = account {
-        give_contents(&options.data_dir, account)?;
-        give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
+        folders::give_contents(&options.data_dir, NetworkChoice::STATE, account)?;
     }
     let parts: Vec<Part> = options
         .process
@@ -127,6 +112,9 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     if resolves_names(options) {
         for path in RESOLVER {
             plan.read(path);
+        }
+        if let Some(folder) = resolver_folder(Path::new(RESOLV_CONF)) {
+            plan.read(folder);
         }
     }
     if speaks_tls(options) {
@@ -237,6 +225,37 @@ fn resolves_names(options: &RunOptions) -> bool {
         })
 }
 
+/// The folder of the file that `link` leads to, which whoever looks after it replaces, or makes after we have started; then as much
+/// of the way to it as there is. `None` where that is nothing but the root.
+fn resolver_folder(link: &Path) -> Option<PathBuf> {
+    /// As many links as the kernel follows.
+    const MOST: usize = 40;
+    let mut file = link.to_owned();
+    for _ in 0..MOST {
+        let Ok(next) = fs::read_link(&file) else { break };
+        file = folder_of(&file).join(next);
+    }
+    let wanted = folder_of(&file);
+    let there = wanted.ancestors().find_map(|folder| folder.canonicalize().ok());
+    let there = there.filter(|folder| folder.parent().is_some());
+    if !wanted.exists() {
+        match &there {
+            Some(folder) => tracing::info!(
+                file = %file.display(),
+                reads = %folder.display(),
+                "what {} leads to is not there yet; all of this may be read, to find it later",
+                link.display()
+            ),
+            None => tracing::warn!(
+                file = %file.display(),
+                "what {} leads to is not there yet, and will not be found: names are not resolved until the next start",
+                link.display()
+            ),
+        }
+    }
+    there
+}
+
 /// The host of a URL, or of `host:port`.
 fn host_of(endpoint: &str) -> &str {
     let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
@@ -275,78 +294,52 @@ fn account(name: &str) -> Result<Account, ConfineError> {
     Ok(Account { uid, gid })
 }
 
-/// Makes a folder, for the account if there is one. One that cannot be made is told by whoever uses it, who also knows what for.
-fn prepare(folder: &Path, mode: u32, account: Option<Account>) -> Result<(), ConfineError> {
-    let new = !folder.exists();
-    if new {
-        let made = DirBuilder::new().recursive(true).mode(mode).create(folder);
-        if let Err(error) = made.and_then(|()| fs::set_permissions(folder, Permissions::from_mode(mode))) {
-            tracing::debug!(%error, folder = %folder.display(), "cannot make a folder");
-            return Ok(());
-        }
+/// Makes a folder. One that cannot be made is told by whoever uses it, who also knows what for.
+fn prepare(folder: &Path, mode: u32) {
+    if folder.exists() {
+        return;
     }
-    let Some(account) = account else { return Ok(()) };
-    if new {
-        return give(folder, account);
+    let made = DirBuilder::new().recursive(true).mode(mode).create(folder);
+    if let Err(error) = made.and_then(|()| fs::set_permissions(folder, Permissions::from_mode(mode))) {
+        tracing::debug!(%error, folder = %folder.display(), "cannot make a folder");
     }
-    let Ok(meta) = fs::metadata(folder) else {
-        return Ok(());
-    };
-    let mode = meta.mode();
-    let writable = meta.uid() == account.uid.as_raw()
-        || (meta.gid() == account.gid.as_raw() && mode & 0o020 != 0)
-        || mode & 0o002 != 0;
-    if writable {
-        return Ok(());
-    }
-    Err(ConfineError::Foreign {
-        user: account.uid,
-        folder: folder.to_owned(),
-        owner: meta.uid(),
-    })
-}
-
-/// Gives the account what an earlier life as another user left in the data directory.
-fn give_contents(folder: &Path, account: Account) -> Result<(), ConfineError> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return Ok(());
-    };
-    for entry in entries.flatten() {
-        // A link is not followed: what it leads to may be anybody's.
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            give(&entry.path(), account)?;
-        }
-    }
-    Ok(())
-}
-
-/// The same for the folders of several networks.
-fn give_networks(folder: &Path, account: Account) -> Result<(), ConfineError> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return Ok(());
-    };
-    give(folder, account)?;
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            give(&entry.path(), account)?;
-            give_contents(&entry.path(), account)?;
-        }
-    }
-    Ok(())
-}
-
-fn give(path: &Path, account: Account) -> Result<(), ConfineError> {
-    let given = chown(path, Some(account.uid.as_raw()), Some(account.gid.as_raw()));
-    given.map_err(|source| ConfineError::Give {
-        path: path.to_owned(),
-        user: account.uid,
-        source,
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Which of the services that write it has started by now is chance.
+    #[test]
+    fn names_are_resolved_by_what_resolv_conf_leads_to_even_if_it_comes_later() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let conf = root.join("resolv.conf");
+        let folder = |path: &str| Some(root.join(path));
+        fs::write(&conf, "").unwrap();
+        assert_eq!(resolver_folder(&conf), folder(""));
+        for name in ["run/connman", "run/other", "etc"] {
+            fs::create_dir_all(root.join(name)).unwrap();
+        }
+        fs::remove_file(&conf).unwrap();
+        // By a link that leads to a link; the file is not there, then it is.
+        symlink("etc/resolv.conf", &conf).unwrap();
+        symlink("../run/connman/resolv.conf", root.join("etc/resolv.conf")).unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run/connman"));
+        fs::write(root.join("run/connman/resolv.conf"), "").unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run/connman"));
+        // Not even the folder is there.
+        fs::remove_dir_all(root.join("run/connman")).unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run"));
+        // A link that leads nowhere.
+        fs::remove_file(&conf).unwrap();
+        symlink("/nowhere/resolv.conf", &conf).unwrap();
+        assert_eq!(resolver_folder(&conf), None);
+        fs::remove_file(&conf).unwrap();
+        symlink(&conf, &conf).unwrap();
+        assert_eq!(resolver_folder(&conf), folder(""));
+    }
 
     #[test]
     fn a_host_is_found_in_every_form_of_endpoint() {

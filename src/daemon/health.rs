@@ -1,10 +1,11 @@
 //! Whether the daemon lives and is ready, and what it counts: what [`monitor`](crate::server::monitor) and the watchdog ask.
 //!
-//! It lives while every thread that moves packets does ([`pulse`](crate::host::pulse)) and the loop that looks after each network turns.
+//! It lives while every thread that moves packets does ([`pulse`](crate::host::pulse)), the loop that looks after each network turns, and the
+//! process that runs firewall tools is there: inside its sandbox the daemon cannot start another.
 //! A store that is away, a lease still waited for or a device in use elsewhere are no illness: nothing would be better after a restart.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::daemon::metrics::{self, Process};
 use crate::daemon::report::Report;
+use crate::host::firewall::helper;
 use crate::options::MonitorOptions;
 use crate::server::monitor::{self, Audience, Monitored};
 
@@ -22,6 +24,10 @@ pub(super) const TURN: Duration = Duration::from_secs(1);
 const LOOP_STUCK: Duration = Duration::from_secs(20);
 /// A thread without a pulse for so long is stuck: it sleeps a second at the most.
 const THREAD_STUCK: Duration = Duration::from_secs(10);
+
+/// What is wrong when nobody runs firewall tools any more.
+const HELPER_ENDED: &str =
+    "the process that runs firewall tools has ended: rules stay as they are until kersey is restarted";
 
 /// How a reload went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,8 +154,17 @@ impl Health {
     }
 }
 
+/// Whether somebody runs firewall tools, if somebody did.
+fn judge_helper(state: helper::State) -> Result<(), String> {
+    match state {
+        helper::State::None | helper::State::Alive => Ok(()),
+        helper::State::Ended => Err(HELPER_ENDED.to_owned()),
+    }
+}
+
 impl Monitored for Health {
     fn alive(&self) -> Result<(), String> {
+        judge_helper(helper::state())?;
         self.judge(Instant::now())
     }
 
@@ -166,6 +181,11 @@ impl Monitored for Health {
             kernel: self.kernel.clone(),
             reloads: [&self.applied, &self.refused].map(|counter| counter.load(Ordering::Relaxed)),
             sandbox: crate::host::sandbox::report().into_iter().collect(),
+            firewall_helper: match helper::state() {
+                helper::State::None => None,
+                helper::State::Alive => Some(true),
+                helper::State::Ended => Some(false),
+            },
         };
         let samples = networks
             .iter()
@@ -190,25 +210,32 @@ fn listeners(options: &MonitorOptions) -> Vec<(SocketAddr, Audience)> {
     let probes = options
         .healthz_port
         .map(|port| SocketAddr::new(options.healthz_ip, port.get()));
-    let mut listeners: Vec<_> = probes
-        .map(|address| (address, Audience::ThisMachine))
-        .into_iter()
-        .collect();
-    if let Some(metrics) = options.metrics_address {
-        // One listener has a port for every address; a second for one of them could not be had.
-        let covered = |probes: &SocketAddr| {
-            probes.port() == metrics.port()
-                && (probes.ip() == metrics.ip() || probes.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED))
-        };
-        match listeners.iter_mut().find(|(address, _)| covered(address)) {
-            Some((address, audience)) if *address == metrics => *audience = Audience::Everybody,
-            // The port for probes answers this machine as it is.
-            Some(_) if metrics.ip().is_loopback() => {}
-            Some((_, audience)) => *audience = Audience::Everybody,
-            None => listeners.push((metrics, Audience::Everybody)),
+    let probes = probes.map(|address| (address, Audience::ThisMachine));
+    let metrics = options
+        .metrics_address
+        .map(|address| (address, Audience::Everybody));
+    match (probes, metrics) {
+        (Some((probes, _)), Some((metrics, everybody))) => {
+            // One listener has a port for every address; a second for one of them could not be had.
+            if covers(metrics, probes) {
+                vec![(metrics, everybody)]
+            } else if covers(probes, metrics) {
+                vec![(probes, Audience::At(metrics.ip()))]
+            } else {
+                vec![(probes, Audience::ThisMachine), (metrics, everybody)]
+            }
         }
+        (probes, metrics) => probes.into_iter().chain(metrics).collect(),
     }
-    listeners
+}
+
+/// Whether a listener at `wide` hears what comes to `narrow`. One at `::` hears IPv4 as well (`net.ipv6.bindv6only` = 0), the other way
+/// round not.
+fn covers(wide: SocketAddr, narrow: SocketAddr) -> bool {
+    wide == narrow
+        || (wide.port() == narrow.port()
+            && wide.ip().is_unspecified()
+            && (wide.is_ipv6() || narrow.is_ipv4()))
 }
 
 #[cfg(test)]
@@ -262,6 +289,14 @@ mod tests {
     }
 
     #[test]
+    fn a_helper_that_has_ended_is_an_illness() {
+        assert_eq!(judge_helper(helper::State::None), Ok(()));
+        assert_eq!(judge_helper(helper::State::Alive), Ok(()));
+        let ill = judge_helper(helper::State::Ended).unwrap_err();
+        assert!(ill.contains("firewall tools has ended"), "{ill}");
+    }
+
+    #[test]
     fn it_is_ready_when_all_networks_are() {
         let health = Health::new("6.1".to_owned());
         assert!(!health.ready(), "there is none");
@@ -295,13 +330,34 @@ mod tests {
                 listen("127.0.0.1:9100", Everybody)
             ]
         );
+        let at = |text: &str| Audience::At(text.parse().unwrap());
+        for (ip, metrics, expected) in [
+            (
+                "0.0.0.0",
+                "127.0.0.1:8081",
+                listen("0.0.0.0:8081", at("127.0.0.1")),
+            ),
+            ("0.0.0.0", "0.0.0.0:8081", listen("0.0.0.0:8081", Everybody)),
+            ("10.0.0.1", "10.0.0.1:8081", listen("10.0.0.1:8081", Everybody)),
+            // Not on every address for having been asked for on one.
+            ("0.0.0.0", "10.0.0.1:8081", listen("0.0.0.0:8081", at("10.0.0.1"))),
+            ("::", "10.0.0.1:8081", listen("[::]:8081", at("10.0.0.1"))),
+            ("10.0.0.1", "0.0.0.0:8081", listen("0.0.0.0:8081", Everybody)),
+            ("0.0.0.0", "[::]:8081", listen("[::]:8081", Everybody)),
+        ] {
+            assert_eq!(
+                listeners(&options(ip, 8081, Some(metrics))),
+                [expected],
+                "{ip} {metrics}"
+            );
+        }
+        // The IPv4 wildcard hears no IPv6.
         assert_eq!(
-            listeners(&options("0.0.0.0", 8081, Some("127.0.0.1:8081"))),
-            [listen("0.0.0.0:8081", ThisMachine)]
-        );
-        assert_eq!(
-            listeners(&options("0.0.0.0", 8081, Some("0.0.0.0:8081"))),
-            [listen("0.0.0.0:8081", Everybody)]
+            listeners(&options("0.0.0.0", 8081, Some("[::1]:8081"))),
+            [
+                listen("0.0.0.0:8081", ThisMachine),
+                listen("[::1]:8081", Everybody)
+            ]
         );
     }
 }

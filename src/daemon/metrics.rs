@@ -32,6 +32,8 @@ pub(super) struct Process {
     pub(super) reloads: [u64; 2],
     /// What it has given up of its privileges: part, and what came of it.
     pub(super) sandbox: Vec<(String, String)>,
+    /// Whether the process that runs firewall tools is there, if there was one.
+    pub(super) firewall_helper: Option<bool>,
 }
 
 /// One scrape.
@@ -89,6 +91,12 @@ impl Scrape {
             "sandbox_enabled",
             "Whether a part of the sandbox holds",
             parts.map(|(part, state)| (vec![("part", part.clone())], holds(state))),
+        )?;
+        let helper = self.process.firewall_helper.into_iter();
+        out.gauges(
+            "firewall_helper_up",
+            "Whether the process that runs firewall tools is there",
+            helper.map(|up| (Vec::new(), truth(up))),
         )
     }
 

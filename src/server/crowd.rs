@@ -237,16 +237,17 @@ mod tests {
     #[test]
     fn when_all_places_are_taken_the_eldest_of_the_most_crowded_address_makes_room() {
         let crowd = Arc::new(Crowd::default());
-        let mut crowds: Vec<Vec<Guest>> = Vec::new();
-        for n in 1..=3 {
-            crowds.push(enter(&crowd, one(n), MAX_FROM_ONE));
-        }
-        let left = MAX_CONNECTIONS - 3 * MAX_FROM_ONE;
-        crowds.push(enter(&crowd, one(4), left - 10));
-        let node = enter(&crowd, one(5), 10);
-        for guest in crowds.iter().flatten().chain(&node) {
-            guest.introduction().is_known();
-        }
+        let known = |from, count| -> Vec<Guest> {
+            let guest = |_| {
+                let guest = crowd.enter(from).unwrap();
+                guest.introduction().is_known();
+                guest
+            };
+            (0..count).map(guest).collect()
+        };
+        let mut crowds: Vec<Vec<Guest>> = (1..=3).map(|n| known(one(n), MAX_FROM_ONE)).collect();
+        crowds.push(known(one(4), MAX_CONNECTIONS - 3 * MAX_FROM_ONE - 10));
+        let node = known(one(5), 10);
         // All known, and nobody over the bound of one address: a newcomer gets in all the same.
         let newcomer = crowd.enter(one(6)).unwrap();
         assert_eq!(crowd.state().inside, MAX_CONNECTIONS);

@@ -57,6 +57,7 @@ fn every_counter_and_every_drop_reason_is_there() {
     let process = Process {
         reloads: [4, 1],
         sandbox: vec![("seccomp".to_owned(), "on".to_owned())],
+        firewall_helper: Some(false),
         ..Process::default()
     };
     let text = render(process, vec![("_".to_owned(), sample())]);
@@ -73,6 +74,7 @@ fn every_counter_and_every_drop_reason_is_there() {
         r#"kersey_store_errors_total{network="_"} 2"#,
         r#"kersey_config_reloads_total{result="refused"} 1"#,
         r#"kersey_sandbox_enabled{part="seccomp"} 1.0"#,
+        r#"kersey_firewall_helper_up 0.0"#,
         r#"kersey_lease_conflicts_total{network="_"} 7"#,
         r#"kersey_routes{network="_"} 1.0"#,
         r#"kersey_route_updates_total{network="_"} 9"#,
@@ -204,6 +206,7 @@ fn the_text_is_valid_open_metrics() {
     };
     let process = Process {
         sandbox: vec![("seccomp".to_owned(), "on".to_owned())],
+        firewall_helper: Some(false),
         kernel: "6.1 \"x\" \\ \n".to_owned(),
         ..Process::default()
     };
@@ -242,6 +245,7 @@ fn names_have_the_prefix() {
 fn exposed() -> BTreeMap<String, BTreeSet<String>> {
     let process = Process {
         sandbox: vec![("seccomp".to_owned(), "on".to_owned())],
+        firewall_helper: Some(false),
         ..Process::default()
     };
     let text = render(process, vec![("_".to_owned(), sample())]);
