@@ -203,6 +203,7 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     } else {
         health.add("_", Arc::clone(&report));
+        tokio::spawn(tell_when_ready(Arc::clone(&report)));
         let shown = Arc::clone(&report);
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     }
@@ -247,6 +248,16 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         ended = nodes => ended.map(|()| Ring::End),
         never = reload::serve(hangup, options, reread, &health) => match never {},
         ring = rung(doorbell.as_ref()) => Ok(ring),
+    }
+}
+
+/// Tells systemd whenever the node becomes ready; of several networks, the supervisor does.
+async fn tell_when_ready(report: Arc<Report>) {
+    loop {
+        report.until(true).await;
+        // Without systemd there is nobody to notify.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        report.until(false).await;
     }
 }
 

@@ -486,7 +486,7 @@ async fn stay<B: Backend>(
     }
 }
 
-/// Writes the subnet file, and tells whoever waits for it; says when to try again if it cannot be written.
+/// Writes the subnet file and reports that; says when to try again if it cannot be written.
 pub(super) fn announce(
     options: &RunOptions,
     config: &NetworkConfig,
@@ -502,11 +502,7 @@ pub(super) fn announce(
         }
         return Some(Instant::now() + RETRY);
     }
-    report.set_ready();
-    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
-    if options.network.is_none() {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    }
+    report.set_up();
     None
 }
 

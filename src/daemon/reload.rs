@@ -76,7 +76,8 @@ pub(super) async fn serve(
         let outcome = reload(options, reread, health.count()).await;
         health.count_reload(outcome);
         tracing::info!(?outcome, "reloaded");
-        if crate::server::monitor::Monitored::ready(health) {
+        // Else it is told when it is.
+        if crate::server::monitor::Monitored::ready(health).is_ok() {
             let _ = sd_notify::notify(&[NotifyState::Ready]);
         }
     }
