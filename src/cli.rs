@@ -1086,6 +1086,7 @@ mod tests {
                 panic!("{:?}", parsed.command);
             };
             assert_eq!((options.socket.as_path(), options.mode), (Path::new("/s"), mode));
+            assert_eq!(options.data_dir, Path::new("/var/lib/kersey"));
         }
     }
 

@@ -31,6 +31,7 @@ mod reload;
 mod report;
 mod succession;
 mod supervisor;
+pub(crate) mod switches;
 mod underlay_watch;
 mod watchdog;
 mod withdraw;

@@ -180,6 +180,8 @@ pub struct StatusOptions {
 pub struct CleanupOptions {
     /// The daemon's socket; nothing is removed while one answers.
     pub socket: PathBuf,
+    /// The daemon's data directory.
+    pub data_dir: PathBuf,
     /// Whether to remove or only to tell.
     pub mode: CleanupMode,
 }

@@ -9,7 +9,6 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -24,6 +23,7 @@ use crate::routed::ip;
 use crate::support::pod::Pod;
 use crate::support::sniffer::{Sniffer, Way};
 use crate::support::{require_firewall, require_root};
+use crate::traces::cleanup;
 
 /// How soon somebody's change must be undone: the period, a second here, and some time for the tools.
 const PUT_RIGHT: Duration = Duration::from_secs(4);
@@ -650,72 +650,6 @@ fn a_named_tool_that_is_not_there_is_a_fault_and_none_for_auto_is_not() {
 }
 
 #[test]
-fn after_cleanup_a_host_is_as_it_was() {
-    if !require_firewall("after_cleanup_a_host_is_as_it_was") {
-        return;
-    }
-    // S16.
-    let mut blueprint = Blueprint::embedded("s16", 2);
-    blueprint.network = ClusterPlan::network("vxlan", true);
-    blueprint.flags = flags(&["--ip-masq", "--ip-blackhole-route"]);
-    let mut overlay = blueprint.build();
-    nft(&overlay, 1, "add table inet somebodys");
-    let before = host(&overlay, 1);
-    overlay.start_daemons();
-    let during = host(&overlay, 1);
-    for (what, lines) in &during {
-        let known = &before.iter().find(|(name, _)| name == what).unwrap().1;
-        let new: Vec<&String> = lines.iter().filter(|line| !known.contains(line)).collect();
-        assert!(
-            *what == "links" || !new.is_empty(),
-            "{what}: nothing changed, so this proves nothing"
-        );
-        for line in new {
-            // The pod's address is the test's.
-            let is_ours = line.contains("flannel") || line.contains("proto 75") || line.contains("10.244.");
-            assert!(
-                is_ours || line.contains("fd00:10:244:"),
-                "{what}: not ours: {line}"
-            );
-        }
-        for line in known {
-            assert!(lines.contains(line), "{what}: changed or gone: {line}");
-        }
-    }
-    for line in &during.iter().find(|(name, _)| *name == "switches").unwrap().1 {
-        // Nobody advertises routers or redirects on our devices.
-        for switch in ["accept_ra", "accept_redirects", "autoconf"] {
-            if line.contains("/ipv6/conf/flannel0/") && line.contains(&format!("/{switch}=")) {
-                assert!(line.ends_with("=0"), "{line}");
-            }
-        }
-    }
-    overlay.terminate(2);
-    overlay.terminate(1);
-    let socket = overlay.socket(1);
-    let said = cleanup(&mut overlay, &socket);
-    for part in [
-        "nft table ip flannel-ipv4",
-        "nft table ip6 flannel-ipv6",
-        "blackhole route 10.244.",
-    ] {
-        assert!(said.contains(part), "{part}: {said}");
-    }
-    for addr in overlay.nodes[0].pods.clone() {
-        let prefix_len = if addr.is_ipv4() { 32 } else { 128 };
-        overlay
-            .namespace(1)
-            .netlink(async |netlink| {
-                let index = netlink.link("lo").await?.index;
-                Ok(netlink.delete_address(index, addr, prefix_len).await?)
-            })
-            .unwrap();
-    }
-    assert_eq!(host(&overlay, 1), before, "after cleanup");
-    assert!(cleanup(&mut overlay, &socket).contains("nothing to clean up"));
-}
-
-#[test]
 fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
     if !require_firewall("cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others") {
         return;
@@ -753,7 +687,7 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
     };
     child.wait(READY, ready).unwrap();
     child.stop().unwrap();
-    let said = cleanup(&mut overlay, &socket);
+    let said = cleanup(&mut overlay);
     for part in ["FLANNEL-POSTRTG", "FLANNEL-FWD", "KERSEY-GUARD", "10.9.0.0/16"] {
         assert!(said.contains(part), "{part}: {said}");
     }
@@ -768,67 +702,11 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
             .iter()
             .all(|[filter, _]| filter.contains("172.17.0.0/16"))
     );
-    assert!(cleanup(&mut overlay, &socket).contains("nothing to clean up"));
+    assert!(cleanup(&mut overlay).contains("nothing to clean up"));
 }
 
 fn flags(flags: &[&str]) -> Vec<String> {
     flags.iter().map(|&flag| flag.to_owned()).collect()
-}
-
-/// The state of a host that Kersey could have touched, line by line.
-fn host(overlay: &Overlay, nth: usize) -> Vec<(&'static str, Vec<String>)> {
-    let lines = |program: &str, words: &str| -> Vec<String> {
-        let text = run(overlay, nth, program, words);
-        text.lines().map(|line| line.trim_end().to_owned()).collect()
-    };
-    let mut switches = Vec::new();
-    overlay
-        .namespace(nth)
-        .run(|| {
-            read_switches(Path::new("/proc/sys/net"), &mut switches);
-            Ok(())
-        })
-        .unwrap();
-    switches.sort();
-    vec![
-        ("switches", switches),
-        ("rules", tables(&lines("nft", "-s list ruleset"))),
-        ("routes", lines("ip", "route show table all")),
-        ("IPv6 routes", lines("ip", "-6 route show table all")),
-        ("links", lines("ip", "-o -br link")),
-        ("addresses", lines("ip", "-o addr")),
-    ]
-}
-
-/// Each table as one line, so that what is in it goes by its name.
-fn tables(listed: &[String]) -> Vec<String> {
-    let text = listed.join("\n");
-    let tables = text.split("table ").filter(|table| !table.trim().is_empty());
-    tables.map(|table| format!("table {}", table.trim())).collect()
-}
-
-fn read_switches(folder: &Path, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let name = path.to_string_lossy().into_owned();
-        // These change by themselves, or are the whole machine's.
-        if [
-            "nf_conntrack_count",
-            "fib_sync_mem",
-            "/neigh/",
-            "/netfilter/nf_log",
-        ]
-        .iter()
-        .any(|odd| name.contains(odd))
-        {
-            continue;
-        }
-        if path.is_dir() {
-            read_switches(&path, found);
-        } else if let Ok(value) = fs::read_to_string(&path) {
-            found.push(format!("{name}={}", value.trim()));
-        }
-    }
 }
 
 const SHOT: &[u8] = b"kersey-s5-shot";
@@ -877,7 +755,7 @@ fn nft(overlay: &Overlay, nth: usize, words: &str) -> String {
     run(overlay, nth, "nft", words)
 }
 
-fn run(overlay: &Overlay, nth: usize, program: &str, words: &str) -> String {
+pub(crate) fn run(overlay: &Overlay, nth: usize, program: &str, words: &str) -> String {
     let words: Vec<&str> = words.split_whitespace().collect();
     run_words(overlay, nth, program, &words)
 }
@@ -891,13 +769,4 @@ fn run_words(overlay: &Overlay, nth: usize, program: &str, words: &[&str]) -> St
     let ended = child.wait_end(Duration::from_secs(10)).unwrap();
     assert!(ended.success(), "{program} {words:?}: {}", child.log_end());
     fs::read_to_string(&log).unwrap()
-}
-
-fn cleanup(overlay: &mut Overlay, socket: &Path) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kersey"));
-    command.arg("cleanup").arg("--status-socket").arg(socket);
-    let mut child = overlay.run("cleanup", 1, command);
-    let ended = child.wait_end(Duration::from_secs(20)).unwrap();
-    assert_eq!(ended.code(), Some(0), "{}", child.log_end());
-    fs::read_to_string(child.log()).unwrap()
 }

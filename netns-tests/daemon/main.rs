@@ -39,5 +39,6 @@ mod privileges;
 mod routed;
 #[path = "../support/mod.rs"]
 mod support;
+mod traces;
 mod underlay;
 mod vxlan;

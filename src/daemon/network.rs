@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::iter::once;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
-use crate::daemon::succession;
+use crate::daemon::{succession, switches};
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
@@ -50,6 +51,8 @@ pub(super) struct Setup<'a, B> {
     pub(super) inner_mtu: Mtu,
     pub(super) netlink: Netlink,
     pub(super) firewall: Keeper,
+    /// Where is remembered what the host's switches were.
+    pub(super) data_dir: &'a Path,
 }
 
 impl<B> Setup<'_, B> {
@@ -785,7 +788,8 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
             "the kernel has tunnels of its own that look at packets to our SIDs, and may answer peers that their port is unreachable; if it does, take them down or use --srv6-io tun"
         );
     }
-    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name)? {
+    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
+    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name, &mut ledger)? {
         tracing::warn!(
             interface = setup.interface.name,
             "the kernel's own segment routing was on here and would have taken packets to our SIDs; switched off (seg6_enabled=0)"
@@ -819,7 +823,8 @@ async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     let index = configure_outer(setup).await?;
     let name = outer_tun::name(&setup.options.device);
     let underlay = setup.interface.name.as_str();
-    let forwarding = sysctl::forward_ipv6([underlay, &name])
+    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
+    let forwarding = sysctl::forward_ipv6([underlay, &name], &mut ledger)
         .context("cannot have the kernel forward IPv6, which is needed without raw sockets; where /proc/sys is read-only, set net.ipv6.conf.all.forwarding=1 outside")?;
     match forwarding {
         Forwarding::Global => {}

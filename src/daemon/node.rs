@@ -326,6 +326,7 @@ async fn join<B: Backend>(
         inner_mtu,
         netlink,
         firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
+        data_dir: &options.data_dir,
     };
     let (publish, published) = control.channels(&config, &lease);
     let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
