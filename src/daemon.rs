@@ -16,7 +16,7 @@
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
 mod claims;
-mod confine;
+pub(crate) mod confine;
 mod direct;
 mod firewall;
 mod health;

@@ -128,6 +128,8 @@ pub struct ServerOptions {
     pub serve: ServeOptions,
     /// How long a lease handed out lives without renewal.
     pub lease_ttl: Duration,
+    /// What the process gives up.
+    pub sandbox: SandboxChoice,
     /// Logging.
     pub log: LogOptions,
 }

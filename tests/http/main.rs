@@ -15,5 +15,6 @@ mod golden;
 mod listening;
 mod networks;
 mod process;
+mod sandboxed;
 mod support;
 mod tls;
