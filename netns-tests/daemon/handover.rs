@@ -59,7 +59,7 @@ fn a_successor_takes_over_and_no_packet_is_lost() {
     if !require_etcd("a_successor_takes_over_and_no_packet_is_lost") {
         return;
     }
-    for kind in ["udp", "vxlan"] {
+    for kind in ["udp", "vxlan", "srv6"] {
         let mut blueprint = Blueprint::new("takeover", 2);
         blueprint.network = kersey::lab::cluster::ClusterPlan::network(kind, false);
         let mut overlay = blueprint.start();

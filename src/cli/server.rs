@@ -127,7 +127,10 @@ async fn serve(options: &ServerOptions, bound: Vec<Bound>) -> Result<(), ServeEr
     let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
     let store = networks.open(None).map_err(OpenError::Store)?;
     let served = Served::open(store, &options.serve)?.with_networks(networks);
-    let listeners = bound.into_iter().map(Bound::listen).collect::<Result<Vec<_>, _>>()?;
+    let listeners = bound
+        .into_iter()
+        .map(Bound::listen)
+        .collect::<Result<Vec<_>, _>>()?;
     server::announce(&listeners, &served);
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -34,7 +34,7 @@ use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
 use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
-use crate::host::raw::{RawError, RawOptions, RawUnderlay};
+use crate::host::raw::{self, RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl::{self, Forwarding};
 use crate::host::tun::{Tun, TunError, TunOffloads, TunOptions};
@@ -219,7 +219,7 @@ impl<B: Backend> DataPlane<B> {
             mut others,
         } = match srv6_io {
             Some(io) if io.is_tun() => open_outer(setup, &routes, heard.clone())?,
-            Some(_) | None => open_underlays(setup, queue_count, bundle)?,
+            Some(_) | None => open_underlays(setup, queue_count, &mut bundle)?,
         };
         let mut held = Bundle::default();
         tun.hold(&mut held)?;
@@ -253,6 +253,10 @@ impl<B: Backend> DataPlane<B> {
                 interface.public_v6.map(IpAddr::V6),
             ],
         };
+        let endpoint = match srv6_io {
+            Some(SegmentIo::Raw) => start_endpoint(setup, &routes, &mut bundle, &mut held)?,
+            Some(_) | None => None,
+        };
         let waiting = Waiting {
             tun,
             underlays,
@@ -261,10 +265,6 @@ impl<B: Backend> DataPlane<B> {
             sources,
             busy_poll: options.busy_poll,
             held,
-        };
-        let endpoint = match srv6_io {
-            Some(SegmentIo::Raw) => start_endpoint(setup, &routes)?,
-            Some(_) | None => None,
         };
         others = others.or_else(|| endpoint.as_ref().map(Endpoint::stats).map(Arc::clone));
         let mut plane = Self {
@@ -547,9 +547,10 @@ impl<B: Backend> DataPlane<B> {
 
 impl<B: Backend> Drop for DataPlane<B> {
     fn drop(&mut self) {
-        // Raw sockets are not handed on: each of two owners would get every packet.
-        if matches!(self.backend.carrier(), Carrier::Udp { .. }) {
-            succession::held().retire(&self.device, self.queues.take());
+        // The outer device is not handed on.
+        if !self.srv6_io.is_some_and(SegmentIo::is_tun) {
+            let threads = (self.queues.take(), self.endpoint.take());
+            succession::held().retire(&self.device, threads);
         }
     }
 }
@@ -642,7 +643,7 @@ fn open_outer<B: Backend>(
 }
 
 /// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: Bundle) -> Result<Opened> {
+fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: &mut Bundle) -> Result<Opened> {
     let options = setup.options;
     match setup.backend.carrier() {
         Carrier::Udp { port, source_ports } => {
@@ -663,10 +664,10 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
-            let underlays = match adopt_underlays(&wanted, &mut bundle) {
+            let underlays = match adopt_underlays(&wanted, bundle) {
                 Some(underlays) => underlays,
                 None => {
-                    drop(bundle);
+                    *bundle = Bundle::default();
                     (0..queues)
                         .map(|_| UdpUnderlay::open(&wanted))
                         .collect::<Result<Vec<_>, _>>()?
@@ -681,11 +682,19 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
         }
         Carrier::Raw { sids, source, .. } => {
             let wanted = raw_options(setup, &sids, source, queues);
-            let underlays = (0..queues)
-                .map(|queue| RawUnderlay::open(&wanted, queue).map(AnyUnderlay::Raw))
-                .collect::<Result<_, _>>()?;
+            let underlays = match adopt_raw(&wanted, bundle) {
+                Some(underlays) => underlays,
+                None => {
+                    // Two owners of such sockets would both get every packet.
+                    *bundle = Bundle::default();
+                    succession::held().tell_stop();
+                    (0..queues)
+                        .map(|queue| RawUnderlay::open(&wanted, queue))
+                        .collect::<Result<Vec<_>, _>>()?
+                }
+            };
             Ok(Opened {
-                underlays,
+                underlays: underlays.into_iter().map(AnyUnderlay::Raw).collect(),
                 socket_offloads: None,
                 others: None,
             })
@@ -720,6 +729,31 @@ fn adopt_underlays(wanted: &UnderlayOptions, bundle: &mut Bundle) -> Option<Vec<
     }
 }
 
+/// Takes over the raw sockets of an earlier life, if they are all there and fit.
+fn adopt_raw(wanted: &RawOptions, bundle: &mut Bundle) -> Option<Vec<RawUnderlay>> {
+    if bundle.is_empty() {
+        return None;
+    }
+    let [v4, v6, routing] = raw::QUEUE_KINDS;
+    let v4 = bundle.take(v4, wanted.queues)?;
+    let v6 = bundle.take(v6, wanted.queues)?;
+    let routing = bundle.take(routing, wanted.queues)?;
+    let queues = v4.into_iter().zip(v6).zip(routing).enumerate();
+    let adopted = queues.map(|(queue, ((v4, v6), routing))| {
+        RawUnderlay::adopt(wanted, queue, [Some(v4), Some(v6), Some(routing)])
+    });
+    match adopted.collect::<Result<Vec<_>, _>>() {
+        Ok(underlays) => Some(underlays),
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the raw sockets of an earlier life are of no use; opening new ones"
+            );
+            None
+        }
+    }
+}
+
 fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queues: usize) -> RawOptions {
     RawOptions {
         interface: setup.interface.name.clone(),
@@ -734,6 +768,8 @@ fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queu
 fn start_endpoint<B: Backend>(
     setup: &Setup<'_, B>,
     routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
+    bundle: &mut Bundle,
+    held: &mut Bundle,
 ) -> Result<Option<Endpoint>> {
     let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
         return Ok(None);
@@ -744,7 +780,8 @@ fn start_endpoint<B: Backend>(
         domain,
         link_mtu: setup.interface.mtu,
     };
-    Ok(Some(Endpoint::start(&raw, options, routes)?))
+    let given = raw::SID_KINDS.map(|kind| bundle.take(kind, 1).and_then(|mut found| found.pop()));
+    Ok(Some(Endpoint::start(&raw, options, routes, given, held)?))
 }
 
 /// The prefixes of the underlay that are this node's own.
