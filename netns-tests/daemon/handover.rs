@@ -79,6 +79,7 @@ fn a_successor_takes_over_and_no_packet_is_lost() {
             (report.lost(), report.longest_gap()),
         );
         assert!(report.lost() <= 3, "{report:?} {drops:?}");
+        assert_eq!(report.duplicates(), 0, "{kind}: {report:?}");
         assert!(
             report.longest_gap() <= within(Duration::from_millis(200)),
             "{report:?}"
