@@ -139,6 +139,9 @@ pub struct Peer {
     pub inbound_packets: u64,
     /// See `outbound_packets`.
     pub inbound_bytes: u64,
+    /// When packets of it were last seen to have come, seconds since 1970, to within five; absent as long as none has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seen_unix_s: Option<u64>,
     /// Packets refused that concern this peer, by reason.
     pub drops: BTreeMap<String, u64>,
 }

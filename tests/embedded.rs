@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use futures_util::stream::StreamExt;
+use kersey::control::identity::Holder;
 use kersey::control::store::{EmbeddedStore, LEASE_TTL, Store, StoreError};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -51,6 +52,104 @@ async fn everything_is_there_after_a_restart() {
     store.acquire(&node(3), None).await.unwrap();
     let item = watch.next().await.unwrap().unwrap();
     assert!(matches!(item.update, LeaseUpdate::Events(events) if events.len() == 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_an_address_is_known_after_a_restart_until_it_stays_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let open = || EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    let claim = async |store: &EmbeddedStore, host: u32, address: &str, seconds: u64| {
+        let life = Duration::from_secs(seconds);
+        store
+            .vouch("test", Some(&holder(host)), address.parse().unwrap(), life)
+            .await
+    };
+    let store = open();
+    claim(&store, 1, "192.0.2.1", 30).await.unwrap();
+    claim(&store, 2, "2001:db8::2", 30).await.unwrap();
+    assert!(claim(&store, 3, "192.0.2.1", 30).await.is_err());
+    // Longer, by a sign of life.
+    tokio::time::sleep(Duration::from_secs(29)).await;
+    claim(&store, 1, "192.0.2.1", 30).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(29)).await;
+    let error = claim(&store, 3, "192.0.2.1", 30).await.unwrap_err();
+    assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
+    claim(&store, 3, "2001:db8::2", 30).await.unwrap();
+    drop(store);
+    // After a restart nobody has said anything yet.
+    let store = open();
+    assert!(claim(&store, 4, "192.0.2.1", 30).await.is_err());
+    assert!(claim(&store, 2, "2001:db8::2", 30).await.is_err());
+    claim(&store, 1, "192.0.2.1", 30).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(89)).await;
+    assert!(claim(&store, 2, "2001:db8::2", 30).await.is_err());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    claim(&store, 2, "2001:db8::2", 30).await.unwrap();
+    claim(&store, 4, "192.0.2.1", 30).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_host_of_the_process_has_one_address_and_keeps_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open(&dir.path().join("leases.redb"), LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let lease = store.acquire_as(&holder(1), &node(1), None).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    let error = store.acquire_as(&holder(2), &node(1), None).await.unwrap_err();
+    assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
+    // What a client says cannot shorten it.
+    let address = node(1).address().unwrap();
+    let second = Duration::from_secs(1);
+    store
+        .vouch("test", Some(&holder(1)), address, second)
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(
+        store
+            .vouch("test", Some(&holder(2)), address, second)
+            .await
+            .is_err()
+    );
+    // It has another: the first is free.
+    let moved = Lease {
+        attrs: node(7),
+        ..lease.clone()
+    };
+    store
+        .readdress(Some(&holder(1)), &moved, &lease.attrs)
+        .await
+        .unwrap();
+    store
+        .vouch("test", Some(&holder(2)), address, second)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_file_from_before_hosts_were_kept_is_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let lease = store.acquire(&node(1), None).await.unwrap();
+    drop(store);
+    let hosts: redb::TableDefinition<'_, (&str, &str), (&str, &str, &str)> =
+        redb::TableDefinition::new("hosts");
+    let database = redb::Database::open(&path).unwrap();
+    let write = database.begin_write().unwrap();
+    assert!(write.delete_table(hosts).unwrap(), "there was one");
+    write.commit().unwrap();
+    drop(database);
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    assert_eq!(store.config().await.unwrap(), CONFIG);
+    let again = store.acquire_as(&holder(1), &node(1), None).await.unwrap();
+    assert_eq!(again.subnet, lease.subnet);
+    drop(store);
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    let error = store.acquire_as(&holder(2), &node(1), None).await.unwrap_err();
+    assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -283,6 +382,14 @@ async fn leases(store: &EmbeddedStore) -> Vec<Lease> {
     match store.watch(None).next().await.unwrap().unwrap().update {
         LeaseUpdate::Snapshot(leases) => leases,
         LeaseUpdate::Events(events) => panic!("no snapshot but {events:?}"),
+    }
+}
+
+fn holder(i: u32) -> Holder {
+    Holder {
+        id: format!("{i:032x}"),
+        host: format!("host-{i}"),
+        boot: format!("boot-{i}"),
     }
 }
 

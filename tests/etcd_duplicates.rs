@@ -39,7 +39,7 @@ async fn the_second_host_with_an_address_gets_no_lease_and_an_error_that_names_b
         .acquire_as(&holder("beta"), &node(VAGRANT), None)
         .await
         .unwrap_err();
-    assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+    assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
     for named in ["\"alpha\"", "\"beta\"", VAGRANT, "--public-ip"] {
         assert!(error.to_string().contains(named), "{error}");
     }

@@ -190,7 +190,7 @@ async fn ask(url: &str, ca: Option<&Path>) -> String {
     assert!(!error.to_string().contains(PASSWORD));
     match &error {
         StoreError::Unavailable { .. } | StoreError::Refused { .. } => error.to_string(),
-        StoreError::LeaseLost { .. } => panic!("{error}"),
+        StoreError::AddressTaken { .. } | StoreError::LeaseLost { .. } => panic!("{error}"),
     }
 }
 

@@ -34,6 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "options",
             "server",
             "status",
+            "trust",
         ],
     ),
     // A lab's kernel nodes take leases as any node does.

@@ -15,6 +15,7 @@ use kersey::lab::daemon::Child;
 use kersey::lab::traffic::probe::{Probe, ProbeReport};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
+use sd_notify::NotifyState;
 
 use crate::overlay::{Blueprint, Conversation, Daemon, Overlay, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
@@ -220,6 +221,8 @@ struct Manager {
 struct Heard {
     kept: BTreeMap<String, OwnedFd>,
     told: Vec<String>,
+    /// As they came: what belongs together comes together.
+    messages: Vec<String>,
 }
 
 impl Manager {
@@ -297,6 +300,7 @@ impl Heard {
             self.kept.remove(name);
         }
         self.told.extend(text.lines().map(str::to_owned));
+        self.messages.push(text.to_owned());
     }
 }
 
@@ -346,6 +350,69 @@ fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
         assert_eq!(overlay.subnet(2), subnet);
         conversation.exchange();
         overlay.ping_all();
+    }
+}
+
+/// What a unit of `Type=notify-reload` waits for (sd_notify(3)): RELOADING=1 and the time by the monotonic clock in one message, after the
+/// signal; then READY=1. A reload that is refused ends like any other, or the unit would hang in "reloading".
+#[test]
+fn a_manager_is_told_when_a_reload_begins_and_when_it_has_ended() {
+    if !require_etcd("a_manager_is_told_when_a_reload_begins_and_when_it_has_ended") {
+        return;
+    }
+    let mut overlay = Blueprint::new("notifyreload", 2).start();
+    overlay.terminate(2);
+    let manager = Manager::listen(&overlay);
+    overlay.nodes[1].child = manager.start(&mut overlay);
+    manager.wait_for("READY=1");
+    for (config, outcome) in [
+        (
+            kersey::lab::cluster::ClusterPlan::network("udp", false),
+            "Applied",
+        ),
+        ("junk".to_owned(), "Refused"),
+    ] {
+        overlay.put("config", config);
+        manager.heard().messages.clear();
+        let before = monotonic_usec();
+        overlay.daemon(2).signal(Signal::SIGHUP).unwrap();
+        wait_for("the reload has ended", READY, || {
+            let heard = manager.heard();
+            let told = heard.messages.iter().flat_map(|message| message.lines());
+            told.skip_while(|line| *line != "RELOADING=1")
+                .any(|line| line == "READY=1")
+        });
+        let after = monotonic_usec();
+        let heard = manager.heard();
+        let mut of_reload = heard.messages.iter().filter(|message| {
+            let mut lines = message.lines();
+            lines
+                .any(|line| ["RELOADING=1", "READY=1"].contains(&line) || line.starts_with("MONOTONIC_USEC="))
+        });
+        let began: Vec<_> = of_reload.next().unwrap().lines().collect();
+        assert!(began.contains(&"RELOADING=1"), "{began:?}");
+        let at = began.iter().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
+        let at: u64 = at
+            .unwrap_or_else(|| panic!("no time: {began:?}"))
+            .parse()
+            .unwrap();
+        assert!((before..=after).contains(&at), "{before} {at} {after}");
+        assert_eq!(of_reload.collect::<Vec<_>>(), ["READY=1\n"], "{outcome}");
+        drop(heard);
+        let ended = format!("outcome={outcome}");
+        wait_for("the log says how it ended", READY, || {
+            overlay.log(2).contains(&ended)
+        });
+    }
+    overlay.wait_all();
+    overlay.ping_all();
+}
+
+/// The clock that systemd compares with, microseconds.
+fn monotonic_usec() -> u64 {
+    match NotifyState::monotonic_usec_now() {
+        Ok(NotifyState::MonotonicUsec(now)) => now.try_into().unwrap(),
+        other => panic!("{other:?}"),
     }
 }
 

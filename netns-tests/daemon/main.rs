@@ -19,6 +19,7 @@
 
 mod auto;
 mod cleanup;
+mod config;
 mod expiry;
 mod faults;
 mod firewall;
@@ -28,6 +29,7 @@ mod icmp;
 mod ingress;
 mod lease_server;
 mod leases;
+mod metrics;
 mod mtu;
 mod networks;
 mod nodes;

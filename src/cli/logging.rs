@@ -10,7 +10,7 @@ use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::log_dam::Dam;
-use super::log_lines::{Colour, LogLines};
+use super::log_lines::{Form, LogLines};
 use super::store::int_within;
 use crate::options::{LogFormat, LogLevel, LogOptions};
 
@@ -53,9 +53,13 @@ pub fn start_logging(options: LogOptions) {
     let for_people = options.format == LogFormat::Text
         && io::IsTerminal::is_terminal(&io::stderr())
         && std::env::var_os("NO_COLOR").is_none();
-    let colour = if for_people { Colour::On } else { Colour::Off };
+    let form = match options.format {
+        LogFormat::Json => Form::Json,
+        LogFormat::Text if for_people => Form::Coloured,
+        LogFormat::Text => Form::Plain,
+    };
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(LogLines { colour })
+        .with_writer(LogLines { form })
         .with_ansi(for_people);
     let subscriber = tracing_subscriber::registry().with(Dam::default());
     // An error says that logging was started before, by a test or an embedding program; that one stays.

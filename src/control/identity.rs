@@ -53,6 +53,22 @@ pub struct Holder {
     pub boot: String,
 }
 
+impl Holder {
+    /// Whether `other` is another host. What is not known of either tells nothing.
+    pub fn differs_from(&self, other: &Self) -> bool {
+        let known = |one: &str, two: &str| !one.is_empty() && !two.is_empty();
+        let same = |one: &str, two: &str| known(one, two) && one == two;
+        let differ = |one: &str, two: &str| known(one, two) && one != two;
+        if self.id == other.id {
+            // A copy of a data directory on another machine.
+            differ(&self.boot, &other.boot) && differ(&self.host, &other.host)
+        } else {
+            // Else a data directory that was lost, or a container made anew on this machine.
+            !(same(&self.boot, &other.boot) && same(&self.host, &other.host))
+        }
+    }
+}
+
 /// This host, by the number kept in `data_dir`, or a new one that is kept from now on.
 pub fn holder(data_dir: &Path) -> Holder {
     let path = data_dir.join(ID_FILE);
@@ -104,6 +120,43 @@ mod tests {
         let mended = holder(dir.path());
         assert_ne!(mended.id, first.id);
         assert_eq!(holder(dir.path()), mended);
+    }
+
+    #[test]
+    fn a_host_is_known_by_its_id_and_a_clone_by_its_name_and_boot() {
+        let holder = |id: &str, host: &str, boot: &str| Holder {
+            id: id.to_owned(),
+            host: host.to_owned(),
+            boot: boot.to_owned(),
+        };
+        let found = holder("1", "a", "x");
+        for (case, who, other) in [
+            ("itself", holder("1", "a", "x"), false),
+            ("itself, after a reboot", holder("1", "a", "y"), false),
+            ("itself, renamed", holder("1", "b", "x"), false),
+            ("a clone", holder("1", "b", "y"), true),
+            ("another", holder("2", "b", "y"), true),
+            ("another of the same name", holder("2", "a", "y"), true),
+            (
+                "a container made anew on the same host",
+                holder("2", "a", "x"),
+                false,
+            ),
+            ("another container on the same host", holder("2", "b", "x"), true),
+            (
+                "itself, unable to read what boot it is",
+                holder("1", "b", ""),
+                false,
+            ),
+            (
+                "another, unable to read what boot it is",
+                holder("2", "a", ""),
+                true,
+            ),
+        ] {
+            assert_eq!(found.differs_from(&who), other, "{case}");
+            assert_eq!(who.differs_from(&found), other, "{case}, the other way round");
+        }
     }
 
     #[test]

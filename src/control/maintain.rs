@@ -4,6 +4,7 @@
 //! `Notify`. Both tell the store's health.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +12,7 @@ use futures_util::FutureExt;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use rand::RngExt;
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::control::cache::Cache;
@@ -54,6 +56,7 @@ pub(super) async fn run(
         disturbed: &disturbed,
         cache,
         cache_due: Some(Instant::now() + CACHE_DELAY),
+        saving: None,
         linger_due: None,
         mends: Mends::default(),
         quarrel_complaints: RateLimit::default(),
@@ -96,6 +99,7 @@ impl Keep<'_> {
             };
             let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
+                    StoreHealth::note_conflict(self.health);
                     tracing::warn!(%error, "our lease went to another node; taking another subnet");
                     super::acquire(self.store, self.options, &lease.attrs, None).await
                 }
@@ -168,6 +172,8 @@ struct Follow<'a> {
     disturbed: &'a Notify,
     cache: Cache,
     cache_due: Option<Instant>,
+    /// A write of the cache that has not ended. The disk may hang; nothing waits for it but the next write.
+    saving: Option<JoinHandle<io::Result<()>>>,
     linger_due: Option<Instant>,
     mends: Mends,
     quarrel_complaints: RateLimit,
@@ -198,7 +204,12 @@ impl Follow<'_> {
                 }
                 Ok(()) = self.own.changed() => self.own_changed(),
                 () = at(self.linger_due) => self.linger_over(),
-                () = at(self.cache_due) => self.save_cache().await,
+                () = at(self.cache_due), if self.saving.is_none() => self.save_cache(),
+                saved = ended(&mut self.saving) => {
+                    if let Err(error) = saved {
+                        super::complain(&self.cache_complaints, &error, "cannot write the cache");
+                    }
+                }
             }
         }
     }
@@ -217,6 +228,9 @@ impl Follow<'_> {
             }
         };
         let disturbance = disturbance(&self.own.borrow(), &update);
+        if disturbance == Disturbance::Altered {
+            StoreHealth::note_conflict(self.health);
+        }
         match disturbance {
             Disturbance::None => {}
             Disturbance::Gone => self.disturbed.notify_one(),
@@ -236,7 +250,8 @@ impl Follow<'_> {
             self.table.apply(&update)
         };
         let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
-        if self.table.held() > 0 && self.linger_due.is_none() {
+        // Whoever is held last has the whole time to come back.
+        if self.table.held() > held {
             // Peers that vanish and come back again and again are told of once a minute.
             if self.linger_complaints.allows() {
                 tracing::warn!(
@@ -291,7 +306,7 @@ impl Follow<'_> {
         }
     }
 
-    async fn save_cache(&mut self) {
+    fn save_cache(&mut self) {
         self.cache_due = None;
         let Some(dir) = self.options.state_dir.clone() else {
             return;
@@ -302,11 +317,18 @@ impl Follow<'_> {
             .map(|(subnet, attrs)| (subnet, attrs.clone()))
             .collect();
         let (cache, place) = (self.cache.clone(), self.store.place());
-        let saved = tokio::task::spawn_blocking(move || cache.save(&dir, &place)).await;
-        if let Err(error) = saved.unwrap_or_else(|error| Err(error.into())) {
-            super::complain(&self.cache_complaints, &error, "cannot write the cache");
-        }
+        self.saving = Some(tokio::task::spawn_blocking(move || cache.save(&dir, &place)));
     }
+}
+
+/// How the task ended; never, if there is none.
+async fn ended(task: &mut Option<JoinHandle<io::Result<()>>>) -> io::Result<()> {
+    let Some(running) = task else {
+        return std::future::pending().await;
+    };
+    let how = running.await;
+    *task = None;
+    how.unwrap_or_else(|error| Err(error.into()))
 }
 
 type Told = Result<WatchItem, StoreError>;

@@ -44,7 +44,7 @@ pub mod subnet_file;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -114,6 +114,8 @@ pub struct StoreHealth {
     pub last_error: Option<String>,
     /// Errors so far.
     pub errors: u64,
+    /// How often somebody else had, took or changed our lease so far.
+    pub conflicts: u64,
 }
 
 /// Where [`Control::maintain`] puts what it finds out.
@@ -161,6 +163,9 @@ pub struct Control {
     source: Source,
     /// The lease of this process's life under other addresses, until the store knows it by those it has now.
     former: Option<Lease>,
+    /// How often somebody else had our lease, as yet.
+    conflicts: AtomicU64,
+    config_is_cached: bool,
 }
 
 impl std::fmt::Debug for Control {
@@ -184,6 +189,8 @@ impl Control {
             cache,
             source: Source::Store,
             former: None,
+            conflicts: AtomicU64::new(0),
+            config_is_cached: false,
         }
     }
 
@@ -191,6 +198,19 @@ impl Control {
     pub fn moving(mut self, lease: Option<Lease>) -> Self {
         self.former = lease;
         self
+    }
+
+    /// Lives by a config that was read elsewhere.
+    pub fn live_by(&mut self, text: String) {
+        self.cache.config = Some(text);
+    }
+
+    /// The config this life goes by, as the store had it, and whether the store did not say so itself this time.
+    pub fn config_text(&self) -> (String, bool) {
+        (
+            self.cache.config.clone().unwrap_or_default(),
+            self.config_is_cached,
+        )
     }
 
     /// Gets the network config; waits until there is a usable one.
@@ -232,6 +252,7 @@ impl Control {
             }
             config = fallback(cached, &answered) => {
                 tracing::warn!(store = self.store.place(), "the store is away: starting with the cached config");
+                self.config_is_cached = true;
                 config
             }
         }
@@ -255,6 +276,8 @@ impl Control {
                     Ok(lease) => return lease,
                     Err(error) => {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
+                        self.conflicts
+                            .fetch_add(u64::from(error.is_conflict()), Ordering::Relaxed);
                         complain(&complaints, &error, "waiting for a lease");
                         if error.is_unavailable() {
                             backoff.next_pause()
@@ -295,6 +318,7 @@ impl Control {
                 match readdress(&*self.store, &self.options, &lease, &former.attrs).await {
                     Ok(lease) => return Some(lease),
                     Err(error @ StoreError::LeaseLost { .. }) => {
+                        self.conflicts.fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(%error, "our lease is another node's by now; taking another subnet");
                         return None;
                     }
@@ -365,6 +389,7 @@ impl Control {
             since: Instant::now(),
             last_error: None,
             errors: 0,
+            conflicts: self.conflicts.load(Ordering::Relaxed),
         };
         let (peers, peers_rx) = watch::channel(Arc::new(table));
         let (lease, lease_rx) = watch::channel(lease.clone());
@@ -444,6 +469,7 @@ impl StoreHealth {
             let connected = result.err().is_none_or(|error| !error.is_unavailable());
             let last_error = result.err().map(ToString::to_string);
             health.errors += u64::from(result.is_err());
+            health.conflicts += u64::from(result.is_err_and(StoreError::is_conflict));
             if health.connected != connected {
                 health.since = Instant::now();
             } else if health.last_error == last_error {
@@ -452,6 +478,14 @@ impl StoreHealth {
             health.connected = connected;
             health.last_error = last_error;
             true
+        });
+    }
+
+    /// Somebody else has, took or changed our lease. Nobody is woken for it: it is a number to be read.
+    fn note_conflict(sender: &watch::Sender<Self>) {
+        sender.send_if_modified(|health| {
+            health.conflicts += 1;
+            false
         });
     }
 }

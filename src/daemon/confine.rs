@@ -1,14 +1,14 @@
 //! Which files this process needs, and everything else given up: what [`sandbox`](crate::host::sandbox) is told to leave.
 
 use std::fs::{self, DirBuilder, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, User};
 
 use crate::control::identity;
 use crate::host::firewall;
+use crate::host::folders::{self, FolderError};
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
     FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxChoice, SandboxPart,
@@ -57,27 +57,9 @@ pub(crate) enum ConfineError {
     /// There is no such user.
     #[error("there is no user {0:?} (--user)")]
     NoUser(String),
-    /// The user could not write where it must.
-    #[error("user {user} may not write to {}, which belongs to user {owner}; chown it", .folder.display())]
-    Foreign {
-        /// Whom we should become.
-        user: Uid,
-        /// The folder.
-        folder: PathBuf,
-        /// Whose it is.
-        owner: u32,
-    },
-    /// A folder cannot be given to the user.
-    #[error("cannot give {} to user {user}", .path.display())]
-    Give {
-        /// What.
-        path: PathBuf,
-        /// To whom.
-        user: Uid,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
+    /// A folder is not the user's, or cannot be.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
     /// The kernel refuses.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -88,11 +70,13 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     let account = options.process.user.as_deref().map(account).transpose()?;
     let folders = folders(options);
     for (folder, mode) in &folders {
-        prepare(folder, *mode, account)?;
+        match account {
+            Some(account) => folders::prepare(folder, *mode, account)?,
+            None => prepare(folder, *mode),
+        }
     }
     if let Some(account) = account {
-        give_contents(&options.data_dir, account)?;
-        give_networks(&options.data_dir.join(NetworkChoice::STATE), account)?;
+        folders::give_contents(&options.data_dir, NetworkChoice::STATE, account)?;
     }
     let parts = parts_of(&options.process.sandbox);
     if options.firewall.tool != FirewallTool::Off
@@ -306,73 +290,15 @@ fn account(name: &str) -> Result<Account, ConfineError> {
     Ok(Account { uid, gid })
 }
 
-/// Makes a folder, for the account if there is one. One that cannot be made is told by whoever uses it, who also knows what for.
-fn prepare(folder: &Path, mode: u32, account: Option<Account>) -> Result<(), ConfineError> {
-    let new = !folder.exists();
-    if new {
-        let made = DirBuilder::new().recursive(true).mode(mode).create(folder);
-        if let Err(error) = made.and_then(|()| fs::set_permissions(folder, Permissions::from_mode(mode))) {
-            tracing::debug!(%error, folder = %folder.display(), "cannot make a folder");
-            return Ok(());
-        }
+/// Makes a folder. One that cannot be made is told by whoever uses it, who also knows what for.
+fn prepare(folder: &Path, mode: u32) {
+    if folder.exists() {
+        return;
     }
-    let Some(account) = account else { return Ok(()) };
-    if new {
-        return give(folder, account);
+    let made = DirBuilder::new().recursive(true).mode(mode).create(folder);
+    if let Err(error) = made.and_then(|()| fs::set_permissions(folder, Permissions::from_mode(mode))) {
+        tracing::debug!(%error, folder = %folder.display(), "cannot make a folder");
     }
-    let Ok(meta) = fs::metadata(folder) else {
-        return Ok(());
-    };
-    let mode = meta.mode();
-    let writable = meta.uid() == account.uid.as_raw()
-        || (meta.gid() == account.gid.as_raw() && mode & 0o020 != 0)
-        || mode & 0o002 != 0;
-    if writable {
-        return Ok(());
-    }
-    Err(ConfineError::Foreign {
-        user: account.uid,
-        folder: folder.to_owned(),
-        owner: meta.uid(),
-    })
-}
-
-/// Gives the account what an earlier life as another user left in the data directory.
-fn give_contents(folder: &Path, account: Account) -> Result<(), ConfineError> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return Ok(());
-    };
-    for entry in entries.flatten() {
-        // A link is not followed: what it leads to may be anybody's.
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            give(&entry.path(), account)?;
-        }
-    }
-    Ok(())
-}
-
-/// The same for the folders of several networks.
-fn give_networks(folder: &Path, account: Account) -> Result<(), ConfineError> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return Ok(());
-    };
-    give(folder, account)?;
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            give(&entry.path(), account)?;
-            give_contents(&entry.path(), account)?;
-        }
-    }
-    Ok(())
-}
-
-fn give(path: &Path, account: Account) -> Result<(), ConfineError> {
-    let given = chown(path, Some(account.uid.as_raw()), Some(account.gid.as_raw()));
-    given.map_err(|source| ConfineError::Give {
-        path: path.to_owned(),
-        user: account.uid,
-        source,
-    })
 }
 
 #[cfg(test)]

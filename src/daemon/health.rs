@@ -1,6 +1,7 @@
 //! Whether the daemon lives and is ready, and what it counts: what [`monitor`](crate::server::monitor) and the watchdog ask.
 //!
-//! It lives while every thread that moves packets does ([`pulse`](crate::host::pulse)) and the loop that looks after each network turns.
+//! It lives while every thread that moves packets does ([`pulse`](crate::host::pulse)), the loop that looks after each network turns, and the
+//! process that runs firewall tools is there: inside its sandbox the daemon cannot start another.
 //! A store that is away, a lease still waited for or a device in use elsewhere are no illness: nothing would be better after a restart.
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::daemon::metrics::{self, Process};
 use crate::daemon::report::Report;
+use crate::host::firewall::helper;
 use crate::options::MonitorOptions;
 use crate::server::monitor::{self, Audience, Monitored};
 
@@ -22,6 +24,10 @@ pub(super) const TURN: Duration = Duration::from_secs(1);
 const LOOP_STUCK: Duration = Duration::from_secs(20);
 /// A thread without a pulse for so long is stuck: it sleeps a second at the most.
 const THREAD_STUCK: Duration = Duration::from_secs(10);
+
+/// What is wrong when nobody runs firewall tools any more.
+const HELPER_ENDED: &str =
+    "the process that runs firewall tools has ended: rules stay as they are until kersey is restarted";
 
 /// How a reload went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,8 +163,17 @@ impl Health {
     }
 }
 
+/// Whether somebody runs firewall tools, if somebody did.
+fn judge_helper(state: helper::State) -> Result<(), String> {
+    match state {
+        helper::State::None | helper::State::Alive => Ok(()),
+        helper::State::Ended => Err(HELPER_ENDED.to_owned()),
+    }
+}
+
 impl Monitored for Health {
     fn alive(&self) -> Result<(), String> {
+        judge_helper(helper::state())?;
         self.judge(Instant::now())
     }
 
@@ -186,6 +201,11 @@ impl Monitored for Health {
             kernel: self.kernel.clone(),
             reloads: [&self.applied, &self.refused].map(|counter| counter.load(Ordering::Relaxed)),
             sandbox: crate::host::sandbox::report().into_iter().collect(),
+            firewall_helper: match helper::state() {
+                helper::State::None => None,
+                helper::State::Alive => Some(true),
+                helper::State::Ended => Some(false),
+            },
         };
         let samples = networks
             .iter()
@@ -279,6 +299,14 @@ mod tests {
         );
         report.not_ready();
         assert_eq!(health.judge(now + LOOP_STUCK * 9), Ok(()), "it starts again");
+    }
+
+    #[test]
+    fn a_helper_that_has_ended_is_an_illness() {
+        assert_eq!(judge_helper(helper::State::None), Ok(()));
+        assert_eq!(judge_helper(helper::State::Alive), Ok(()));
+        let ill = judge_helper(helper::State::Ended).unwrap_err();
+        assert!(ill.contains("firewall tools has ended"), "{ill}");
     }
 
     #[test]

@@ -2,16 +2,21 @@
 //!
 //! Nothing is kept for it: each scrape samples what the status document is made from. Names have the prefix `kersey_`, base units, and
 //! `_total` on what only grows. Every series of a node carries `network`; `_` is the network that has no name. A peer is named by its
-//! subnet, so a thousand peers make about four thousand series. After a device was made anew its counters begin at 0, as Prometheus expects.
+//! subnet, so a thousand peers make about five thousand series. After a device was made anew its counters begin at 0, as Prometheus expects.
+//!
+//! There is nothing of a peer's round trips and losses: flannel's formats have no field to measure them by, and nothing is sent that a
+//! peer did not ask for.
+
+mod families;
 
 use std::fmt;
 
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
-use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
+use self::families::{Families, Labels, Sizes};
 use crate::daemon::report::Sample;
 use crate::dataplane::stats::Count;
 use crate::status::{Peer, Status};
@@ -27,6 +32,8 @@ pub(super) struct Process {
     pub(super) reloads: [u64; 2],
     /// What it has given up of its privileges: part, and what came of it.
     pub(super) sandbox: Vec<(String, String)>,
+    /// Whether the process that runs firewall tools is there, if there was one.
+    pub(super) firewall_helper: Option<bool>,
 }
 
 /// One scrape.
@@ -47,9 +54,6 @@ pub(super) fn render(process: Process, networks: Vec<(String, Sample)>) -> Strin
         Err(fmt::Error) => "# EOF\n".to_owned(),
     }
 }
-
-/// Labels of a series: name and value.
-type Labels = Vec<(&'static str, String)>;
 
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
@@ -87,6 +91,12 @@ impl Scrape {
             "sandbox_enabled",
             "Whether a part of the sandbox holds",
             parts.map(|(part, state)| (vec![("part", part.clone())], holds(state))),
+        )?;
+        let helper = self.process.firewall_helper.into_iter();
+        out.gauges(
+            "firewall_helper_up",
+            "Whether the process that runs firewall tools is there",
+            helper.map(|up| (Vec::new(), truth(up))),
         )
     }
 
@@ -187,6 +197,17 @@ impl Scrape {
             )?;
         }
         out.gauges(
+            "peer_last_seen_timestamp_seconds",
+            "When packets of a peer last came, to within 5 s, since 1970; absent before the first, and a peer may well have nothing to say",
+            self.rows(|status| {
+                let seen = status.peers.iter().filter_map(|peer| {
+                    let at = peer.last_seen_unix_s?;
+                    Some((vec![peer_label(peer)], at as f64))
+                });
+                seen.collect()
+            }),
+        )?;
+        out.gauges(
             "peer_path_mtu_bytes",
             "The largest packet a peer can be sent, where the path carries less than the link",
             self.rows(|status| {
@@ -211,6 +232,23 @@ impl Scrape {
             })
         });
         out.counters("drops", "Packets dropped", drops)?;
+        let batches = self.networks.iter().flat_map(|(network, sample)| {
+            sample.batches.iter().map(move |batches| {
+                let labels = vec![
+                    ("network", network.clone()),
+                    ("direction", batches.direction.to_owned()),
+                ];
+                (labels, Sizes::of(batches))
+            })
+        });
+        out.histograms("batch_packets", "Inner packets a batch", batches)?;
+        let calls = self.networks.iter().flat_map(|(network, sample)| {
+            sample.calls.iter().map(move |(call, n)| {
+                let labels = vec![("network", network.clone()), ("call", call.name().to_owned())];
+                (labels, *n)
+            })
+        });
+        out.counters("syscalls", "System calls of the packet path", calls)?;
         for count in Count::ALL {
             let name = if *count == Count::ReceiveOverflows {
                 "socket_overflow"
@@ -239,6 +277,11 @@ impl Scrape {
             "store_errors",
             "Errors of the store",
             self.each(|_, sample| Some((Vec::new(), sample.store_errors))),
+        )?;
+        out.counters(
+            "lease_conflicts",
+            "How often somebody else had, took or changed our lease",
+            self.each(|_, sample| Some((Vec::new(), sample.lease_conflicts))),
         )?;
         out.counters(
             "store_resets",
@@ -277,52 +320,6 @@ impl Scrape {
             }
         }
         all
-    }
-}
-
-/// Writes families of metrics; one without series is left out.
-struct Families<'a, 'b>(&'a mut DescriptorEncoder<'b>);
-
-impl Families<'_, '_> {
-    fn counters(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = (Labels, u64)>,
-    ) -> fmt::Result {
-        self.write(name, help, MetricType::Counter, series, |n, encoder| {
-            prometheus_client::metrics::counter::ConstCounter::new(n).encode(encoder)
-        })
-    }
-
-    fn gauges(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = (Labels, f64)>,
-    ) -> fmt::Result {
-        self.write(name, help, MetricType::Gauge, series, |value, encoder| {
-            prometheus_client::metrics::gauge::ConstGauge::new(value).encode(encoder)
-        })
-    }
-
-    fn write<V>(
-        &mut self,
-        name: &str,
-        help: &str,
-        kind: MetricType,
-        series: impl IntoIterator<Item = (Labels, V)>,
-        put: impl Fn(V, MetricEncoder<'_>) -> fmt::Result,
-    ) -> fmt::Result {
-        let mut series = series.into_iter().peekable();
-        if series.peek().is_none() {
-            return Ok(());
-        }
-        let mut family = self.0.encode_descriptor(name, help, None, kind)?;
-        for (labels, value) in series {
-            put(value, family.encode_family(&labels)?)?;
-        }
-        Ok(())
     }
 }
 
@@ -367,94 +364,4 @@ fn help(count: Count) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::dataplane::stats::DropReason;
-
-    fn sample() -> Sample {
-        let mut status = Status {
-            ready: true,
-            ..Status::default()
-        };
-        status.backend.name = "vxlan".to_owned();
-        status.backend.reason = "say \"why\"\n".to_owned();
-        status.node.lease_expires_unix_s = Some(1_900_000_000);
-        status.device.offloads = [("tun_tso", "on"), ("udp_gso", "off (kernel)")]
-            .map(|(kind, state)| (kind.to_owned(), state.to_owned()))
-            .into();
-        status.counters = Count::ALL
-            .iter()
-            .map(|count| (count.name().to_owned(), 3))
-            .collect();
-        status.peers = vec![Peer {
-            subnets: vec!["10.244.7.0/24".to_owned()],
-            endpoints: vec!["192.0.2.7:8472".to_owned()],
-            outbound_packets: 41,
-            ..Peer::default()
-        }];
-        Sample {
-            status,
-            drops: DropReason::ALL
-                .iter()
-                .map(|reason| (*reason, "inbound", 5))
-                .collect(),
-            store_errors: 2,
-            route_updates: 9,
-        }
-    }
-
-    #[test]
-    fn every_counter_and_every_drop_reason_is_there() {
-        let process = Process {
-            reloads: [4, 1],
-            sandbox: vec![("seccomp".to_owned(), "on".to_owned())],
-            ..Process::default()
-        };
-        let text = render(process, vec![("_".to_owned(), sample())]);
-        for line in [
-            r#"kersey_ready{network="_"} 1.0"#,
-            r#"kersey_backend_info{network="_",backend="vxlan",reason="say \"why\"\n"} 1.0"#,
-            r#"kersey_lease_expiry_timestamp_seconds{network="_"} 1900000000.0"#,
-            r#"kersey_peer_tx_packets_total{network="_",peer="10.244.7.0/24"} 41"#,
-            r#"kersey_peers{network="_",state="reachable"} 1.0"#,
-            r#"kersey_tun_offload_enabled{network="_",kind="udp_gso"} 0.0"#,
-            r#"kersey_socket_overflow_total{network="_"} 3"#,
-            r#"kersey_gso_fallbacks_total{network="_"} 3"#,
-            r#"kersey_store_up{network="_"} 0.0"#,
-            r#"kersey_store_errors_total{network="_"} 2"#,
-            r#"kersey_config_reloads_total{result="refused"} 1"#,
-            r#"kersey_sandbox_enabled{part="seccomp"} 1.0"#,
-        ] {
-            assert!(text.lines().any(|have| have == line), "{line}\n{text}");
-        }
-        for reason in DropReason::ALL {
-            let name = reason.name();
-            let line = format!(r#"kersey_drops_total{{network="_",reason="{name}",direction="inbound"}} 5"#);
-            assert!(text.contains(&line), "{line}");
-        }
-        assert!(text.ends_with("# EOF\n"));
-    }
-
-    #[test]
-    fn names_are_unique_described_and_well_formed() {
-        let text = render(Process::default(), vec![("_".to_owned(), sample())]);
-        let mut names = BTreeSet::new();
-        for line in text.lines() {
-            if let Some(rest) = line.strip_prefix("# TYPE ") {
-                let name = rest.split(' ').next().unwrap();
-                assert!(names.insert(name.to_owned()), "{name} twice");
-                assert!(text.contains(&format!("# HELP {name} ")), "{name}");
-                assert!(name.starts_with("kersey_") && !name.ends_with("_total"), "{name}");
-            }
-        }
-        assert!(names.len() > 30, "{names:?}");
-    }
-
-    #[test]
-    fn a_process_without_a_network_still_has_metrics() {
-        let text = render(Process::default(), Vec::new());
-        assert!(text.contains("kersey_build_info{version="), "{text}");
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -12,15 +12,18 @@ use crate::addr::{Mtu, NetworkName};
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{Published, RateLimit};
+use crate::control::{Published, RateLimit, StoreHealth};
 use crate::daemon::health::Health;
 use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
-use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::stats::{BatchSizes, Call, Count, DropReason, WorkerStats};
 use crate::host::interface::UnderlayInterface;
 use crate::host::pulse::Pulse;
 use crate::lease::{Expiration, Subnet};
 use crate::options::RunOptions;
 use crate::status::{self, Status};
+
+/// How often it is looked which peers' packets came.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// What the status document is made from; shared between the daemon, which sets it, and the socket, which reads it.
 pub(super) struct Report {
@@ -37,6 +40,7 @@ struct Parts {
     store: Option<Arc<dyn Store>>,
     published: Option<Published>,
     peers: BTreeMap<Subnet, InstalledPeer>,
+    seen: Seen,
     kernel_routes: BTreeMap<Subnet, String>,
     workers: Vec<Arc<WorkerStats>>,
     directed: Vec<(&'static str, Arc<WorkerStats>)>,
@@ -62,13 +66,65 @@ enum Rules {
     Missing(String),
 }
 
+/// When packets of peers last came. The packet path knows no clock for it: now and then it is looked which counts have grown.
+#[derive(Debug, Default)]
+struct Seen {
+    looked: Option<Instant>,
+    peers: BTreeMap<Subnet, Sight>,
+}
+
+/// What the last look at a peer gave.
+#[derive(Clone, Copy, Debug)]
+struct Sight {
+    packets: u64,
+    /// Seconds since 1970.
+    at: Option<u64>,
+}
+
+impl Seen {
+    fn look(&mut self, counts: impl Iterator<Item = (Subnet, u64)>, unix_s: u64) {
+        let mut before = std::mem::take(&mut self.peers);
+        let looked = counts.map(|(subnet, packets)| {
+            let last = before.remove(&subnet);
+            // With a device made anew, counts begin at 0.
+            let came = packets != last.map_or(0, |last| last.packets) && packets > 0;
+            let at = if came {
+                Some(unix_s)
+            } else {
+                last.and_then(|last| last.at)
+            };
+            (subnet, Sight { packets, at })
+        });
+        self.peers = looked.collect();
+    }
+
+    fn at(&self, subnet: &Subnet) -> Option<u64> {
+        self.peers.get(subnet)?.at
+    }
+}
+
+/// How large the batches of a direction were.
+#[derive(Clone, Debug)]
+pub(super) struct Batches {
+    pub(super) direction: &'static str,
+    pub(super) sizes: BatchSizes,
+    /// Packets in all of them.
+    pub(super) packets: u64,
+}
+
 /// What metrics are made from.
 #[derive(Debug)]
 pub(super) struct Sample {
     pub(super) status: Status,
     /// Packets dropped, by reason and direction.
     pub(super) drops: Vec<(DropReason, &'static str, u64)>,
+    /// Of both directions, if there is a packet path.
+    pub(super) batches: Vec<Batches>,
+    /// System calls of the packet path, if there is one.
+    pub(super) calls: Vec<(Call, u64)>,
     pub(super) store_errors: u64,
+    /// How often somebody else had, took or changed our lease.
+    pub(super) lease_conflicts: u64,
     pub(super) route_updates: u64,
 }
 
@@ -202,7 +258,16 @@ impl Report {
 
     /// The loop that keeps the node up has turned.
     pub(super) fn set_turned(&self) {
-        self.edit(|parts| parts.turned = Some(Instant::now()));
+        let now = Instant::now();
+        self.edit(|parts| {
+            parts.turned = Some(now);
+            if parts.seen.looked.is_none_or(|looked| now - looked >= LOOK) {
+                parts.seen.looked = Some(now);
+                let inbound = |peer: &InstalledPeer| peer.stats.totals().2;
+                let counts = parts.peers.iter().map(|(subnet, peer)| (*subnet, inbound(peer)));
+                parts.seen.look(counts, unix_s());
+            }
+        });
     }
 
     /// The subnet file is written and packets move: it is ready, unless firewall rules are missing.
@@ -318,12 +383,23 @@ impl Report {
                 (reason, direction, dropped)
             })
         });
+        let batches = ["outbound", "inbound"].map(|direction| batches(direction, &parts.directed));
+        // Without a tunnel there is nothing that counts.
+        let calls = if parts.workers.is_empty() { &[] } else { Call::ALL };
+        let calls = calls.iter().map(|&call| {
+            let made = parts.workers.iter().map(|worker| worker.calls(call)).sum();
+            (call, made)
+        });
+        let of_store = |of: fn(&StoreHealth) -> u64| {
+            let published = parts.published.as_ref();
+            published.map_or(0, |published| of(&published.health.borrow()))
+        };
         Sample {
             drops: drops.collect(),
-            store_errors: parts
-                .published
-                .as_ref()
-                .map_or(0, |published| published.health.borrow().errors),
+            batches: batches.into_iter().flatten().collect(),
+            calls: calls.collect(),
+            store_errors: of_store(|health| health.errors),
+            lease_conflicts: of_store(|health| health.conflicts),
             route_updates: parts.route_updates,
             status,
         }
@@ -343,6 +419,7 @@ impl Report {
         status.drops = nonzero(|reason| parts.workers.iter().map(|worker| worker.dropped(reason)).sum());
         let tunnelled = parts.peers.iter().map(|(subnet, peer)| status::Peer {
             kernel_route: parts.kernel_routes.get(subnet).cloned(),
+            last_seen_unix_s: parts.seen.at(subnet),
             ..peer_status(*subnet, peer)
         });
         status.peers.extend(tunnelled);
@@ -448,6 +525,39 @@ impl Reports {
     }
 }
 
+/// How large the batches of a direction were; `None` if there is no such direction.
+fn batches(direction: &'static str, workers: &[(&'static str, Arc<WorkerStats>)]) -> Option<Batches> {
+    let count = match direction {
+        "outbound" => Count::OutboundPackets,
+        _ => Count::InboundPackets,
+    };
+    let mut of = workers.iter().filter(|(way, _)| *way == direction).peekable();
+    of.peek()?;
+    let none = (BatchSizes::default(), 0);
+    let (sizes, packets) = of.fold(none, |(mut sizes, packets), (_, stats)| {
+        for (size, more) in sizes.iter_mut().zip(stats.batches()) {
+            *size += more;
+        }
+        (sizes, packets + stats.counted(count))
+    });
+    Some(Batches {
+        direction,
+        sizes,
+        packets,
+    })
+}
+
+/// Seconds since 1970.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a moment to be told, not to be reckoned with"
+)]
+fn unix_s() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
 /// Where a peer is: a SID has no port.
 fn endpoint(addr: &SocketAddr) -> String {
     match addr.port() {
@@ -493,4 +603,51 @@ fn nonzero(dropped: impl Fn(DropReason) -> u64) -> BTreeMap<String, u64> {
         .iter()
         .map(|reason| (reason.name().to_owned(), dropped(*reason)));
     counted.filter(|(_, n)| *n > 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_seen_when_its_count_has_changed_and_stays_so_when_it_has_not() {
+        let subnets: Vec<Subnet> = ["10.244.7.0-24", "10.244.8.0-24"]
+            .map(|key| key.parse().unwrap())
+            .to_vec();
+        let mut seen = Seen::default();
+        let looks: [(u64, [u64; 2], [Option<u64>; 2]); 5] = [
+            (100, [0, 3], [None, Some(100)]),
+            (105, [0, 3], [None, Some(100)]),
+            (110, [1, 9], [Some(110), Some(110)]),
+            // The device was made anew.
+            (115, [0, 0], [Some(110), Some(110)]),
+            (120, [0, 2], [Some(110), Some(120)]),
+        ];
+        for (now, packets, expected) in looks {
+            seen.look(subnets.iter().copied().zip(packets), now);
+            let at: Vec<_> = subnets.iter().map(|subnet| seen.at(subnet)).collect();
+            assert_eq!(at, expected, "at {now}");
+        }
+        seen.look(subnets.iter().copied().zip([0]), 125);
+        assert_eq!(seen.at(&subnets[1]), None, "one that left is forgotten");
+    }
+
+    #[test]
+    fn batches_are_summed_over_the_workers_of_a_direction() {
+        let workers = [("outbound", 3), ("inbound", 40), ("outbound", 1)].map(|(direction, packets)| {
+            let stats = Arc::<WorkerStats>::default();
+            stats.batch(packets);
+            let count = if direction == "outbound" {
+                Count::OutboundPackets
+            } else {
+                Count::InboundPackets
+            };
+            stats.count(count, packets);
+            (direction, stats)
+        });
+        let out = batches("outbound", &workers).unwrap();
+        assert_eq!((out.packets, &out.sizes[..4]), (4, &[1, 0, 1, 0][..]));
+        assert_eq!(batches("inbound", &workers).unwrap().sizes[6], 1);
+        assert!(batches("outbound", &[]).is_none());
+    }
 }

@@ -1,7 +1,7 @@
 //! What the service manager is told: that we live, and in one line how we are.
 //!
 //! The watchdog is fed only while [`Health`] finds nothing wrong, so a stuck loop or a dead thread ends in a restart. This runs on the
-//! control loop's own thread: if that hangs, nobody feeds. Without a service manager nobody is told.
+//! control loop's own thread: if that hangs, nobody feeds. Without a service manager only the log tells.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,20 +24,24 @@ pub(super) async fn tend(health: Arc<Health>) -> Infallible {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = String::new();
-    let mut hungry = false;
+    let mut ill = false;
     loop {
         ticks.tick().await;
-        if watchdog.is_some() {
-            match health.alive() {
-                Ok(()) => {
+        match health.alive() {
+            Ok(()) => {
+                if watchdog.is_some() {
                     let _ = sd_notify::notify(&[NotifyState::Watchdog]);
-                    hungry = false;
                 }
-                Err(why) if !hungry => {
+                ill = false;
+            }
+            Err(_) if ill => {}
+            Err(why) => {
+                if watchdog.is_some() {
                     tracing::error!(why, "the watchdog is not fed");
-                    hungry = true;
+                } else {
+                    tracing::error!(why, "something is wrong that only a restart mends");
                 }
-                Err(_) => {}
+                ill = true;
             }
         }
         let line = health.summary();

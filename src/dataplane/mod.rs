@@ -63,6 +63,9 @@ pub trait Device {
 
     /// What frames it takes beyond plain packets.
     fn merge(&self) -> Merge;
+
+    /// Puts the system calls made since this was last called into `stats`; nothing to do for an edge that makes none.
+    fn settle(&mut self, _stats: &WorkerStats) {}
 }
 
 /// Why a device did not take a frame.
@@ -103,6 +106,9 @@ pub trait Underlay {
 
     /// Size of the pool of source ports, at least 1.
     fn source_ports(&self) -> usize;
+
+    /// As [`Device::settle`], of the calls that receive; those that send are counted as they are made.
+    fn settle(&mut self, _stats: &WorkerStats) {}
 }
 
 /// A run, or the rest of one, that was not sent.

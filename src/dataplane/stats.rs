@@ -201,12 +201,63 @@ named! {
     }
 }
 
+named! {
+    /// System calls of the packet path, by the name they have in `strace`.
+    Call {
+        /// A packet from a TUN device.
+        Readv = "readv",
+        /// A frame to a TUN device.
+        Writev = "writev",
+        /// Datagrams from a socket.
+        Recvmmsg = "recvmmsg",
+        /// Datagrams to a socket.
+        Sendmmsg = "sendmmsg",
+        /// An ICMP error of our own.
+        Sendto = "sendto",
+        /// A wait, or a look whether there is anything to wait for.
+        Poll = "poll",
+        /// The processor left to whoever wants it, between two looks.
+        SchedYield = "sched_yield",
+    }
+}
+
+/// System calls one edge has made since it was last asked, on memory of its own: what makes them need not know whose counters they go to.
+#[derive(Clone, Debug, Default)]
+pub struct Calls([u32; Call::COUNT]);
+
+impl Calls {
+    /// Notes a call.
+    #[inline]
+    pub fn note(&mut self, call: Call) {
+        let noted = &mut self.0[call as usize];
+        *noted = noted.wrapping_add(1);
+    }
+
+    /// Moves what was noted into a worker's counters.
+    #[inline]
+    pub fn settle(&mut self, stats: &WorkerStats) {
+        for (counter, noted) in stats.calls.iter().zip(&mut self.0) {
+            if *noted != 0 {
+                counter.add(u64::from(std::mem::take(noted)));
+            }
+        }
+    }
+}
+
+/// Sizes of batches are told apart by powers of two up to the last of these, packets; anything larger is one kind more.
+pub const BATCH_BOUNDS: [u32; 13] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+
+/// How many batches were of which size: one number for each bound, of those up to it and above the one before, and one for the rest.
+pub type BatchSizes = [u64; BATCH_BOUNDS.len() + 1];
+
 /// The counters of one worker.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct WorkerStats {
     counts: [Counter; Count::COUNT],
     drops: [Counter; DropReason::COUNT],
+    calls: [Counter; Call::COUNT],
+    batches: [Counter; BATCH_BOUNDS.len() + 1],
 }
 
 impl Default for WorkerStats {
@@ -214,6 +265,8 @@ impl Default for WorkerStats {
         Self {
             counts: std::array::from_fn(|_| Counter::default()),
             drops: std::array::from_fn(|_| Counter::default()),
+            calls: std::array::from_fn(|_| Counter::default()),
+            batches: std::array::from_fn(|_| Counter::default()),
         }
     }
 }
@@ -229,6 +282,29 @@ impl WorkerStats {
     #[inline]
     pub fn discard(&self, reason: DropReason, n: u64) {
         self.drops[reason as usize].add(n);
+    }
+
+    /// Counts a system call.
+    #[inline]
+    pub fn called(&self, call: Call) {
+        self.calls[call as usize].add(1);
+    }
+
+    /// Counts a batch of so many packets.
+    #[inline]
+    pub fn batch(&self, packets: u64) {
+        let power = u64::BITS - packets.saturating_sub(1).leading_zeros();
+        self.batches[(power as usize).min(BATCH_BOUNDS.len())].add(1);
+    }
+
+    /// Reads the count of a system call.
+    pub fn calls(&self, call: Call) -> u64 {
+        self.calls[call as usize].get()
+    }
+
+    /// Reads how large batches were.
+    pub fn batches(&self) -> BatchSizes {
+        std::array::from_fn(|index| self.batches[index].get())
     }
 
     /// Reads a count.
@@ -337,6 +413,40 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), DropReason::COUNT);
         assert_eq!(DropReason::ALL[DropReason::NoRoute as usize], DropReason::NoRoute);
+    }
+
+    #[test]
+    fn a_batch_is_counted_under_the_first_bound_that_holds_it() {
+        let stats = WorkerStats::default();
+        let bound_of = |packets: u64| BATCH_BOUNDS.iter().position(|&bound| packets <= u64::from(bound));
+        for packets in (0..=9000).chain([u64::MAX]) {
+            let before = stats.batches();
+            stats.batch(packets);
+            let grown = stats
+                .batches()
+                .iter()
+                .zip(before)
+                .position(|(now, before)| *now != before);
+            assert_eq!(grown, bound_of(packets).or(Some(BATCH_BOUNDS.len())), "{packets}");
+        }
+    }
+
+    #[test]
+    fn calls_are_settled_once() {
+        let (stats, mut calls) = (WorkerStats::default(), Calls::default());
+        calls.note(Call::Readv);
+        calls.note(Call::Readv);
+        calls.settle(&stats);
+        calls.settle(&stats);
+        stats.called(Call::Poll);
+        assert_eq!(
+            (
+                stats.calls(Call::Readv),
+                stats.calls(Call::Poll),
+                stats.calls(Call::Writev)
+            ),
+            (2, 1, 0)
+        );
     }
 
     #[test]

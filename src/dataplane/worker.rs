@@ -114,6 +114,9 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
     pub fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         self.batch.clear();
         self.plan.clear();
+        // Those of the turn before: after one that found something there is always another.
+        self.device.settle(&self.stats);
+        let before = self.stats.counted(Count::OutboundPackets);
         let routes = self.routes.load();
         // Each packet is dealt with while it is still in the cache, and the newest may take more room than it was read into.
         while self.device.recv(&mut self.batch)? {
@@ -146,6 +149,8 @@ impl<E: Encap, D: Device, U: Underlay> Outbound<E, D, U> {
         }
         self.stats.count(Count::OutboundBatches, 1);
         self.stats.count(Count::OutboundMoved, self.batch.take_moved());
+        self.stats
+            .batch(self.stats.counted(Count::OutboundPackets).wrapping_sub(before));
         if self.plan.is_empty() {
             return Ok(Turn::Busy);
         }
@@ -282,6 +287,9 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
     /// An edge is beyond use and must be made anew.
     pub fn turn(&mut self, now: Instant) -> io::Result<Turn> {
         self.batch.clear();
+        self.device.settle(&self.stats);
+        self.underlay.settle(&self.stats);
+        let before = self.stats.counted(Count::InboundPackets);
         self.underlay.recv(&mut self.batch)?;
         let routes = self.routes.load();
         self.stats.discard(DropReason::DatagramCut, self.batch.cut());
@@ -315,6 +323,8 @@ impl<E: Encap, D: Device, U: Underlay> Inbound<E, D, U> {
                 },
             );
         }
+        self.stats
+            .batch(self.stats.counted(Count::InboundPackets).wrapping_sub(before));
         self.coalescer.finish(self.batch.bytes());
         for index in 0..self.coalescer.len() {
             self.write(index)?;

@@ -23,7 +23,7 @@ use crate::dataplane::endpoint::{
 };
 use crate::dataplane::forward::ErrorLimiter;
 use crate::dataplane::route::{Hop, SharedRoutes};
-use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::stats::{Call, Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
 use crate::host::handover::Bundle;
 use crate::host::pulse::Pulse;
@@ -159,6 +159,7 @@ impl Receiver {
     fn run(&mut self, stopped: &PipeReader) {
         loop {
             let sockets = self.recv.iter().map(|(socket, ..)| socket.as_fd());
+            self.sids.stats().called(Call::Poll);
             match sys::wait_readable(once(stopped.as_fd()).chain(sockets), FOREVER_MS) {
                 Ok(ready) if ready.first() => return,
                 Ok(_) => {}
@@ -180,6 +181,7 @@ impl Receiver {
     fn turn(&mut self) -> bool {
         self.batch.clear();
         for (socket, protocol, scratch) in &mut self.recv {
+            self.sids.stats().called(Call::Recvmmsg);
             let received = sys::recv_datagrams((socket.as_fd(), *protocol), &mut self.batch, scratch, SLOTS);
             match received {
                 // A packet too big, about any stop of a path: the next send to the first may well succeed.
@@ -412,7 +414,7 @@ impl Outlet {
             Exit::Tun(device, _, sids) if packets.iter().all(|packet| is_destined(packet, to)) => {
                 // To another SID of ours it comes straight back, and the reader adds the hop.
                 let more = u8::from(sids.locator(to).is_none());
-                return write(device, packets, more);
+                return write(device, packets, more, &self.stats);
             }
             Exit::Tun(_, socket, _) => socket.as_ref().ok_or(SendError::Denied)?,
         };
@@ -431,7 +433,7 @@ fn is_destined(packet: &[u8], to: Ipv6Addr) -> bool {
 }
 
 /// Writes IPv6 packets into a TUN device. The kernel forwards them, so each has one hop `more` to go than it is to have on the wire.
-fn write(device: &OwnedFd, packets: &[&[u8]], more: u8) -> Result<(), SendError> {
+fn write(device: &OwnedFd, packets: &[&[u8]], more: u8, stats: &WorkerStats) -> Result<(), SendError> {
     /// Hop limit in the IPv6 header, RFC 8200 §3.
     const HOP_LIMIT_AT: usize = 7;
     for packet in packets {
@@ -440,6 +442,7 @@ fn write(device: &OwnedFd, packets: &[&[u8]], more: u8) -> Result<(), SendError>
         };
         let hop_limit = [hop_limit.saturating_add(more)];
         let pieces = [before, &hop_limit, after].map(IoSlice::new);
+        stats.called(Call::Writev);
         sys::write_pieces(device.as_fd(), &pieces).map_err(|error| classify(&error))?;
     }
     Ok(())
@@ -456,12 +459,14 @@ fn send(
     let (mut rest, mut waits) = (packets, 0);
     while !rest.is_empty() {
         let messages = rest.iter().map(|packet| (MessageTo::plain(to), once(*packet)));
+        stats.called(Call::Sendmmsg);
         match sys::send_messages(socket.as_fd(), messages, scratch) {
             Ok(sent) => rest = rest.get(sent.max(1)..).unwrap_or_default(),
             Err(error) => match classify(&error) {
                 SendError::Busy if waits < WAIT_TRIES => {
                     waits += 1;
                     stats.count(Count::SendWaits, 1);
+                    stats.called(Call::Poll);
                     // If waiting fails, so does the next attempt.
                     let _ = sys::wait_writable(socket.as_fd(), WAIT_MS);
                 }

@@ -8,6 +8,7 @@
 pub mod endpoint;
 pub mod ethtool;
 pub mod firewall;
+pub mod folders;
 pub mod handover;
 pub mod inherited;
 pub mod interface;

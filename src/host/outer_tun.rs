@@ -36,7 +36,7 @@ use crate::addr::Mtu;
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch, Envelope};
 use crate::dataplane::endpoint::{Arrived, LocalSids};
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
-use crate::dataplane::stats::{Count, DropReason, WorkerStats};
+use crate::dataplane::stats::{Call, Calls, Count, DropReason, WorkerStats};
 use crate::dataplane::{SendFailure, Underlay};
 use crate::host::endpoint::SidWorker;
 use crate::host::socket::classify;
@@ -80,6 +80,7 @@ struct Receiver {
     others: SidWorker,
     paths: PathMtus,
     scratch: sys::ReadScratch,
+    calls: Calls,
 }
 
 /// Whose a packet is.
@@ -115,6 +116,7 @@ impl OuterTun {
                 others,
                 paths,
                 scratch: sys::ReadScratch::default(),
+                calls: Calls::default(),
             }),
             whole: Vec::new(),
         }
@@ -173,6 +175,7 @@ impl Underlay for OuterTun {
             let mut front = [0; V6_LEN];
             let room = once((0, slot.len()));
             let device = self.device.as_fd();
+            receiver.calls.note(Call::Readv);
             let read = match sys::read_scattered(device, &mut front, slot, room, &mut receiver.scratch) {
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -214,7 +217,7 @@ impl Underlay for OuterTun {
         &mut self,
         plan: &SendPlan,
         batch: &PacketBatch,
-        _stats: &WorkerStats,
+        stats: &WorkerStats,
         failures: &mut Vec<SendFailure>,
     ) -> io::Result<()> {
         for (index, run) in plan.runs().iter().enumerate() {
@@ -230,6 +233,7 @@ impl Underlay for OuterTun {
                         &self.whole
                     }
                 };
+                stats.called(Call::Writev);
                 let Err(error) = sys::write_pieces(self.device.as_fd(), &[IoSlice::new(packet)]) else {
                     continue;
                 };
@@ -256,6 +260,12 @@ impl Underlay for OuterTun {
 
     fn source_ports(&self) -> usize {
         1
+    }
+
+    fn settle(&mut self, stats: &WorkerStats) {
+        if let Some(receiver) = &mut self.receiver {
+            receiver.calls.settle(stats);
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use crate::dataplane::Encap;
 use crate::dataplane::forward::Sources;
 use crate::dataplane::route::SharedRoutes;
-use crate::dataplane::stats::{Count, WorkerStats};
+use crate::dataplane::stats::{Call, Count, WorkerStats};
 use crate::dataplane::worker::{Inbound, InboundOptions, Outbound, Turn};
 use crate::host::pulse::Pulse;
 use crate::host::sandbox::{self, Role};
@@ -394,14 +394,21 @@ fn run(work: &mut impl Work, mut watch: Watch, stopped: &PipeReader) -> io::Resu
                 watch.moved(moved.wrapping_sub(before), now);
                 before = moved;
                 turns = turns.wrapping_add(1);
-                if turns.is_multiple_of(CHECK_EVERY) && sys::wait_readable([stopped.as_fd()], 0)?.any() {
-                    return Ok(());
+                if turns.is_multiple_of(CHECK_EVERY) {
+                    work.stats().called(Call::Poll);
+                    if sys::wait_readable([stopped.as_fd()], 0)?.any() {
+                        return Ok(());
+                    }
                 }
             }
             // Whoever waits for this processor may have it: often it is the one who would answer.
-            Turn::Idle if watch.lingers(now) => std::thread::yield_now(),
+            Turn::Idle if watch.lingers(now) => {
+                work.stats().called(Call::SchedYield);
+                std::thread::yield_now();
+            }
             Turn::Idle => {
                 work.stats().count(Count::Sleeps, 1);
+                work.stats().called(Call::Poll);
                 if work.wait(stopped.as_fd())?.first() {
                     return Ok(());
                 }

@@ -30,7 +30,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::addr::Ipv6Prefix;
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
-use crate::dataplane::stats::{Count, WorkerStats};
+use crate::dataplane::stats::{Call, Calls, Count, WorkerStats};
 use crate::dataplane::{SendError, SendFailure, Underlay};
 use crate::host::handover::{Bundle, Kind};
 use crate::host::socket::{Place, RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
@@ -110,6 +110,7 @@ pub struct RawUnderlay {
     large: bool,
     /// Which protocol is received from first this time.
     first: usize,
+    calls: Calls,
 }
 
 /// Who is to get a packet.
@@ -169,6 +170,7 @@ impl RawUnderlay {
             send_scratch: SendScratch::default(),
             large: true,
             first: 0,
+            calls: Calls::default(),
         }
     }
 
@@ -637,6 +639,7 @@ impl Underlay for RawUnderlay {
             .zip(scratch_from)
             .chain(before.iter().zip(scratch_before));
         for ((socket, protocol), scratch) in in_turn {
+            self.calls.note(Call::Recvmmsg);
             match sys::recv_datagrams((socket.as_fd(), *protocol), batch, scratch, slots) {
                 Ok(_) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
@@ -670,6 +673,7 @@ impl Underlay for RawUnderlay {
                 let message = MessageTo::plain(portless(run.to));
                 Some((message, plan.slices(run, batch, segment, 1)))
             });
+            stats.called(Call::Sendmmsg);
             let error = match sys::send_messages(self.send.as_fd(), messages, &mut self.send_scratch) {
                 Ok(sent) => {
                     for _ in 0..sent.max(1) {
@@ -687,6 +691,7 @@ impl Underlay for RawUnderlay {
                 SendError::Busy if waits < WAIT_TRIES => {
                     waits += 1;
                     stats.count(Count::SendWaits, 1);
+                    stats.called(Call::Poll);
                     sys::wait_writable(self.send.as_fd(), WAIT_MS)?;
                 }
                 error @ (SendError::Busy
@@ -716,6 +721,10 @@ impl Underlay for RawUnderlay {
 
     fn source_ports(&self) -> usize {
         1
+    }
+
+    fn settle(&mut self, stats: &WorkerStats) {
+        self.calls.settle(stats);
     }
 }
 

@@ -25,6 +25,10 @@
 
 mod capabilities;
 mod filesystem;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")),
+    path = "sandbox/no_syscalls.rs"
+)]
 mod syscalls;
 
 use std::collections::{BTreeMap, BTreeSet};

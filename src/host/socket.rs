@@ -24,7 +24,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::addr::Mtu;
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, Run, RunLimits, SendPlan};
-use crate::dataplane::stats::{Count, WorkerStats};
+use crate::dataplane::stats::{Call, Calls, Count, WorkerStats};
 use crate::dataplane::{Oversize, SendError, SendFailure, Underlay};
 use crate::host::handover::{Bundle, Kind};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
@@ -308,6 +308,7 @@ pub struct UdpUnderlay {
     v6_first: bool,
     /// Destinations that go without segmentation offload, and until when.
     holidays: Vec<(SocketAddr, Instant)>,
+    calls: Calls,
 }
 
 impl UdpUnderlay {
@@ -368,6 +369,7 @@ impl UdpUnderlay {
             large: true,
             v6_first: false,
             holidays: Vec::new(),
+            calls: Calls::default(),
         }
     }
 
@@ -500,6 +502,7 @@ impl Underlay for UdpUnderlay {
         }
         for (family, scratch) in families {
             let Some(family) = family else { continue };
+            self.calls.note(Call::Recvmmsg);
             match sys::recv_datagrams((family.recv.as_fd(), protocol::UDP), batch, scratch, slots) {
                 Ok(_) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
@@ -531,6 +534,9 @@ impl Underlay for UdpUnderlay {
                 .family(run.to)
                 .is_some_and(|family| goes_whole(run, family.offloads, &self.holidays));
             let segments = if whole { run.segments } else { 1 };
+            if self.family(run.to).is_some() {
+                stats.called(Call::Sendmmsg);
+            }
             let error = match self.send_from(at, plan, batch) {
                 Ok(sent) => {
                     for _ in 0..sent.max(1) {
@@ -553,6 +559,7 @@ impl Underlay for UdpUnderlay {
                 SendError::Busy if waits < WAIT_TRIES => {
                     waits += 1;
                     stats.count(Count::SendWaits, 1);
+                    stats.called(Call::Poll);
                     if let Some(family) = self.family(run.to) {
                         sys::wait_writable(family.sender(run.port).as_fd(), WAIT_MS)?;
                     }
@@ -590,6 +597,10 @@ impl Underlay for UdpUnderlay {
 
     fn source_ports(&self) -> usize {
         self.source_ports
+    }
+
+    fn settle(&mut self, stats: &WorkerStats) {
+        self.calls.settle(stats);
     }
 }
 

@@ -256,9 +256,9 @@ impl RecvControl {
             let (carries_byte, carries_int, carries_info) = unsafe {
                 let info = mem::size_of::<libc::in6_pktinfo>() as libc::c_uint;
                 (
-                    control.cmsg_len >= libc::CMSG_LEN(1) as usize,
-                    control.cmsg_len >= libc::CMSG_LEN(4) as usize,
-                    control.cmsg_len >= libc::CMSG_LEN(info) as usize,
+                    control.cmsg_len >= libc::CMSG_LEN(1) as _,
+                    control.cmsg_len >= libc::CMSG_LEN(4) as _,
+                    control.cmsg_len >= libc::CMSG_LEN(info) as _,
                 )
             };
             if (control.cmsg_level, control.cmsg_type) == (libc::IPPROTO_IP, libc::IP_TOS) && carries_byte {
@@ -334,7 +334,7 @@ pub fn recv_datagrams(
                 fd.as_raw_fd(),
                 scratch.headers.as_mut_ptr(),
                 wanted as libc::c_uint,
-                libc::MSG_DONTWAIT,
+                libc::MSG_DONTWAIT as _,
                 ptr::null_mut(),
             )
         };
@@ -453,7 +453,8 @@ where
         header.msg_name = ptr::from_mut(&mut addr.storage).cast();
         header.msg_namelen = addr.len;
         header.msg_iov = scratch.iovecs[piece..].as_mut_ptr();
-        piece += header.msg_iovlen;
+        let pieces: usize = header.msg_iovlen as _;
+        piece += pieces;
         if header.msg_controllen > 0 {
             header.msg_control = scratch.controls[index].0.as_mut_ptr().cast();
         }
@@ -469,7 +470,7 @@ where
                 fd.as_raw_fd(),
                 scratch.headers.as_mut_ptr(),
                 scratch.headers.len() as libc::c_uint,
-                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+                (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _,
             )
         };
         match check(result) {
@@ -644,7 +645,12 @@ pub fn tun_set_header_size(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
 struct TunRequest {
     name: [u8; libc::IFNAMSIZ],
     flags: libc::c_short,
-    rest: [u8; 22],
+    rest: [u8; TunRequest::REST],
+}
+
+impl TunRequest {
+    /// What other requests use of the union: its size depends on the machine's pointers.
+    const REST: usize = mem::size_of::<libc::ifreq>() - libc::IFNAMSIZ - mem::size_of::<libc::c_short>();
 }
 
 const _: () = assert!(mem::size_of::<TunRequest>() == mem::size_of::<libc::ifreq>());
@@ -657,7 +663,7 @@ pub fn tun_open(name: &str, flags: i32) -> io::Result<OwnedFd> {
     let mut request = TunRequest {
         name: [0; libc::IFNAMSIZ],
         flags: flags as libc::c_short,
-        rest: [0; 22],
+        rest: [0; TunRequest::REST],
     };
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -687,7 +693,7 @@ pub fn tun_described(fd: BorrowedFd<'_>) -> io::Result<(String, i32)> {
     let mut request = TunRequest {
         name: [0; libc::IFNAMSIZ],
         flags: 0,
-        rest: [0; 22],
+        rest: [0; TunRequest::REST],
     };
     // TUNGETIFF is declared with an int argument, yet writes an `ifreq`.
     // SAFETY: the pointer describes `request`, as large as `ifreq`, which lives through the call.

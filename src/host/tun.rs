@@ -18,6 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dataplane::coalesce::Merge;
 use crate::dataplane::packet::{PacketBatch, shape_places};
+use crate::dataplane::stats::{Call, Calls, WorkerStats};
 use crate::dataplane::{Device, DeviceError};
 use crate::host::handover::{Bundle, Kind};
 use crate::host::socket::{Probed, Switch};
@@ -274,6 +275,7 @@ pub struct TunQueue {
     merge: Merge,
     raw: RawSockets,
     scratch: sys::ReadScratch,
+    calls: Calls,
 }
 
 impl TunQueue {
@@ -287,6 +289,7 @@ impl TunQueue {
             },
             raw: RawSockets::open(),
             scratch: sys::ReadScratch::default(),
+            calls: Calls::default(),
         }
     }
 
@@ -303,6 +306,7 @@ impl Device for TunQueue {
         };
         let mut header = [0u8; VirtioHeader::LEN];
         let front: &mut [u8] = if self.header { &mut header } else { &mut [] };
+        self.calls.note(Call::Readv);
         let read = match sys::read_scattered(
             self.fd.as_fd(),
             front,
@@ -339,6 +343,7 @@ impl Device for TunQueue {
         } else {
             frame.get(1..).unwrap_or(&[])
         };
+        self.calls.note(Call::Writev);
         match sys::write_pieces(self.fd.as_fd(), frame) {
             Ok(_) => Ok(()),
             Err(error) => Err(match error.raw_os_error() {
@@ -351,11 +356,16 @@ impl Device for TunQueue {
     }
 
     fn answer(&mut self, packet: &[u8], to: IpAddr) -> io::Result<()> {
+        self.calls.note(Call::Sendto);
         self.raw.send(packet, to)
     }
 
     fn merge(&self) -> Merge {
         self.merge
+    }
+
+    fn settle(&mut self, stats: &WorkerStats) {
+        self.calls.settle(stats);
     }
 }
 

@@ -112,4 +112,13 @@ impl Underlay for AnyUnderlay {
             Self::Tun(underlay) => underlay.source_ports(),
         }
     }
+
+    #[inline]
+    fn settle(&mut self, stats: &WorkerStats) {
+        match self {
+            Self::Udp(underlay) => underlay.settle(stats),
+            Self::Raw(underlay) => underlay.settle(stats),
+            Self::Tun(underlay) => underlay.settle(stats),
+        }
+    }
 }

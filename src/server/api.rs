@@ -13,8 +13,9 @@
 //!
 //! Answers are JSON and a newline; errors are plain text, without one, with status 400 (the request cannot be understood) or
 //! 500 (everything else, as flannel has it); a path or method not in the table is 404. Whoever may not do what they ask gets
-//! 401 or 403 (`access`), a web page 403 (`front`). Two headers say more to Kersey's own nodes: [`ERROR_HEADER`] names the kind
-//! of an error, [`PREVIOUS_HEADER`] the subnet a node held before.
+//! 401 or 403 (`access`), a web page 403 (`front`). Headers say more between Kersey and its own nodes: [`ERROR_HEADER`] names the kind
+//! of an error, [`PREVIOUS_HEADER`] the subnet a node held before, [`NODE_HEADER`] who the node is. One that says so, and whose public
+//! address another live host has, gets 409 (`presence`).
 //!
 //! The Kubernetes proposal writes the same paths without `/v1`, and `network` for the network without a name;
 //! [`from_kubernetes_form`] makes flannel's of them.
@@ -46,11 +47,15 @@ use super::access::{Access, Denial, Peer, Right, UNNAMED};
 use super::directory::{Directory, Missing, Network};
 use super::feed::{Answer, Feed, History};
 use super::front::Turned;
+use super::presence::Presence;
 use crate::addr::{Ipv4Prefix, NetworkName};
 use crate::control::config::NetworkConfig;
 use crate::control::store::StoreError;
+use crate::control::store::remote::node::NodeHeaderError;
 use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
-use crate::control::store::remote::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
+use crate::control::store::remote::{
+    ERROR_HEADER, ErrorKind, FORMERLY_HEADER, NODE_HEADER, NodeHeader, PREVIOUS_HEADER,
+};
 use crate::lease::json::{Object, compact};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -259,12 +264,16 @@ impl IntoResponse for ApiError {
                 ),
             ),
             Self::Store(error) => {
-                let kind = match error {
-                    StoreError::Unavailable { .. } => ErrorKind::Unavailable,
-                    StoreError::Refused { .. } => ErrorKind::Refused,
-                    StoreError::LeaseLost { .. } => ErrorKind::LeaseLost,
+                let (status, kind) = match error {
+                    StoreError::Unavailable { .. } => {
+                        (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Unavailable)
+                    }
+                    StoreError::Refused { .. } => (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Refused),
+                    // To flannel's clients every status but 200 is the same.
+                    StoreError::AddressTaken { .. } => (StatusCode::CONFLICT, ErrorKind::AddressTaken),
+                    StoreError::LeaseLost { .. } => (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::LeaseLost),
                 };
-                (StatusCode::INTERNAL_SERVER_ERROR, kind, error.to_string())
+                (status, kind, error.to_string())
             }
             Self::Config(why) => (StatusCode::INTERNAL_SERVER_ERROR, ErrorKind::Refused, why),
             Self::NotReady => (
@@ -372,8 +381,12 @@ async fn watch_all(
     caller: Caller,
     Path(network): Path<String>,
     Query(cursor): Query<Cursor>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let entered = api.enter(&caller, &network, Right::Read)?;
+    // Who may not take a lease has no address to hold.
+    let node = node(&headers)?.filter(|_| api.check(&caller, &network, Right::Lease).is_ok());
+    let _alive = node.map(|node| entered.presence.poll(node));
     match watch(&entered, &network, &cursor, |history, next| history.answer(next)).await? {
         Answer::Body(body) => Ok(json(body)),
         Answer::NoSuchLease => Err(ApiError::NotReady),
@@ -425,10 +438,16 @@ async fn acquire(
     request: Request,
 ) -> Result<Response, ApiError> {
     let entered = api.enter(&caller, &network, Right::Lease)?;
-    let Network { store, feed, .. } = &*entered;
-    let previous = previous_subnet(request.headers())?;
+    let Network {
+        store,
+        feed,
+        presence,
+        ..
+    } = &*entered;
+    let (previous, node) = (previous_subnet(request.headers())?, node(request.headers())?);
     let body = read_body(&api, request).await?;
     let attrs = LeaseAttrs::from_json(&body).map_err(ApiError::body)?;
+    admit(presence, "acquire a lease", node, &attrs).await?;
     let lease = store.acquire(&attrs, previous).await?;
     tracing::info!(network, subnet = %lease.subnet, public_ip = %attrs.public_ip, "lease acquired");
     wait_until_shown(feed, &lease).await;
@@ -442,20 +461,58 @@ async fn renew(
     request: Request,
 ) -> Result<Response, ApiError> {
     let entered = api.enter(&caller, &network, Right::Lease)?;
-    let Network { store, feed, .. } = &*entered;
-    let formerly = former_address(request.headers())?;
+    let Network {
+        store,
+        feed,
+        presence,
+        ..
+    } = &*entered;
+    let (formerly, node) = (former_address(request.headers())?, node(request.headers())?);
     let text = text(&read_body(&api, request).await?);
     let read = parse_lease(&text).map_err(ApiError::body)?;
     let Some(mut lease) = read.into_lease() else {
         return Err(ApiError::body("Attrs is missing"));
     };
     repair_backend_data(&mut lease.attrs);
+    admit(presence, "renew a lease", node, &lease.attrs).await?;
     let lease = match formerly {
         Some(formerly) => store.readdress(None, &lease, &formerly).await?,
         None => store.renew(&lease).await?,
     };
     wait_until_shown(feed, &lease).await;
     Ok(json(lease_json(&lease) + "\n"))
+}
+
+/// Who asks, if they say so.
+fn node(headers: &HeaderMap) -> Result<Option<NodeHeader>, ApiError> {
+    let Some(value) = headers.get(NODE_HEADER) else {
+        return Ok(None);
+    };
+    let text = String::from_utf8_lossy(value.as_bytes());
+    text.parse()
+        .map(Some)
+        .map_err(|error: NodeHeaderError| ApiError::Malformed(error.to_string()))
+}
+
+/// Refuses a client whose address another live host has, and one that says to have another than is in its lease.
+async fn admit(
+    presence: &Presence,
+    doing: &'static str,
+    node: Option<NodeHeader>,
+    attrs: &LeaseAttrs,
+) -> Result<(), ApiError> {
+    let address = attrs.address();
+    if let Some(node) = node.as_ref().filter(|node| Some(node.address) != address) {
+        return Err(ApiError::Malformed(format!(
+            "{NODE_HEADER} names {}, and the lease another public address",
+            node.address
+        )));
+    }
+    if let Some(address) = address {
+        let holder = node.as_ref().map(|node| &node.holder);
+        presence.admit(doing, holder, address).await?;
+    }
+    Ok(())
 }
 
 /// The node that a lease is still known as, by its public address.

@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 
 use super::access::UNNAMED;
 use super::feed::Feed;
+use super::presence::Presence;
 use crate::addr::NetworkName;
 use crate::control::store::remote::networks::{network_events_json, networks_json};
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, Store, StoreError};
@@ -33,6 +34,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Network {
     pub(super) store: Arc<dyn Store>,
     pub(super) feed: Arc<Feed>,
+    pub(super) presence: Arc<Presence>,
     /// Becomes true when the network is removed.
     gone: watch::Sender<bool>,
     following: Option<AbortHandle>,
@@ -42,6 +44,7 @@ impl Network {
     /// A network whose leases somebody else follows.
     fn new(store: Arc<dyn Store>) -> Self {
         Self {
+            presence: Presence::new(Arc::clone(&store)),
             store,
             feed: Feed::new(),
             gone: watch::Sender::new(false),

@@ -25,20 +25,20 @@ const FIRST_INHERITED: u32 = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The name has no address.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Resolve {
         /// What was asked for.
         address: String,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No address of it can be bound.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Bind {
         /// What was asked for.
         address: String,
         /// The cause, for the last address tried.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A socket file cannot be made.
     #[error("cannot listen on unix://{}: {problem}", .path.display())]
@@ -147,9 +147,9 @@ impl Bound {
     /// # Errors
     /// Somebody else does, at that address.
     pub fn listen(self) -> Result<Listener, ListenError> {
-        let bind_error = |source| ListenError::Bind {
+        let bind_error = |cause| ListenError::Bind {
             address: self.address.clone(),
-            source,
+            cause,
         };
         match self.socket {
             BoundSocket::Tcp(socket) => {
@@ -185,7 +185,7 @@ pub async fn listen(addresses: &[ListenAddress], inherit: Inherit) -> Result<Vec
             .map(ToString::to_string)
             .collect::<Vec<_>>()
             .join(","),
-        source: io::Error::other(error),
+        cause: io::Error::other(error),
     })?;
     bound?.into_iter().map(Bound::listen).collect()
 }
@@ -271,9 +271,9 @@ fn take_over(fd: u32, inherit: Inherit) -> Result<Socket, String> {
 
 /// Takes a TCP port. An empty host is every address of this machine, of both families where there is IPv6.
 fn bind_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<Socket, ListenError> {
-    let bind_error = |source| ListenError::Bind {
+    let bind_error = |cause| ListenError::Bind {
         address: address.to_string(),
-        source,
+        cause,
     };
     if host.is_empty() {
         return match tcp_socket((Ipv6Addr::UNSPECIFIED, port).into()) {
@@ -284,9 +284,9 @@ fn bind_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<Socket, Li
     }
     let addresses = (host, port)
         .to_socket_addrs()
-        .map_err(|source| ListenError::Resolve {
+        .map_err(|cause| ListenError::Resolve {
             address: address.to_string(),
-            source,
+            cause,
         })?;
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for candidate in addresses {

@@ -28,6 +28,7 @@ mod feed;
 mod front;
 mod listen;
 pub mod monitor;
+mod presence;
 mod socket_file;
 pub mod status;
 

@@ -204,6 +204,31 @@ async fn a_node_ends_its_own_lease_and_no_other() {
 }
 
 #[tokio::test]
+async fn who_may_only_read_holds_no_address() {
+    let (server, _dir) = guarded(
+        "[[allow]]\ntoken = 'aaaaaaaaaaaaaaaa'\nnetworks = ['_']\nright = 'read'\n\
+         [[allow]]\ntoken = 'bbbbbbbbbbbbbbbb'\nnetworks = ['_']\nright = 'lease'\n",
+    )
+    .await;
+    let header = |who: char, token: char| {
+        let (id, token) = (who.to_string().repeat(32), token.to_string().repeat(16));
+        format!("Authorization: Bearer {token}\r\nX-Kersey-Node: 192.0.2.1 {id} boot-{who} host-{who}\r\n")
+    };
+    let address = &server.address;
+    let body = r#"{"PublicIP":"192.0.2.1"}"#;
+    // Who reads only says it has the address; the node that has it is not kept from it.
+    let (status, text) = ask(address, "GET", "/v1/_/leases", &header('a', 'a'), "").await;
+    assert_eq!(status, 200, "{text}");
+    let (status, _) = ask(address, "POST", "/v1/_/leases", &header('a', 'a'), body).await;
+    assert_eq!(status, 403);
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let (status, text) = ask(address, "POST", "/v1/_/leases", &header('b', 'b'), body).await;
+    assert_eq!(status, 200, "{text}");
+    let (status, text) = ask(address, "POST", "/v1/_/leases", &header('c', 'b'), body).await;
+    assert_eq!(status, 409, "{text}");
+}
+
+#[tokio::test]
 async fn an_access_file_that_is_no_good_at_start_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("access.toml");

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kersey::control::store::{RemoteStore, Store};
+use kersey::control::identity::Holder;
+use kersey::control::store::{RemoteStore, Store, StoreError};
 use kersey::control::{Control, ControlOptions, Published};
 use kersey::lease::{LeaseAttrs, Subnet};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -70,6 +71,24 @@ async fn nodes_keep_what_they_know_while_the_server_is_dead_and_are_right_soon_a
     let again = store.renew(&three).await;
     assert!(again.is_ok() || four.subnet == three.subnet, "{again:?}");
     drop(server);
+}
+
+#[tokio::test]
+async fn a_killed_server_knows_afterwards_who_has_which_address() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Process::start(dir.path(), "127.0.0.1:0", &[]);
+    let address = server.address.clone();
+    let client = || RemoteStore::new(vec![address.parse().unwrap()]);
+    let lease = client().acquire_as(&holder(1), &node(1), None).await.unwrap();
+    server.kill();
+    let _server = Process::start(dir.path(), &address, &[]);
+    let error = client().acquire_as(&holder(2), &node(1), None).await.unwrap_err();
+    assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
+    assert!(
+        error.to_string().contains("\"host-1\"") && error.to_string().contains("\"host-2\""),
+        "{error}"
+    );
+    client().renew_as(&holder(1), &lease).await.unwrap();
 }
 
 #[tokio::test]
@@ -254,6 +273,14 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.maintain.abort();
+    }
+}
+
+fn holder(i: u8) -> Holder {
+    Holder {
+        id: format!("{i:032x}"),
+        host: format!("host-{i}"),
+        boot: format!("boot-{i}"),
     }
 }
 

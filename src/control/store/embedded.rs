@@ -14,6 +14,9 @@
 //! clock that was set nor a server that was away for long makes all nodes vanish. Whoever looks first takes ended
 //! leases out: every watcher wakes for the next one due, and every list begins with it.
 //!
+//! Which host has which public address is kept as well, so that a second host with one is refused after a restart, too; all count
+//! as alive for [`REVIVED`] then, time enough to come back. How long each counts as alive is in memory only.
+//!
 //! One file holds any number of networks. They share the file and the numbering of changes, and nothing else.
 //!
 //! Limits: one process at a time. The file never shrinks.
@@ -22,6 +25,7 @@ mod file;
 mod networks;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,8 +41,9 @@ pub use self::networks::EmbeddedNetworks;
 use crate::addr::NetworkName;
 use crate::control::RateLimit;
 use crate::control::config::NetworkConfig;
+use crate::control::identity::Holder;
 use crate::control::store::{
-    Cursor, Entry, Lifetime, LocalStore, NetworkEvent, Registry, StoreError, WatchItem,
+    Cursor, Entry, Life, Lifetime, LocalStore, NetworkEvent, Registry, Rival, StoreError, WatchItem,
 };
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 
@@ -47,6 +52,12 @@ const LOG: usize = 10_000;
 
 /// The least time a lease has after a restart: enough for its node to come back and renew.
 const GRACE: Duration = Duration::from_secs(60 * 60);
+
+/// How long a host counts as alive after a restart: longer than its node takes to find the server again.
+const REVIVED: Duration = Duration::from_secs(90);
+
+/// How many hosts each network knows at most: as many as a node knows leases.
+const MAX_HOSTS: usize = 100_000;
 
 /// A store in a file.
 pub type EmbeddedStore = LocalStore<EmbeddedRegistry>;
@@ -107,7 +118,29 @@ struct Network {
     /// Without it there is no such network.
     config: Option<String>,
     leases: BTreeMap<Subnet, Record>,
+    /// Who has which public address.
+    hosts: BTreeMap<IpAddr, Host>,
     log: Log<LeaseEvent>,
+}
+
+/// Who has a public address.
+#[derive(Clone, Debug)]
+struct Host {
+    holder: Holder,
+    /// When it counts as gone; `None` if it is the host of this process.
+    ends: Option<Instant>,
+}
+
+impl Host {
+    fn lives(&self, now: Instant) -> bool {
+        self.ends.is_none_or(|end| end > now)
+    }
+
+    fn as_rival(&self) -> Rival {
+        Rival {
+            host: self.holder.host.clone(),
+        }
+    }
 }
 
 /// The last changes of one kind, oldest first, each with its revision.
@@ -158,6 +191,8 @@ enum Change {
     Config(Option<String>),
     Put(Subnet, Record),
     Delete(Subnet),
+    Claim(IpAddr, Host),
+    Unclaim(IpAddr),
 }
 
 /// Relates the monotonic clock to the wall clock as it was when the store was opened.
@@ -294,6 +329,26 @@ impl EmbeddedRegistry {
         }))
     }
 
+    /// Answers a claim for which nothing needs to be written: `host` has the address anyway, or another live one has.
+    fn greet(&self, address: IpAddr, host: &Host, now: Instant) -> Option<Option<Rival>> {
+        let mut state = self.inner.state();
+        let there = state.network_mut(self.network.as_ref()).hosts.get_mut(&address)?;
+        if there.lives(now) && there.holder.differs_from(&host.holder) {
+            return Some(Some(there.as_rival()));
+        }
+        // What this process says of its own host is not for clients to change.
+        let is_ours = there.ends.is_none() && !there.holder.differs_from(&host.holder);
+        if is_ours && host.ends.is_some() {
+            return Some(None);
+        }
+        // Another claim of our own may have to go.
+        if there.holder != host.holder || host.ends.is_none() && there.ends.is_some() {
+            return None;
+        }
+        there.ends = host.ends;
+        Some(None)
+    }
+
     /// What a watcher at `revision` has not heard yet, if anything.
     fn news(&self, file: u64, revision: u64) -> Option<WatchItem> {
         let state = self.inner.state();
@@ -367,6 +422,12 @@ impl Inner {
                     network.log.note(revision, LeaseEvent::Removed(subnet));
                     network.leases.remove(&subnet);
                 }
+                Change::Claim(address, host) => {
+                    network.hosts.insert(address, host);
+                }
+                Change::Unclaim(address) => {
+                    network.hosts.remove(&address);
+                }
             }
         }
         let revision = state.revision;
@@ -434,12 +495,36 @@ impl State {
         self.networks.entry(name.cloned()).or_insert_with(|| Network {
             config: None,
             leases: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             log: Log::new(loaded),
         })
     }
 }
 
 impl Network {
+    /// What makes `address` that of `host`; hosts that are gone go. `None` if another live host has it, or there are too many.
+    fn claim(&self, address: IpAddr, host: Host, now: Instant) -> Option<Vec<Change>> {
+        let taken = |there: &Host| there.lives(now) && there.holder.differs_from(&host.holder);
+        if self.hosts.get(&address).is_some_and(taken) {
+            return None;
+        }
+        let goes = |(other, there): &(&IpAddr, &Host)| {
+            // This process has one host: if it has another address by now, the old one is free.
+            let moved = there.ends.is_none() && host.ends.is_none();
+            **other != address && (moved || !there.lives(now))
+        };
+        let gone: Vec<Change> = self
+            .hosts
+            .iter()
+            .filter(goes)
+            .map(|(address, _)| Change::Unclaim(*address))
+            .collect();
+        if self.hosts.len() - gone.len() >= MAX_HOSTS && !self.hosts.contains_key(&address) {
+            return None;
+        }
+        Some(gone.into_iter().chain([Change::Claim(address, host)]).collect())
+    }
+
     fn next_end(&self) -> Option<Instant> {
         self.leases.values().filter_map(|record| record.ends).min()
     }
@@ -515,6 +600,52 @@ impl Registry for EmbeddedRegistry {
                 }
             });
             Ok(written.await?.is_some())
+        })
+    }
+
+    fn claim<'a>(
+        &'a self,
+        holder: &'a Holder,
+        address: IpAddr,
+        life: Life,
+    ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
+        Box::pin(async move {
+            let now = Instant::now();
+            let ends = match life {
+                Life::Ours => None,
+                Life::For(life) => Some(now + life),
+            };
+            let host = Host {
+                holder: holder.clone(),
+                ends,
+            };
+            if let Some(answer) = self.greet(address, &host, now) {
+                return Ok(answer);
+            }
+            let change = move |network: &Network| network.claim(address, host, now).unwrap_or_default();
+            if self.write("note who has an address", change).await?.is_some() {
+                return Ok(None);
+            }
+            // Somebody was faster, or there are too many.
+            let state = self.inner.state();
+            let there = state
+                .network(self.network.as_ref())
+                .and_then(|network| network.hosts.get(&address));
+            if there.is_none() && self.inner.complaints.allows() {
+                tracing::warn!(%address, max = MAX_HOSTS, "too many nodes to tell whether two have one address");
+            }
+            Ok(there.map(Host::as_rival))
+        })
+    }
+
+    fn who_has(&self, address: IpAddr) -> BoxFuture<'_, Result<Option<Rival>, StoreError>> {
+        Box::pin(async move {
+            let now = Instant::now();
+            let state = self.inner.state();
+            let there = state
+                .network(self.network.as_ref())
+                .and_then(|network| network.hosts.get(&address));
+            Ok(there.filter(|there| there.lives(now)).map(Host::as_rival))
         })
     }
 

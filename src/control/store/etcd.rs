@@ -20,6 +20,7 @@ mod networks;
 mod presence;
 mod tls;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,7 +40,7 @@ use self::presence::Presence;
 use crate::control::RateLimit;
 use crate::control::identity::Holder;
 use crate::control::store::{
-    Cursor, Entry, LEASE_TTL, Lifetime, LocalStore, Registry, Rival, StoreError, WatchItem, expires_in,
+    Cursor, Entry, LEASE_TTL, Life, Lifetime, LocalStore, Registry, Rival, StoreError, WatchItem, expires_in,
 };
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -463,9 +464,14 @@ impl Registry for EtcdRegistry {
     fn claim<'a>(
         &'a self,
         holder: &'a Holder,
-        attrs: &'a LeaseAttrs,
+        address: IpAddr,
+        life: Life,
     ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
-        Box::pin(self.presence.claim(holder, attrs))
+        Box::pin(self.presence.claim(holder, address, life))
+    }
+
+    fn who_has(&self, address: IpAddr) -> BoxFuture<'_, Result<Option<Rival>, StoreError>> {
+        Box::pin(self.presence.who_has(address))
     }
 
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {

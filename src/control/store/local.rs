@@ -6,13 +6,16 @@
 //! Whose a lease is, its value tells: the public address ([`LeaseAttrs::same_node`]). An update is always a
 //! compare-and-swap against the entry that was read, so a lease that changed hands meanwhile is never overwritten.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
 use crate::control::allocate::{self, OwnLease};
 use crate::control::config::NetworkConfig;
 use crate::control::identity::Holder;
-use crate::control::store::{Cursor, Entry, Lifetime, Registry, Store, StoreError, WatchItem};
+use crate::control::store::{Cursor, Entry, Life, Lifetime, Registry, Store, StoreError, WatchItem};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
 /// How often a lost race is run again, as flannel means to. With 32 nodes on the last 32 subnets about a third win
@@ -124,25 +127,45 @@ impl<R: Registry> LocalStore<R> {
         Ok(created.map(|entry| entry.lease))
     }
 
-    /// Fails if another live host has the public address in `attrs`.
+    /// Fails if another live host has the public address of this process's node.
     async fn be_the_only(
         &self,
         doing: &'static str,
         holder: &Holder,
         attrs: &LeaseAttrs,
     ) -> Result<(), StoreError> {
-        let Some(rival) = self.registry.claim(holder, attrs).await? else {
+        match attrs.address() {
+            Some(address) => self.claim(doing, Some(holder), address, Life::Ours).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn claim(
+        &self,
+        doing: &'static str,
+        holder: Option<&Holder>,
+        address: IpAddr,
+        life: Life,
+    ) -> Result<(), StoreError> {
+        let (rival, this) = match holder {
+            Some(holder) => (
+                self.registry.claim(holder, address, life).await?,
+                format!("{:?}", holder.host),
+            ),
+            None => (
+                self.registry.who_has(address).await?,
+                "one that does not say who it is".to_owned(),
+            ),
+        };
+        let Some(rival) = rival else {
             return Ok(());
         };
-        let address = attrs
-            .address()
-            .map_or_else(String::new, |address| format!(" {address}"));
-        Err(StoreError::Refused {
+        Err(StoreError::AddressTaken {
             doing,
             cause: format!(
-                "two nodes have the public address{address}: {:?} has it and is alive, and this one is {:?}; give each \
+                "two nodes have the public address {address}: {:?} has it and is alive, and this one is {this}; give each \
                  its own with --iface or --public-ip (if {:?} is gone for good, wait half a minute)",
-                rival.host, holder.host, rival.host
+                rival.host, rival.host
             ),
         })
     }
@@ -275,6 +298,16 @@ impl<R: Registry> Store for LocalStore<R> {
             self.be_the_only("renew a lease", holder, &lease.attrs).await?;
             self.renew(lease).await
         })
+    }
+
+    fn vouch<'a>(
+        &'a self,
+        doing: &'static str,
+        holder: Option<&'a Holder>,
+        address: IpAddr,
+        life: Duration,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(self.claim(doing, holder, address, Life::For(life)))
     }
 
     fn skipped(&self) -> u64 {

@@ -12,6 +12,7 @@ mod networks;
 mod open;
 pub mod remote;
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
@@ -61,6 +62,14 @@ pub enum StoreError {
         /// The cause in words; names field, value and rule.
         cause: String,
     },
+    /// Another live host has the public address.
+    #[error("cannot {doing}: {cause}")]
+    AddressTaken {
+        /// What we were doing.
+        doing: &'static str,
+        /// The cause in words; names the address and both hosts.
+        cause: String,
+    },
     /// The lease asked about belongs to somebody else, or is gone.
     #[error("the lease of {subnet} is lost: {cause}")]
     LeaseLost {
@@ -76,7 +85,15 @@ impl StoreError {
     pub fn is_unavailable(&self) -> bool {
         match self {
             Self::Unavailable { .. } => true,
-            Self::Refused { .. } | Self::LeaseLost { .. } => false,
+            Self::Refused { .. } | Self::AddressTaken { .. } | Self::LeaseLost { .. } => false,
+        }
+    }
+
+    /// Whether somebody else has what is ours.
+    pub fn is_conflict(&self) -> bool {
+        match self {
+            Self::AddressTaken { .. } | Self::LeaseLost { .. } => true,
+            Self::Unavailable { .. } | Self::Refused { .. } => false,
         }
     }
 }
@@ -130,6 +147,19 @@ pub trait Store: Send + Sync {
         _formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
         self.renew(lease)
+    }
+
+    /// Notes for `life` that `holder`, the node of a server's client, is alive and has the public address `address`; refused
+    /// while another live host has it and the store can tell. `doing` is what the node is doing. Of a client that does not say
+    /// who it is, nothing is noted; it is refused while anybody known has the address.
+    fn vouch<'a>(
+        &'a self,
+        _doing: &'static str,
+        _holder: Option<&'a Holder>,
+        _address: IpAddr,
+        _life: Duration,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async { Ok(()) })
     }
 
     /// This host has other addresses: connections made before may lead nowhere, and are not to be waited for.
@@ -246,15 +276,30 @@ pub trait Registry: Send + Sync {
         0
     }
 
-    /// Notes that `holder` is alive and has the public address in `attrs`, until it no longer gives a sign of life; or
-    /// tells which other host is and has. `None` as well where that cannot be told.
+    /// Notes that `holder` is alive and has the public address `address`, for as long as `life` says; or tells which other
+    /// host is and has. `None` as well where that cannot be told.
     fn claim<'a>(
         &'a self,
         _holder: &'a Holder,
-        _attrs: &'a LeaseAttrs,
+        _address: IpAddr,
+        _life: Life,
     ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
         Box::pin(async { Ok(None) })
     }
+
+    /// Which live host has the public address `address`, where that can be told.
+    fn who_has(&self, _address: IpAddr) -> BoxFuture<'_, Result<Option<Rival>, StoreError>> {
+        Box::pin(async { Ok(None) })
+    }
+}
+
+/// For how long whoever claims a public address counts as alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// While this process has the store open: the claim is its own, and its only one.
+    Ours,
+    /// From this moment on; the claim is that of a node that is elsewhere.
+    For(Duration),
 }
 
 /// Another live host with our public address.

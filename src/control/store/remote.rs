@@ -15,12 +15,13 @@
 
 mod connect;
 pub mod networks;
+pub mod node;
 pub mod objects;
 mod poll;
 mod servers;
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -28,6 +29,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use hyper::Method;
 
 pub use self::networks::RemoteNetworks;
+pub use self::node::NodeHeader;
 use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
 use self::poll::{Watched, poll};
 use self::servers::{Ask, REQUEST_TIMEOUT, Servers};
@@ -46,6 +48,9 @@ pub const PREVIOUS_HEADER: &str = "x-kersey-previous";
 /// Request header of a renewal that carries the public address a node had before; an old server takes any renewal.
 pub const FORMERLY_HEADER: &str = "x-kersey-formerly";
 
+/// Request header that says who asks ([`NodeHeader`]): with what takes and renews a lease, and with polls, as a sign of life.
+pub const NODE_HEADER: &str = "x-kersey-node";
+
 /// The kind of an error, as [`ERROR_HEADER`] names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -53,6 +58,8 @@ pub enum ErrorKind {
     Unavailable,
     /// The answer is no.
     Refused,
+    /// Another live host has the public address.
+    AddressTaken,
     /// The lease is gone or somebody else's.
     LeaseLost,
 }
@@ -63,6 +70,7 @@ impl ErrorKind {
         match self {
             Self::Unavailable => "unavailable",
             Self::Refused => "refused",
+            Self::AddressTaken => "address-taken",
             Self::LeaseLost => "lease-lost",
         }
     }
@@ -74,6 +82,8 @@ pub struct RemoteStore {
     servers: Arc<Servers>,
     /// What every path begins with: `/v1/NAME`, or `/v1/_` for the network without a name.
     base: String,
+    /// Whose lease this store took or renewed last.
+    node: Mutex<Option<NodeHeader>>,
 }
 
 impl RemoteStore {
@@ -85,6 +95,7 @@ impl RemoteStore {
         Self {
             servers: Arc::new(Servers::plain(&servers)),
             base: base(None),
+            node: Mutex::default(),
         }
     }
 
@@ -99,6 +110,7 @@ impl RemoteStore {
         Ok(Self {
             servers: Arc::new(Servers::open(options)?),
             base: base(None),
+            node: Mutex::default(),
         })
     }
 
@@ -116,6 +128,7 @@ impl RemoteStore {
         Self {
             servers: Arc::clone(&self.servers),
             base: base(name),
+            node: Mutex::default(),
         }
     }
 
@@ -127,13 +140,53 @@ impl RemoteStore {
             sign_of_life: &format!("{}/config", self.base),
             read: read_watch,
             nothing: || LeaseUpdate::Snapshot(Vec::new()),
+            node: self.node().clone(),
         };
         let (update, cursor) = poll(&self.servers, &watched, since).await?;
         Ok(WatchItem { update, cursor })
     }
 
+    fn node(&self) -> MutexGuard<'_, Option<NodeHeader>> {
+        self.node.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn acquire_for(
+        &self,
+        holder: Option<&Holder>,
+        attrs: &LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> Result<Lease, StoreError> {
+        let node = node_header(holder, attrs);
+        let ask = Ask {
+            doing: "acquire a lease",
+            method: Method::POST,
+            path: format!("{}/leases", self.base),
+            body: attrs_json(attrs),
+            previous,
+            formerly: None,
+            node: node.clone(),
+            about: None,
+            timeout: REQUEST_TIMEOUT,
+        };
+        let answer = self.servers.ask(&ask).await?;
+        let read = parse_lease(&answer.body).map_err(|error| garbled(ask.doing, error.to_string()))?;
+        *self.node() = node;
+        Ok(Lease {
+            subnet: read.subnet,
+            attrs: attrs.clone(),
+            expiration: read.expiration,
+            created: None,
+        })
+    }
+
     /// Renews a lease; `formerly` is the public address it is still known by, if that is another by now.
-    async fn renew_known_as(&self, lease: &Lease, formerly: Option<IpAddr>) -> Result<Lease, StoreError> {
+    async fn renew_for(
+        &self,
+        holder: Option<&Holder>,
+        lease: &Lease,
+        formerly: Option<IpAddr>,
+    ) -> Result<Lease, StoreError> {
+        let node = node_header(holder, &lease.attrs);
         let ask = Ask {
             doing: "renew the lease",
             method: Method::PUT,
@@ -141,6 +194,7 @@ impl RemoteStore {
             body: lease_json(lease),
             previous: None,
             formerly,
+            node: node.clone(),
             about: Some(&lease.subnet),
             timeout: REQUEST_TIMEOUT,
         };
@@ -150,6 +204,7 @@ impl RemoteStore {
         } else {
             parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?
         };
+        *self.node() = node;
         Ok(Lease {
             expiration,
             ..lease.clone()
@@ -170,6 +225,7 @@ impl RemoteStore {
             body: String::new(),
             previous: None,
             formerly: None,
+            node: None,
             about: Some(subnet),
             timeout: REQUEST_TIMEOUT,
         };
@@ -194,39 +250,37 @@ impl Store for RemoteStore {
         attrs: &'a LeaseAttrs,
         previous: Option<Subnet>,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(async move {
-            let ask = Ask {
-                doing: "acquire a lease",
-                method: Method::POST,
-                path: format!("{}/leases", self.base),
-                body: attrs_json(attrs),
-                previous,
-                formerly: None,
-                about: None,
-                timeout: REQUEST_TIMEOUT,
-            };
-            let answer = self.servers.ask(&ask).await?;
-            let read = parse_lease(&answer.body).map_err(|error| garbled(ask.doing, error.to_string()))?;
-            Ok(Lease {
-                subnet: read.subnet,
-                attrs: attrs.clone(),
-                expiration: read.expiration,
-                created: None,
-            })
-        })
+        Box::pin(self.acquire_for(None, attrs, previous))
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(self.renew_known_as(lease, None))
+        Box::pin(self.renew_for(None, lease, None))
+    }
+
+    fn acquire_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        attrs: &'a LeaseAttrs,
+        previous: Option<Subnet>,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.acquire_for(Some(holder), attrs, previous))
+    }
+
+    fn renew_as<'a>(
+        &'a self,
+        holder: &'a Holder,
+        lease: &'a Lease,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(self.renew_for(Some(holder), lease, None))
     }
 
     fn readdress<'a>(
         &'a self,
-        _holder: Option<&'a Holder>,
+        holder: Option<&'a Holder>,
         lease: &'a Lease,
         formerly: &'a LeaseAttrs,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(self.renew_known_as(lease, formerly.address()))
+        Box::pin(self.renew_for(holder, lease, formerly.address()))
     }
 
     fn revoke(&self, subnet: Subnet) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -248,6 +302,7 @@ impl Store for RemoteStore {
                 ),
                 previous: None,
                 formerly: None,
+                node: None,
                 about: None,
                 timeout: REQUEST_TIMEOUT,
             };
@@ -282,6 +337,14 @@ impl Store for RemoteStore {
         })
         .boxed()
     }
+}
+
+/// What a node with a lease like this tells of itself.
+fn node_header(holder: Option<&Holder>, attrs: &LeaseAttrs) -> Option<NodeHeader> {
+    Some(NodeHeader {
+        address: attrs.address()?,
+        holder: holder?.clone(),
+    })
 }
 
 /// What the paths of a network begin with. A name needs no escaping.

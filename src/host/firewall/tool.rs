@@ -16,7 +16,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
@@ -32,8 +32,12 @@ pub const FOLDERS: [&str; 6] = [
     "/usr/local/sbin",
     "/usr/local/bin",
 ];
-/// How long a program may take. Waiting for the lock of iptables is part of it; that wait is told to be shorter.
+/// How long a program may take, by the clock. Waiting for the lock of iptables is part of it; that wait is told to be shorter ([`WAIT`]).
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long iptables waits for its lock, in seconds.
+pub const WAIT: &str = "5";
+/// The same, as one argument of iptables-restore.
+pub const RESTORE_WAIT: &str = "--wait=5";
 /// How much output is taken. What we ask for is a chain or a table of our own at a time; a chain of somebody else's may have thousands of
 /// rules of a hundred bytes.
 pub const MAX_OUTPUT: u64 = 4 * 1024 * 1024;
@@ -199,6 +203,10 @@ impl Invocation {
     }
 
     /// Runs the tool from this process.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a shell: a program's time is up by the clock, also if this process was stopped meanwhile"
+    )]
     pub(super) fn execute_here(&self) -> Result<Output, ToolError> {
         let program = self.tool.name();
         if let Tool::LegacyTables(_) = self.tool {
@@ -231,21 +239,20 @@ impl Invocation {
             .stderr(Stdio::from(error.try_clone().map_err(failed)?))
             .spawn()
             .map_err(failed)?;
-        let mut waited = Duration::ZERO;
+        let deadline = Instant::now() + TIMEOUT;
         let ended: Result<ExitStatus, ToolError> = loop {
             match child.try_wait() {
                 Ok(Some(status)) => break Ok(status),
                 Ok(None) => {}
                 Err(source) => break Err(failed(source)),
             }
-            if waited >= TIMEOUT {
+            if Instant::now() >= deadline {
                 break Err(ToolError::Silent(program));
             }
             if size(&output) > MAX_OUTPUT || size(&error) > MAX_OUTPUT {
                 break Err(ToolError::Verbose(program));
             }
             thread::sleep(LOOK);
-            waited += LOOK;
         };
         if ended.is_err() {
             // It may have ended by itself meanwhile.

@@ -23,7 +23,7 @@ use crate::host::firewall::rules::{
     FORWARD_COMMENT, GUARD_COMMENT, Guard, KUBE_MARK, MASQ_COMMENT, Masquerade, OverlayPart, RuleSet,
     family_of, multicast,
 };
-use crate::host::firewall::tool::{Family, Flavour, Invocation, Tool, ToolError};
+use crate::host::firewall::tool::{Family, Flavour, Invocation, Output, RESTORE_WAIT, Tool, ToolError, WAIT};
 
 /// What is asked of one program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,8 +155,7 @@ pub(super) fn leftovers(
     table: &'static str,
 ) -> Result<Option<(Vec<String>, String)>, ToolError> {
     let program = Program { family, flavour };
-    let list = Invocation::new(program.tool(), &["-w", "-t", table, "-S"]);
-    let output = list.execute()?;
+    let (list, output) = program.rules(table, None)?;
     if !output.success {
         return Err(list.refused(&output));
     }
@@ -235,10 +234,26 @@ impl Program {
         self.tool().name()
     }
 
+    /// Has the rules of a chain listed, or those of all.
+    fn rules(self, table: &'static str, chain: Option<&str>) -> Result<(Invocation, Output), ToolError> {
+        let list = |args: &[&'static str]| {
+            let list = Invocation::new(self.tool(), args);
+            chain.map_or_else(|| list.clone(), |chain| list.clone().with(chain))
+        };
+        let patient = list(&["-w", WAIT, "-t", table, "-S"]);
+        let output = patient.execute()?;
+        // Before 1.6 the lock is waited for without end, and this process ends it.
+        if !output.success && output.error.contains("Bad argument") {
+            let older = list(&["-w", "-t", table, "-S"]);
+            let output = older.execute()?;
+            return Ok((older, output));
+        }
+        Ok((patient, output))
+    }
+
     /// The lines of a chain; `None` if there is no such chain.
     fn list(self, table: &'static str, chain: &str) -> Result<Option<Vec<String>>, ToolError> {
-        let list = Invocation::new(self.tool(), &["-w", "-t", table, "-S"]).with(chain);
-        let output = list.execute()?;
+        let (list, output) = self.rules(table, Some(chain))?;
         if output.success {
             let lines = output.text.lines().filter(|line| !line.starts_with('#'));
             return Ok(Some(lines.map(str::to_owned).collect()));
@@ -299,13 +314,16 @@ impl Program {
     fn restore(self, script: &str) -> Result<(), ToolError> {
         let tool = Tool::Restore(self.family, self.flavour);
         let restore = |args: &[&'static str]| Invocation::new(tool, args).reading(script.to_owned());
-        let patient = restore(&["--noflush", "--wait"]);
+        let patient = restore(&["--noflush", RESTORE_WAIT]);
         let output = patient.execute()?;
         if output.success {
             return Ok(());
         }
-        // Since 1.6.2.
-        if output.error.contains("option") && output.error.contains("wait") {
+        // Since 1.6.2; who waits for the lock has a word with "wait" in it, too.
+        if ["unrecognized option", "unknown option"]
+            .iter()
+            .any(|said| output.error.contains(said))
+        {
             return restore(&["--noflush"]).demand().map(drop);
         }
         Err(patient.refused(&output))

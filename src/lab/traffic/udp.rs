@@ -188,7 +188,7 @@ fn overflowed(socket: &UdpSocket) -> Result<u64> {
 }
 
 /// The last column of the line of the socket with that inode, the tenth.
-fn drops_of(table: &str, inode: u64) -> Option<u64> {
+fn drops_of(table: &str, inode: impl ToString) -> Option<u64> {
     let inode = inode.to_string();
     let mut lines = table.lines().map(|line| line.split_whitespace());
     lines.find_map(|mut words| (words.nth(9)? == inode).then(|| words.last()?.parse().ok())?)

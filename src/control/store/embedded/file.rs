@@ -1,7 +1,8 @@
 //! The file of an embedded store: how it is opened, and what stands in it.
 //!
 //! The network without a name has the tables `texts` and `leases`, those with a name `network-configs` and `network-leases`, which
-//! files from before there were any lack; they are made when such a file is opened.
+//! files from before there were any lack; they are made when such a file is opened. So is `hosts`, of all networks. A Kersey from before
+//! a table was there leaves it alone.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
@@ -12,8 +13,9 @@ use redb::{
     Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
 };
 
-use super::{Change, Clock, Record, State, refused};
+use super::{Change, Clock, Host, REVIVED, Record, State, refused};
 use crate::addr::NetworkName;
+use crate::control::identity::Holder;
 use crate::control::store::StoreError;
 use crate::lease::LeaseAttrs;
 
@@ -29,6 +31,9 @@ const LEASES: TableDefinition<'_, &str, LeaseRow> = TableDefinition::new("leases
 const NETWORK_CONFIGS: TableDefinition<'_, &str, &str> = TableDefinition::new("network-configs");
 /// Leases of networks by name and key.
 const NETWORK_LEASES: TableDefinition<'_, (&str, &str), LeaseRow> = TableDefinition::new("network-leases");
+
+/// Who has a public address, by network (empty: the one without a name) and address: number, name and boot of the host.
+const HOSTS: TableDefinition<'_, (&str, &str), (&str, &str, &str)> = TableDefinition::new("hosts");
 
 /// The layout above; a file with another number is refused.
 const FORMAT: u64 = 1;
@@ -138,6 +143,7 @@ pub(super) fn load(
         write.open_table(LEASES)?;
         write.open_table(NETWORK_CONFIGS)?;
         write.open_table(NETWORK_LEASES)?;
+        write.open_table(HOSTS)?;
         if numbers.get("file")?.is_none() {
             numbers.insert("file", rand::random::<u64>().max(1))?;
             numbers.insert("format", FORMAT)?;
@@ -183,6 +189,23 @@ pub(super) fn load(
         let (subnet, record) = (key.parse()?, record(row.value())?);
         state.network_mut(Some(&name)).leases.insert(subnet, record);
     }
+    let ends = Some(clock.monotonic + REVIVED);
+    for row in read.open_table(HOSTS)?.iter()? {
+        let (key, row) = row?;
+        let (name, address) = key.value();
+        let name: Option<NetworkName> = match name {
+            "" => None,
+            name => Some(name.parse()?),
+        };
+        let (id, host, boot) = row.value();
+        let holder = Holder {
+            id: id.to_owned(),
+            host: host.to_owned(),
+            boot: boot.to_owned(),
+        };
+        let hosts = &mut state.network_mut(name.as_ref()).hosts;
+        hosts.insert(address.parse()?, Host { holder, ends });
+    }
     Ok(state)
 }
 
@@ -200,6 +223,7 @@ pub(super) fn persist(
         let mut leases = write.open_table(LEASES)?;
         let mut network_configs = write.open_table(NETWORK_CONFIGS)?;
         let mut network_leases = write.open_table(NETWORK_LEASES)?;
+        let mut hosts = write.open_table(HOSTS)?;
         for change in changes {
             revision += 1;
             match (change, network.map(NetworkName::as_str)) {
@@ -230,6 +254,17 @@ pub(super) fn persist(
                         None => leases.remove(key.as_str())?,
                         Some(name) => network_leases.remove((name, key.as_str()))?,
                     };
+                }
+                (Change::Claim(address, Host { holder, .. }), network) => {
+                    let (key, value) = (
+                        address.to_string(),
+                        (holder.id.as_str(), holder.host.as_str(), holder.boot.as_str()),
+                    );
+                    hosts.insert((network.unwrap_or_default(), key.as_str()), value)?;
+                }
+                (Change::Unclaim(address), network) => {
+                    let key = address.to_string();
+                    hosts.remove((network.unwrap_or_default(), key.as_str()))?;
                 }
             }
         }

@@ -12,6 +12,10 @@
 //!                       └▶ keeper task: keep alive every 10 s; gone or lost: claim again
 //! ```
 //!
+//! A server does the same for each of its clients that says who it is, for as long as that client counts as alive
+//! ([`Life::For`]). Two servers may have looked after one client, one after the other: so such a keeper also looks whether the key is
+//! still there, under whichever server's etcd lease.
+//!
 //! A flanneld has no such key, and overwrites what it takes for its own lease. A put of our lease key that is not ours
 //! shows in the watch by its etcd lease, and is told ([`Presence::look_at`]).
 //!
@@ -21,7 +25,7 @@
 //! be told. Hosts cloned with the data directory count as one while they also have one name; what runs under one name on
 //! one kernel counts as one host whatever its data directory, so that a container made anew need not wait for itself.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,13 +33,16 @@ use std::time::Duration;
 use etcd_client::{Compare, CompareOp, Error, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::connection::{Connection, Right, refused};
 use crate::control::identity::Holder;
-use crate::control::store::{Rival, StoreError};
+use crate::control::store::{Life, Rival, StoreError};
 use crate::control::{Backoff, RateLimit};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
+
+/// How many addresses are kept alive at most: as many as a node knows leases.
+const MAX_KEPT: usize = 100_000;
 
 /// How long a host counts as alive without a sign of life.
 const ALIVE: Duration = Duration::from_secs(30);
@@ -54,17 +61,21 @@ pub(super) struct Presence {
     connection: Arc<Connection>,
     /// Ends in a slash.
     prefix: String,
-    kept: Mutex<Option<Kept>>,
+    kept: Mutex<BTreeMap<IpAddr, Kept>>,
     written: Mutex<Written>,
     notes: RateLimit,
     complaints: RateLimit,
 }
 
-/// The key that is kept alive.
+/// A key that is kept alive.
 struct Kept {
-    key: String,
+    holder: Holder,
+    ends: Ends,
     task: JoinHandle<()>,
 }
+
+/// When a key's host counts as gone; `None` if it is the host of this process. Shared with the keeper.
+type Ends = Arc<Mutex<Option<Instant>>>;
 
 impl Drop for Kept {
     fn drop(&mut self) {
@@ -104,23 +115,39 @@ impl Presence {
         Self {
             connection,
             prefix,
-            kept: Mutex::new(None),
+            kept: Mutex::default(),
             written: Mutex::default(),
             notes: RateLimit::default(),
             complaints: RateLimit::default(),
         }
     }
 
-    /// Claims the public address in `attrs` for `holder`, and keeps it from then on.
+    /// Claims a public address for `holder`, and keeps it from then on.
     pub(super) async fn claim(
         &self,
         holder: &Holder,
-        attrs: &LeaseAttrs,
+        address: IpAddr,
+        life: Life,
     ) -> Result<Option<Rival>, StoreError> {
-        let Some(address) = attrs.address() else {
-            return Ok(None);
+        let ends = match life {
+            Life::Ours => {
+                self.written().address = Some(address);
+                None
+            }
+            Life::For(life) => {
+                let ends = Instant::now() + life;
+                if self.extend(holder, address, ends) {
+                    return Ok(None);
+                }
+                Some(ends)
+            }
         };
-        self.written().address = Some(address);
+        if ends.is_some() && self.is_full(address) {
+            if self.notes.allows() {
+                tracing::warn!(%address, max = MAX_KEPT, "too many nodes to tell whether two have one address");
+            }
+            return Ok(None);
+        }
         let key = format!("{}{address}", self.prefix);
         let claimed = match claim(&self.connection, &key, holder).await {
             Ok(claimed) => claimed,
@@ -137,27 +164,84 @@ impl Presence {
         };
         match claimed {
             Claimed::Ours(lease) => {
-                let keeper = keep(
-                    Arc::clone(&self.connection),
-                    key.clone(),
-                    holder.clone(),
+                let keeper = Keeper {
+                    connection: Arc::clone(&self.connection),
+                    key,
+                    holder: holder.clone(),
                     address,
                     lease,
-                );
-                *self.kept() = Some(Kept {
-                    key,
-                    task: tokio::spawn(keeper),
+                    ends: Arc::new(Mutex::new(ends)),
+                };
+                let mut kept = self.kept();
+                // This process has one host: if it has another address by now, the old one is free.
+                kept.retain(|_, other| {
+                    !other.task.is_finished() && (ends.is_some() || ended_at(&other.ends).is_some())
                 });
+                let new = Kept {
+                    holder: holder.clone(),
+                    ends: Arc::clone(&keeper.ends),
+                    task: tokio::spawn(keeper.run()),
+                };
+                kept.insert(address, new);
                 Ok(None)
             }
             Claimed::Theirs(record) => {
                 let mut kept = self.kept();
-                if kept.as_ref().is_some_and(|kept| kept.key == key) {
-                    *kept = None;
+                if kept.get(&address).is_some_and(|kept| kept.holder == *holder) {
+                    kept.remove(&address);
                 }
                 Ok(Some(Rival { host: record.host }))
             }
         }
+    }
+
+    /// Which live host has a public address.
+    pub(super) async fn who_has(&self, address: IpAddr) -> Result<Option<Rival>, StoreError> {
+        const DOING: &str = "look who has an address";
+        let key = format!("{}{address}", self.prefix);
+        let right = Right::Read(key.clone());
+        let mut client = self.connection.client(DOING).await?;
+        match self
+            .connection
+            .ask(DOING, &right, client.get(key.as_str(), None))
+            .await
+        {
+            Ok(answer) => Ok(answer
+                .kvs()
+                .first()
+                .and_then(|found| read(found.value()))
+                .map(|record| Rival { host: record.host })),
+            Err(error) if error.is_unavailable() => Err(error),
+            // Without the right to look: a claim would have said so.
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Lets the host that is kept alive anyway count as alive until `until`; tells whether there is that one.
+    fn extend(&self, holder: &Holder, address: IpAddr, until: Instant) -> bool {
+        let kept = self.kept();
+        let Some(kept) = kept.get(&address).filter(|kept| !kept.task.is_finished()) else {
+            return false;
+        };
+        let mut ends = kept.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        // What this process says of its own host is not for clients to change.
+        let same = match *ends {
+            None => !kept.holder.differs_from(holder),
+            Some(_) => kept.holder == *holder,
+        };
+        if !same {
+            return false;
+        }
+        *ends = ends.map(|_| until);
+        true
+    }
+
+    fn is_full(&self, address: IpAddr) -> bool {
+        let mut kept = self.kept();
+        if kept.len() >= MAX_KEPT {
+            kept.retain(|_, kept| !kept.task.is_finished());
+        }
+        kept.len() >= MAX_KEPT && !kept.contains_key(&address)
     }
 
     /// Notes that a lease key is about to be written under an etcd lease.
@@ -188,7 +272,7 @@ impl Presence {
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<IpAddr, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -197,39 +281,96 @@ impl Presence {
     }
 }
 
-/// Keeps the key alive, for ever.
-async fn keep(connection: Arc<Connection>, key: String, holder: Holder, address: IpAddr, mut lease: i64) {
-    let complaints = RateLimit::default();
-    let mut backoff = Backoff::new(SIGN);
-    loop {
-        sleep(SIGN).await;
+fn ended_at(ends: &Ends) -> Option<Instant> {
+    *ends.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps a key alive.
+struct Keeper {
+    connection: Arc<Connection>,
+    key: String,
+    holder: Holder,
+    address: IpAddr,
+    lease: i64,
+    ends: Ends,
+}
+
+impl Keeper {
+    /// For ever, or until the host counts as gone or another has its address.
+    async fn run(mut self) {
+        let complaints = RateLimit::default();
+        let mut backoff = Backoff::new(SIGN);
         loop {
-            match sign(&connection, lease).await {
-                Ok(true) => break,
-                Ok(false) => match claim(&connection, &key, &holder).await {
-                    Ok(Claimed::Ours(new)) => {
-                        lease = new;
-                        break;
-                    }
-                    Ok(Claimed::Theirs(record)) => {
-                        if complaints.allows() {
-                            tracing::error!(
-                                %address,
-                                host = holder.host,
-                                other = record.host,
-                                "another host took this node's public address while etcd was out of reach; \
-                                 give each host its own with --iface or --public-ip"
-                            );
+            sleep(SIGN).await;
+            loop {
+                if ended_at(&self.ends).is_some_and(|end| end <= Instant::now()) {
+                    return self.let_go().await;
+                }
+                match self.sign().await {
+                    Ok(true) => break,
+                    Ok(false) => match claim(&self.connection, &self.key, &self.holder).await {
+                        Ok(Claimed::Ours(new)) => {
+                            self.lease = new;
+                            break;
                         }
-                        break;
-                    }
+                        Ok(Claimed::Theirs(record)) => {
+                            let (address, host, other) = (self.address, &self.holder.host, record.host);
+                            if ended_at(&self.ends).is_some() {
+                                tracing::warn!(%address, host, other, "another host took the public address of one of our clients");
+                                return;
+                            }
+                            if complaints.allows() {
+                                tracing::error!(
+                                    %address,
+                                    host,
+                                    other,
+                                    "another host took this node's public address while etcd was out of reach; \
+                                     give each host its own with --iface or --public-ip"
+                                );
+                            }
+                            break;
+                        }
+                        Err(_) => {}
+                    },
                     Err(_) => {}
-                },
-                Err(_) => {}
+                }
+                sleep(backoff.next_pause()).await;
             }
-            sleep(backoff.next_pause()).await;
+            backoff.reset();
         }
-        backoff.reset();
+    }
+
+    /// Gives one sign of life; `false` if the key is gone.
+    async fn sign(&self) -> Result<bool, StoreError> {
+        const DOING: &str = "look after a node's address";
+        if !sign(&self.connection, self.lease).await? {
+            return Ok(false);
+        }
+        if ended_at(&self.ends).is_none() {
+            return Ok(true);
+        }
+        let mut client = self.connection.client(DOING).await?;
+        let right = Right::Read(self.key.clone());
+        let here = GetOptions::new().with_serializable();
+        let answer = self
+            .connection
+            .ask(DOING, &right, client.get(self.key.as_str(), Some(here)))
+            .await?;
+        Ok(answer
+            .kvs()
+            .first()
+            .is_some_and(|found| theirs(found.value(), &self.holder).is_none()))
+    }
+
+    /// Frees the address; if this fails, that happens by itself in [`ALIVE`].
+    async fn let_go(&self) {
+        const DOING: &str = "free a node's address";
+        if let Ok(mut client) = self.connection.client(DOING).await {
+            let _ = self
+                .connection
+                .ask(DOING, &Right::None, client.lease_revoke(self.lease))
+                .await;
+        }
     }
 }
 
@@ -306,69 +447,41 @@ async fn claim(connection: &Connection, key: &str, holder: &Holder) -> Result<Cl
     outcome.unwrap_or_else(|| Err(refused(DOING, "others changed the key all the time")))
 }
 
-/// The record in `value` if it is another host's. What cannot be read is nobody's.
-fn theirs(value: &[u8], holder: &Holder) -> Option<Record> {
+fn read(value: &[u8]) -> Option<Record> {
     if value.len() > MAX_BYTES {
         return None;
     }
-    let record: Record = serde_json::from_slice(value).ok()?;
-    let known = |one: &str, two: &str| !one.is_empty() && !two.is_empty();
-    let same = |one: &str, two: &str| known(one, two) && one == two;
-    let differ = |one: &str, two: &str| known(one, two) && one != two;
-    let other = if record.id == holder.id {
-        // A copy of a data directory on another machine.
-        differ(&record.boot, &holder.boot) && differ(&record.host, &holder.host)
-    } else {
-        // Else a data directory that was lost, or a container made anew on this machine.
-        !(same(&record.boot, &holder.boot) && same(&record.host, &holder.host))
+    serde_json::from_slice(value).ok()
+}
+
+/// The record in `value` if it is another host's. What cannot be read is nobody's.
+fn theirs(value: &[u8], holder: &Holder) -> Option<Record> {
+    let record = read(value)?;
+    let found = Holder {
+        id: record.id.clone(),
+        host: record.host.clone(),
+        boot: record.boot.clone(),
     };
-    other.then_some(record)
+    found.differs_from(holder).then_some(record)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn holder(id: &str, host: &str, boot: &str) -> Holder {
-        Holder {
-            id: id.to_owned(),
-            host: host.to_owned(),
-            boot: boot.to_owned(),
-        }
-    }
-
     #[test]
-    fn a_host_is_known_by_its_id_and_a_clone_by_its_name_and_boot() {
-        let found = br#"{"id":"1","host":"a","boot":"x"}"#;
-        for (case, who, other) in [
-            ("itself", holder("1", "a", "x"), false),
-            ("itself, after a reboot", holder("1", "a", "y"), false),
-            ("itself, renamed", holder("1", "b", "x"), false),
-            ("a clone", holder("1", "b", "y"), true),
-            ("another", holder("2", "b", "y"), true),
-            ("another of the same name", holder("2", "a", "y"), true),
-            (
-                "a container made anew on the same host",
-                holder("2", "a", "x"),
-                false,
-            ),
-            ("another container on the same host", holder("2", "b", "x"), true),
-            (
-                "itself, unable to read what boot it is",
-                holder("1", "b", ""),
-                false,
-            ),
-            (
-                "another, unable to read what boot it is",
-                holder("2", "a", ""),
-                true,
-            ),
-        ] {
-            assert_eq!(theirs(found, &who).is_some(), other, "{case}");
-        }
-        let who = holder("1", "a", "x");
+    fn what_cannot_be_read_is_nobodys() {
+        let holder = |id: &str| Holder {
+            id: id.to_owned(),
+            host: "a".to_owned(),
+            boot: "x".to_owned(),
+        };
+        let found = br#"{"id":"1","host":"b","boot":"y"}"#;
+        assert!(theirs(found, &holder("1")).is_some());
+        assert!(theirs(found, &holder("2")).is_some());
+        assert!(theirs(br#"{"id":"1","host":"a","boot":"y"}"#, &holder("1")).is_none());
         for rotten in [&b""[..], b"null", b"[]", b"{\"id\":7}", b"\xff"] {
-            assert!(theirs(rotten, &who).is_none());
+            assert!(theirs(rotten, &holder("1")).is_none());
         }
     }
 }

@@ -8,6 +8,7 @@
 //! A server is always verified: against the given roots, else the system's; TLS 1.2 at least; the name or address in
 //! the URL. There is no switch to turn that off.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -143,12 +144,16 @@ fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
     Ok(found)
 }
 
+/// What was warned about: file and mode. Each network, and their list, opens the same files.
+static WARNED: Mutex<BTreeSet<(PathBuf, u32)>> = Mutex::new(BTreeSet::new());
+
 /// A key that every user of this host can read is no secret.
 fn warn_if_public(key: &Path) {
     let Ok(mode) = fs::metadata(key).map(|found| found.permissions().mode() & 0o7777) else {
         return;
     };
-    if mode & 0o007 != 0 {
+    let mut warned = WARNED.lock().unwrap_or_else(PoisonError::into_inner);
+    if mode & 0o007 != 0 && warned.insert((key.to_owned(), mode)) {
         tracing::warn!(
             file = %key.display(),
             mode = format!("{mode:04o}"),

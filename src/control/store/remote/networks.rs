@@ -43,6 +43,7 @@ impl RemoteNetworks {
             sign_of_life: "/v1/",
             read,
             nothing: || NetworkUpdate::Snapshot(BTreeSet::new()),
+            node: None,
         };
         let (update, cursor) = poll(&self.unnamed.servers, &watched, since).await?;
         Ok(NetworkItem { update, cursor })

@@ -10,6 +10,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use tokio::time::{Instant, sleep};
 
+use super::NodeHeader;
 use super::servers::{Ask, Failure, Servers};
 use crate::control::store::{Cursor, StoreError};
 
@@ -33,6 +34,8 @@ pub(super) struct Watched<'a, T> {
     pub(super) read: Reader<T>,
     /// What a first answer that says nothing means: old servers write `null` for an empty list.
     pub(super) nothing: fn() -> T,
+    /// Who asks.
+    pub(super) node: Option<NodeHeader>,
 }
 
 /// One step of a watch: polls until there is something to tell.
@@ -46,13 +49,16 @@ pub(super) async fn poll<T>(
         servers.look_at_better_ones().await;
         let current = servers.current();
         let Some(cursor) = since.as_ref().and_then(|cursor| of_server(current, cursor)) else {
-            let answer = servers.ask(&Ask::get(doing, path.to_owned())).await?;
+            let mut ask = Ask::get(doing, path.to_owned());
+            ask.node.clone_from(&watched.node);
+            let answer = servers.ask(&ask).await?;
             let (update, cursor) = (watched.read)(&answer.body)?;
             let update = update.unwrap_or_else(watched.nothing);
             return Ok((update, numbered(answer.server, &cursor)));
         };
         let mut ask = Ask::get(doing, format!("{path}?next={cursor}"));
         ask.timeout = POLL_TIMEOUT;
+        ask.node.clone_from(&watched.node);
         if current > 0 {
             // Long enough to save requests, short enough to go home in time.
             ask.timeout = ask.timeout.min(servers.return_after());

@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::Instant;
 
 use super::connect::{Connector, explain};
-use super::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, PREVIOUS_HEADER};
+use super::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, NODE_HEADER, NodeHeader, PREVIOUS_HEADER};
 use crate::control::store::StoreError;
 use crate::lease::Subnet;
 use crate::options::{RemoteOptions, Scheme, ServerAddress, TlsFiles};
@@ -89,6 +89,8 @@ pub(super) struct Ask<'a> {
     pub(super) previous: Option<Subnet>,
     /// The public address of this node's that the lease is still known by, if that is another by now.
     pub(super) formerly: Option<IpAddr>,
+    /// Who asks.
+    pub(super) node: Option<NodeHeader>,
     /// The lease that an error would be about.
     pub(super) about: Option<&'a Subnet>,
     pub(super) timeout: Duration,
@@ -104,6 +106,7 @@ impl Ask<'_> {
             body: String::new(),
             previous: None,
             formerly: None,
+            node: None,
             about: None,
             timeout: REQUEST_TIMEOUT,
         }
@@ -268,6 +271,9 @@ impl Servers {
         if let Some(formerly) = ask.formerly {
             request = request.header(FORMERLY_HEADER, formerly.to_string());
         }
+        if let Some(node) = &ask.node {
+            request = request.header(NODE_HEADER, node.to_string());
+        }
         if let Some(token) = &self.token {
             let mut value = header::HeaderValue::try_from(format!("Bearer {}", token.current()))
                 .map_err(|error| Failure::Broken(error.to_string()))?;
@@ -356,6 +362,7 @@ fn check(ask: &Ask<'_>, server: &ServerAddress, answer: Answer) -> Result<Answer
         .and_then(|value| value.to_str().ok());
     let kind = match (named, ask.about) {
         (Some("lease-lost"), Some(_)) => ErrorKind::LeaseLost,
+        (Some("address-taken"), _) => ErrorKind::AddressTaken,
         (Some("refused" | "lease-lost"), _) => ErrorKind::Refused,
         (Some(_), _) => ErrorKind::Unavailable,
         // Flannel's server hands on etcd's words: error 100 is a missing key.
@@ -366,6 +373,7 @@ fn check(ask: &Ask<'_>, server: &ServerAddress, answer: Answer) -> Result<Answer
     let doing = ask.doing;
     Err(match (kind, ask.about) {
         (ErrorKind::LeaseLost, Some(&subnet)) => StoreError::LeaseLost { subnet, cause },
+        (ErrorKind::AddressTaken, _) => StoreError::AddressTaken { doing, cause },
         (ErrorKind::Refused | ErrorKind::LeaseLost, _) => StoreError::Refused { doing, cause },
         (ErrorKind::Unavailable, _) => StoreError::Unavailable {
             doing,
