@@ -106,7 +106,7 @@ pub(crate) fn confine_server(options: &ServerOptions) -> Result<(), ConfineError
     let parts = parts_of(&options.sandbox);
     let mut plan = Plan::new(parts.into_iter().collect(), None).without_capabilities();
     if let StoreKind::Embedded(embedded) = &options.store.kind {
-        prepare(&embedded.data_dir, 0o700, None)?;
+        prepare(&embedded.data_dir, 0o700);
         plan.write(&embedded.data_dir);
     }
     for folder in socket_folders(&options.serve) {
