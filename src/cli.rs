@@ -74,7 +74,7 @@ pub mod exit {
     pub const ENVIRONMENT: u8 = 3;
     /// The network config is invalid.
     pub const CONFIG: u8 = 4;
-    /// Another daemon runs: it answers on the status socket, or holds the data directory.
+    /// Another daemon runs: it has the status socket, or holds the data directory.
     pub const INSTANCE: u8 = 7;
 }
 

@@ -27,6 +27,7 @@ mod handover;
 mod hostile_data;
 mod icmp;
 mod ingress;
+mod kept;
 mod lease_server;
 mod leases;
 mod metrics;

@@ -100,6 +100,7 @@ fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
         (format!("{nth}.env"), 0o644),
         (format!("{nth}.sock"), 0o660),
         (format!("{nth}.sock.takeover"), 0o600),
+        (format!("{nth}.sock.lock"), 0o600),
     ] {
         let meta = fs::symlink_metadata(overlay.file(&name)).unwrap();
         assert_eq!(meta.permissions().mode() & 0o777, mode, "{name}");
