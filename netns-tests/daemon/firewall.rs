@@ -26,7 +26,7 @@ use crate::support::{require_firewall, require_root};
 use crate::traces::cleanup;
 
 /// How soon somebody's change must be undone: the period, a second here, and some time for the tools.
-const PUT_RIGHT: Duration = Duration::from_secs(4);
+pub(crate) const PUT_RIGHT: Duration = Duration::from_secs(4);
 /// How long a connection that comes about takes at most.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long a connection that does not is waited for.
@@ -705,7 +705,7 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
     assert!(cleanup(&mut overlay).contains("nothing to clean up"));
 }
 
-fn flags(flags: &[&str]) -> Vec<String> {
+pub(crate) fn flags(flags: &[&str]) -> Vec<String> {
     flags.iter().map(|&flag| flag.to_owned()).collect()
 }
 

@@ -23,6 +23,8 @@ mod config;
 mod expiry;
 mod faults;
 mod firewall;
+mod firewall_helper;
+mod firewall_others;
 mod handover;
 mod hostile_data;
 mod icmp;

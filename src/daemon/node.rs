@@ -409,6 +409,7 @@ async fn stay<B: Backend>(
         }
         report.set_plane(&plane);
         setup.want_firewall(lease.subnet).await;
+        let mut masquerading = setup.firewall.states();
         let (mtu, ip_masq) = (setup.inner_mtu, setup.firewall.ip_masq());
         let mut announce_due = announce(options, setup.config, lease.subnet, mtu, ip_masq, report);
         let mut look_due = None;
@@ -428,6 +429,9 @@ async fn stay<B: Backend>(
                 }
                 () = at(announce_due) => {
                     announce_due = announce(options, setup.config, lease.subnet, mtu, setup.firewall.ip_masq(), report);
+                }
+                Ok(()) = masquerading.changed() => {
+                    announce_due.get_or_insert_with(Instant::now);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
