@@ -314,7 +314,7 @@ async fn join<B: Backend>(
         tracing::info!(backend = backend.name(), "{note}");
     }
     let asked = lease_attrs(&backend, &config, &interface);
-    let mut lease = control.acquire(&asked).await;
+    let mut lease = control.acquire(&asked, &config).await;
     place.subnet = Some(config.number(lease.subnet));
     let backend = backend.placed(&place)?;
     // What the lease says may depend on which one it is.

@@ -77,7 +77,7 @@ pub(super) async fn join<B: NoTunnel>(
         backend_data: None,
         backend_v6_data: None,
     };
-    let lease = control.acquire(&attrs).await;
+    let lease = control.acquire(&attrs, &config).await;
     tracing::info!(
         subnet = %lease.subnet,
         interface = interface.name,
