@@ -16,7 +16,7 @@
 //! One thread runs all of this; packets move on threads of their own ([`host::queues`](crate::host::queues)) and never wait for it.
 
 mod claims;
-mod confine;
+pub(crate) mod confine;
 mod direct;
 mod firewall;
 mod health;
@@ -32,6 +32,7 @@ mod reload;
 mod report;
 mod succession;
 mod supervisor;
+pub(crate) mod switches;
 mod underlay_watch;
 mod watchdog;
 mod withdraw;
@@ -217,6 +218,7 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     } else {
         health.add("_", Arc::clone(&report));
+        tokio::spawn(tell_when_ready(Arc::clone(&report)));
         let shown = Arc::clone(&report);
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     }
@@ -261,6 +263,15 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         ended = nodes => ended.map(|()| Ring::End),
         never = reload::serve(hangup, options, reread, &health) => match never {},
         ring = rung(doorbell.as_ref()) => Ok(ring),
+    }
+}
+
+/// Tells systemd whenever the node becomes ready; of several networks, the supervisor does.
+async fn tell_when_ready(report: Arc<Report>) {
+    loop {
+        report.until(true).await;
+        watchdog::tell_ready();
+        report.until(false).await;
     }
 }
 

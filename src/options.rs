@@ -128,6 +128,8 @@ pub struct ServerOptions {
     pub serve: ServeOptions,
     /// How long a lease handed out lives without renewal.
     pub lease_ttl: Duration,
+    /// What the process gives up.
+    pub sandbox: SandboxChoice,
     /// Logging.
     pub log: LogOptions,
 }
@@ -180,6 +182,8 @@ pub struct StatusOptions {
 pub struct CleanupOptions {
     /// The daemon's socket; nothing is removed while one answers.
     pub socket: PathBuf,
+    /// The daemon's data directory.
+    pub data_dir: PathBuf,
     /// Whether to remove or only to tell.
     pub mode: CleanupMode,
 }

@@ -6,8 +6,9 @@
 //! ```
 
 use std::fs;
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::Path;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use crate::routed::ip;
 use crate::support::pod::Pod;
 use crate::support::sniffer::{Sniffer, Way};
 use crate::support::{require_firewall, require_root};
+use crate::traces::cleanup;
 
 /// How soon somebody's change must be undone: the period, a second here, and some time for the tools.
 pub(crate) const PUT_RIGHT: Duration = Duration::from_secs(4);
@@ -527,9 +529,17 @@ fn a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on() {
         return;
     }
     // B29: flannel logs it, and looks as well as ever.
-    let mut overlay = Blueprint::embedded("failing", 1).build();
+    let mut overlay = Blueprint::embedded("failing", 2).start();
+    overlay.terminate(1);
     let mut kersey = overlay.command(1);
-    kersey.args(["--ip-masq", "--firewall=nft", "--iptables-resync=1"]);
+    kersey.args([
+        "--ip-masq",
+        "--firewall=nft",
+        "--iptables-resync=1",
+        "--healthz-port=8081",
+    ]);
+    let manager = UnixDatagram::bind(overlay.file("notify.sock")).unwrap();
+    manager.set_nonblocking(true).unwrap();
     let (broken, mended_by) = (overlay.file("nft"), overlay.file("mended"));
     let script = format!(
         "#!/bin/sh\n[ ! -e {} ] || exec /usr/local/sbin/nft.real \"$@\"\necho 'no such thing as netfilter' >&2\nexit 1\n",
@@ -544,90 +554,99 @@ fn a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on() {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", &hide, "sh"]);
     command.arg(kersey.get_program()).args(kersey.get_args());
-    let mut child = overlay.run("node 1", 1, command);
-    let socket = overlay.socket(1);
-    let ready = || {
-        kersey::lab::daemon::status(&socket)
-            .ok()?
-            .filter(|status| status.ready)
+    command.env("NOTIFY_SOCKET", overlay.file("notify.sock"));
+    let env = overlay.file("1.env");
+    fs::remove_file(&env).unwrap();
+    overlay.nodes[0].child = overlay.run("node 1", 1, command);
+    let said = "nft refuses: no such thing as netfilter";
+    let why = format!("firewall rules that were asked for cannot be made: {said}");
+    let status = overlay.wait(1, READY, |status| {
+        status.problem.is_some() && status.peers.len() == 1
+    });
+    assert_eq!(status.problem.as_deref(), Some(why.as_str()));
+    assert_eq!(status.firewall, format!("failing: {said}"));
+    let ready_after = |overlay: &Overlay| {
+        let mut heard = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(len) = manager.recv(&mut buffer) {
+            heard.extend(String::from_utf8_lossy(&buffer[..len]).lines().map(str::to_owned));
+        }
+        let told = heard.iter().any(|line| line == "READY=1");
+        (overlay.status(1).ready, told, probe(overlay, "/readyz"))
     };
-    let status = child.wait(READY, ready).unwrap();
-    assert_eq!(
-        status.firewall,
-        "failing: nft refuses: no such thing as netfilter"
+    // Two periods and some: it is tried again, and nothing but readiness waits for it.
+    std::thread::sleep(PUT_RIGHT);
+    let (ready, told, answer) = ready_after(&overlay);
+    assert!(!ready && !told);
+    assert!(answer.starts_with("HTTP/1.0 503"), "{answer}");
+    assert!(
+        answer.ends_with(&format!("flanneld is not ready yet: {why}")),
+        "{answer}"
     );
+    assert!(probe(&overlay, "/healthz").starts_with("HTTP/1.0 200"));
+    assert!(env.exists(), "the overlay is there to be used");
+    overlay.ping_all();
+
     fs::write(&mended_by, "").unwrap();
-    let mended = || ready().filter(|status| status.firewall == "nft");
-    child.wait(within(PUT_RIGHT), mended).unwrap();
-    let log = fs::read_to_string(child.log()).unwrap();
-    assert_eq!(log.matches("no such thing as netfilter").count(), 1, "{log}");
-    child.stop().unwrap();
+    overlay.wait(1, within(PUT_RIGHT), |status| {
+        status.ready && status.firewall == "nft"
+    });
+    let (ready, told, answer) = ready_after(&overlay);
+    assert!(ready && told && answer.starts_with("HTTP/1.0 200"), "{answer}");
+    assert_eq!(overlay.status(1).problem, None);
+    // What was made once stays, whatever becomes of the tool.
+    fs::remove_file(&mended_by).unwrap();
+    overlay.wait(1, within(PUT_RIGHT), |status| {
+        status.firewall.starts_with("failing")
+    });
+    let (ready, _, answer) = ready_after(&overlay);
+    assert!(ready && answer.starts_with("HTTP/1.0 200"), "{answer}");
+    let log = overlay.log(1);
+    assert_eq!(log.matches("no such thing as netfilter").count(), 2, "{log}");
+}
+
+/// What node 1 answers to a probe.
+fn probe(overlay: &Overlay, path: &str) -> String {
+    let asked = overlay.namespace(1).run(|| {
+        let mut stream = TcpStream::connect("127.0.0.1:8081")?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    });
+    asked.unwrap()
 }
 
 #[test]
-fn after_cleanup_a_host_is_as_it_was() {
-    if !require_firewall("after_cleanup_a_host_is_as_it_was") {
+fn a_named_tool_that_is_not_there_is_a_fault_and_none_for_auto_is_not() {
+    if !require_firewall("a_named_tool_that_is_not_there_is_a_fault_and_none_for_auto_is_not") {
         return;
     }
-    // S16.
-    let mut blueprint = Blueprint::embedded("s16", 2);
-    blueprint.network = ClusterPlan::network("vxlan", true);
-    blueprint.flags = flags(&["--ip-masq", "--ip-blackhole-route"]);
-    let mut overlay = blueprint.build();
-    nft(&overlay, 1, "add table inet somebodys");
-    let before = host(&overlay, 1);
-    overlay.start_daemons();
-    let during = host(&overlay, 1);
-    for (what, lines) in &during {
-        let known = &before.iter().find(|(name, _)| name == what).unwrap().1;
-        let new: Vec<&String> = lines.iter().filter(|line| !known.contains(line)).collect();
-        assert!(
-            *what == "links" || !new.is_empty(),
-            "{what}: nothing changed, so this proves nothing"
-        );
-        for line in new {
-            // The pod's address is the test's.
-            let is_ours = line.contains("flannel") || line.contains("proto 75") || line.contains("10.244.");
-            assert!(
-                is_ours || line.contains("fd00:10:244:"),
-                "{what}: not ours: {line}"
-            );
+    let mut overlay = Blueprint::embedded("notool", 1).build();
+    for (at, (flag, ready)) in [("--firewall=auto", true), ("--firewall=nft", false)]
+        .into_iter()
+        .enumerate()
+    {
+        let mut kersey = overlay.command(1);
+        kersey.args([flag, "--ip-masq"]);
+        // A host without either.
+        let hide = "for dir in /usr/sbin /sbin /usr/bin /bin /usr/local/sbin /usr/local/bin; do \
+                    for tool in nft iptables ip6tables; do \
+                    [ ! -e $dir/$tool ] || mount --bind /dev/null $dir/$tool; done; done; exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec", hide, "sh"]);
+        command.arg(kersey.get_program()).args(kersey.get_args());
+        if at == 0 {
+            overlay.adopt(1, command);
+        } else {
+            overlay.terminate(1);
+            overlay.nodes[0].child = overlay.run("node 1", 1, command);
         }
-        for line in known {
-            assert!(lines.contains(line), "{what}: changed or gone: {line}");
-        }
+        let status = overlay.wait(1, READY, |status| {
+            status.firewall.starts_with("none: ") && (status.ready || status.problem.is_some())
+        });
+        assert_eq!(status.ready, ready, "{flag}: {status:?}");
     }
-    for line in &during.iter().find(|(name, _)| *name == "switches").unwrap().1 {
-        // Nobody advertises routers or redirects on our devices.
-        for switch in ["accept_ra", "accept_redirects", "autoconf"] {
-            if line.contains("/ipv6/conf/flannel0/") && line.contains(&format!("/{switch}=")) {
-                assert!(line.ends_with("=0"), "{line}");
-            }
-        }
-    }
-    overlay.terminate(2);
-    overlay.terminate(1);
-    let socket = overlay.socket(1);
-    let said = cleanup(&mut overlay, &socket);
-    for part in [
-        "nft table ip flannel-ipv4",
-        "nft table ip6 flannel-ipv6",
-        "blackhole route 10.244.",
-    ] {
-        assert!(said.contains(part), "{part}: {said}");
-    }
-    for addr in overlay.nodes[0].pods.clone() {
-        let prefix_len = if addr.is_ipv4() { 32 } else { 128 };
-        overlay
-            .namespace(1)
-            .netlink(async |netlink| {
-                let index = netlink.link("lo").await?.index;
-                Ok(netlink.delete_address(index, addr, prefix_len).await?)
-            })
-            .unwrap();
-    }
-    assert_eq!(host(&overlay, 1), before, "after cleanup");
-    assert!(cleanup(&mut overlay, &socket).contains("nothing to clean up"));
 }
 
 #[test]
@@ -668,7 +687,7 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
     };
     child.wait(READY, ready).unwrap();
     child.stop().unwrap();
-    let said = cleanup(&mut overlay, &socket);
+    let said = cleanup(&mut overlay);
     for part in ["FLANNEL-POSTRTG", "FLANNEL-FWD", "KERSEY-GUARD", "10.9.0.0/16"] {
         assert!(said.contains(part), "{part}: {said}");
     }
@@ -683,67 +702,11 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
             .iter()
             .all(|[filter, _]| filter.contains("172.17.0.0/16"))
     );
-    assert!(cleanup(&mut overlay, &socket).contains("nothing to clean up"));
+    assert!(cleanup(&mut overlay).contains("nothing to clean up"));
 }
 
 pub(crate) fn flags(flags: &[&str]) -> Vec<String> {
     flags.iter().map(|&flag| flag.to_owned()).collect()
-}
-
-/// The state of a host that Kersey could have touched, line by line.
-fn host(overlay: &Overlay, nth: usize) -> Vec<(&'static str, Vec<String>)> {
-    let lines = |program: &str, words: &str| -> Vec<String> {
-        let text = run(overlay, nth, program, words);
-        text.lines().map(|line| line.trim_end().to_owned()).collect()
-    };
-    let mut switches = Vec::new();
-    overlay
-        .namespace(nth)
-        .run(|| {
-            read_switches(Path::new("/proc/sys/net"), &mut switches);
-            Ok(())
-        })
-        .unwrap();
-    switches.sort();
-    vec![
-        ("switches", switches),
-        ("rules", tables(&lines("nft", "-s list ruleset"))),
-        ("routes", lines("ip", "route show table all")),
-        ("IPv6 routes", lines("ip", "-6 route show table all")),
-        ("links", lines("ip", "-o -br link")),
-        ("addresses", lines("ip", "-o addr")),
-    ]
-}
-
-/// Each table as one line, so that what is in it goes by its name.
-fn tables(listed: &[String]) -> Vec<String> {
-    let text = listed.join("\n");
-    let tables = text.split("table ").filter(|table| !table.trim().is_empty());
-    tables.map(|table| format!("table {}", table.trim())).collect()
-}
-
-fn read_switches(folder: &Path, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let name = path.to_string_lossy().into_owned();
-        // These change by themselves, or are the whole machine's.
-        if [
-            "nf_conntrack_count",
-            "fib_sync_mem",
-            "/neigh/",
-            "/netfilter/nf_log",
-        ]
-        .iter()
-        .any(|odd| name.contains(odd))
-        {
-            continue;
-        }
-        if path.is_dir() {
-            read_switches(&path, found);
-        } else if let Ok(value) = fs::read_to_string(&path) {
-            found.push(format!("{name}={}", value.trim()));
-        }
-    }
 }
 
 const SHOT: &[u8] = b"kersey-s5-shot";
@@ -806,13 +769,4 @@ fn run_words(overlay: &Overlay, nth: usize, program: &str, words: &[&str]) -> St
     let ended = child.wait_end(Duration::from_secs(10)).unwrap();
     assert!(ended.success(), "{program} {words:?}: {}", child.log_end());
     fs::read_to_string(&log).unwrap()
-}
-
-fn cleanup(overlay: &mut Overlay, socket: &Path) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kersey"));
-    command.arg("cleanup").arg("--status-socket").arg(socket);
-    let mut child = overlay.run("cleanup", 1, command);
-    let ended = child.wait_end(Duration::from_secs(20)).unwrap();
-    assert_eq!(ended.code(), Some(0), "{}", child.log_end());
-    fs::read_to_string(child.log()).unwrap()
 }

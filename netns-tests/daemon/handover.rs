@@ -51,7 +51,7 @@ fn a_successor_takes_over_and_no_packet_is_lost() {
     if !require_etcd("a_successor_takes_over_and_no_packet_is_lost") {
         return;
     }
-    for kind in ["udp", "vxlan"] {
+    for kind in ["udp", "vxlan", "srv6"] {
         let mut blueprint = Blueprint::new("takeover", 2);
         blueprint.network = kersey::lab::cluster::ClusterPlan::network(kind, false);
         let mut overlay = blueprint.start();
@@ -71,6 +71,7 @@ fn a_successor_takes_over_and_no_packet_is_lost() {
             (report.lost(), report.longest_gap()),
         );
         assert!(report.lost() <= 3, "{report:?} {drops:?}");
+        assert_eq!(report.duplicates(), 0, "{kind}: {report:?}");
         assert!(
             report.longest_gap() <= within(Duration::from_millis(200)),
             "{report:?}"

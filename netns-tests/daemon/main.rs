@@ -53,5 +53,6 @@ mod secrets;
 mod shared_port;
 #[path = "../support/mod.rs"]
 mod support;
+mod traces;
 mod underlay;
 mod vxlan;

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 
+use crate::firewall::run;
 use crate::overlay::{Blueprint, Daemon, Overlay, READY, wait_for};
-use crate::support::{require_etcd, require_root};
+use crate::support::{require_etcd, require_firewall, require_root};
 
 /// CAP_NET_ADMIN, and CAP_NET_RAW for ICMP errors and SRv6.
 const NET: u64 = 1 << 12 | 1 << 13;
@@ -149,6 +150,112 @@ fn another_user_runs_it_as_well() {
     wait_for("the device is back", READY, || overlay.device(2).is_some());
     overlay.wait_all();
     overlay.ping_all();
+}
+
+/// The daemon is nobody, the process that runs the tools stays who it was.
+#[test]
+fn another_users_firewall_rules_are_made_and_looked_after() {
+    if !require_firewall("another_users_firewall_rules_are_made_and_looked_after") {
+        return;
+    }
+    for tool in ["nft", "iptables"] {
+        let mut blueprint = Blueprint::embedded("nobodyfw", 1);
+        blueprint.flags = rules_by(tool);
+        blueprint.flags.push("--user=65534".to_owned());
+        let mut overlay = blueprint.build();
+        nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+        let command = with_open_tun(&overlay.command(1));
+        overlay.adopt(1, command);
+        assert_rules(&mut overlay, tool, tool);
+        assert_confined(&mut overlay, 1, NET, 65534);
+    }
+}
+
+/// As under the unit: nobody from the start, two capabilities, a read-only system, and the lock of iptables as `configs/tmpfiles.d` has it.
+#[test]
+fn the_units_user_has_firewall_rules_with_every_tool() {
+    if !require_firewall("the_units_user_has_firewall_rules_with_every_tool") {
+        return;
+    }
+    for (tool, list) in [
+        ("nft", "nft"),
+        ("iptables", "iptables"),
+        ("iptables", "iptables-legacy"),
+    ] {
+        let mut overlay = unit(list, tool, "660");
+        assert_rules(&mut overlay, tool, list);
+    }
+    // Without the lock the old iptables cannot be used: that is told, and the node is not ready.
+    let mut overlay = unit("iptables-legacy", "iptables", "600");
+    let status = overlay.wait(1, READY, |status| status.problem.is_some());
+    assert!(!status.ready && status.firewall.contains("lock"), "{status:?}");
+}
+
+fn rules_by(tool: &str) -> Vec<String> {
+    ["--ip-masq", "--iptables-resync=1", "--firewall", tool]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Starts a node with the restrictions of `configs/systemd/kersey.service` that a test can have.
+fn unit(program: &str, tool: &str, lock_mode: &str) -> Overlay {
+    let mut blueprint = Blueprint::embedded("unitfw", 1);
+    blueprint.flags = rules_by(tool);
+    let mut overlay = blueprint.build();
+    nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+    let kersey = overlay.command(1);
+    let folder = overlay.file("");
+    let alternatives = if program == "iptables-legacy" {
+        "mount -t tmpfs none /etc/alternatives; for v in '' 6; do \
+         ln -s /usr/sbin/ip${v}tables-legacy /etc/alternatives/ip${v}tables; \
+         ln -s /usr/sbin/ip${v}tables-legacy-restore /etc/alternatives/ip${v}tables-restore; done;"
+    } else {
+        ""
+    };
+    let prepare = format!(
+        "mount -t tmpfs none /dev/net; mknod -m 666 /dev/net/tun c 10 200; {alternatives} \
+         mount --bind {folder} {folder}; \
+         mount -t tmpfs none /run; touch /run/xtables.lock; chmod {lock_mode} /run/xtables.lock; \
+         chgrp 65534 /run/xtables.lock; mount --bind /run/xtables.lock /run/xtables.lock; \
+         mount -o remount,bind,ro /run; mount -o remount,bind,ro /; exec \"$@\"",
+        folder = folder.display()
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", &prepare, "sh"]);
+    command.args([
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--no-new-privs",
+    ]);
+    command.args([
+        "--inh-caps=-all,+net_admin,+net_raw",
+        "--ambient-caps=-all,+net_admin,+net_raw",
+        "--bounding-set=-all,+net_admin,+net_raw",
+    ]);
+    command.arg(kersey.get_program()).args(kersey.get_args());
+    overlay.adopt(1, command);
+    overlay
+}
+
+/// Rules are there, listed by `list`, and come back when they are flushed: by the process that the daemon started before it was confined.
+fn assert_rules(overlay: &mut Overlay, tool: &str, list: &str) {
+    let status = overlay.wait(1, READY, |status| status.ready || status.problem.is_some());
+    assert_eq!(
+        (status.ready, status.firewall.as_str()),
+        (true, tool),
+        "{list}: {status:?}"
+    );
+    let (show, flush) = match tool {
+        "nft" => ("list ruleset", "flush ruleset"),
+        _ => ("-t nat -S", "-t nat -F"),
+    };
+    let is_there = |overlay: &Overlay| run(overlay, 1, list, show).to_lowercase().contains("masquerade");
+    assert!(is_there(overlay), "{list}");
+    run(overlay, 1, list, flush);
+    assert!(overlay.status(1).ready);
+    wait_for("the rules are back", READY, || is_there(overlay));
 }
 
 #[test]

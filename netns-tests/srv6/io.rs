@@ -17,8 +17,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::mixed::{Kernels, Mixed, bulk, datagrams, network, reach};
 use crate::overlay::{Blueprint, DEVICE, Daemon, Overlay, READY};
-use crate::support::require_etcd;
 use crate::support::sniffer::{Sniffer, Way};
+use crate::support::{require_etcd, require_root};
 
 /// Bytes of a transfer.
 const TRANSFER: u64 = 4 << 20;
@@ -63,7 +63,7 @@ fn a_tun_node_and_a_node_with_raw_sockets() {
     let mut overlay = blueprint.build();
     // A router already: nothing is left to switch on.
     let router = overlay.namespace(1);
-    router.run(|| Ok(sysctl::make_router()?)).unwrap();
+    router.run(|| Ok(sysctl::make_router(&mut |_| {})?)).unwrap();
     overlay.start_daemons();
     assert_tun(&overlay, 1, "tun (forced)");
     let kernels = Vec::new();
@@ -368,12 +368,54 @@ fn a_host_made_a_router_keeps_its_advertisements() {
     let [global, ra] = namespace
         .run(|| {
             fs::write("/proc/sys/net/ipv6/conf/lo/accept_ra", "1")?;
-            sysctl::make_router()?;
-            let read = |key| fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{key}"));
+            sysctl::make_router(&mut |_| {})?;
             Ok([read("all/forwarding")?, read("lo/accept_ra")?])
         })
         .unwrap();
-    assert_eq!((global.trim(), ra.trim()), ("1", "2"));
+    assert_eq!((global.as_str(), ra.as_str()), ("1", "2"));
+}
+
+#[test]
+fn a_host_made_a_router_can_be_made_what_it_was() {
+    if !require_root("a_host_made_a_router_can_be_made_what_it_was") {
+        return;
+    }
+    let namespace = Namespace::create(&format!("s-trb-{}", std::process::id())).unwrap();
+    namespace
+        .run(|| {
+            // Somebody forwards what comes in by this link, for when the host does; another has no use for advertisements.
+            for (key, value) in [
+                ("lo/forwarding", "1"),
+                ("lo/accept_ra", "0"),
+                ("default/accept_ra", "1"),
+            ] {
+                fs::write(format!("/proc/sys/net/ipv6/conf/{key}"), value)?;
+            }
+            let keys = ["all", "default", "lo"]
+                .into_iter()
+                .flat_map(|link| ["forwarding", "accept_ra"].map(|switch| format!("{link}/{switch}")));
+            let state = || {
+                keys.clone()
+                    .map(|key| read(&key))
+                    .collect::<anyhow::Result<Vec<_>>>()
+            };
+            let before = state()?;
+            let mut changes = Vec::new();
+            sysctl::make_router(&mut |made| changes.extend_from_slice(made))?;
+            assert_ne!(state()?, before);
+            for change in changes.iter().rev() {
+                assert!(change.stands(), "{change:?}");
+                change.undo()?;
+            }
+            assert_eq!(state()?, before);
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn read(key: &str) -> anyhow::Result<String> {
+    let text = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{key}"))?;
+    Ok(text.trim().to_owned())
 }
 
 /// A dual-stack network of nodes that do without raw sockets.

@@ -1,5 +1,8 @@
 //! Nodes of flannel-srv6 beside Kersey: one link, IPv4 inside, a routing header in every packet of theirs.
 
+use std::fs;
+use std::process::Command;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use kersey::host::ethtool::Switch;
@@ -8,7 +11,7 @@ use kersey::lab::topology::INTERFACE;
 use serde_json::{Value, json};
 
 use crate::mixed::{Kernels, Mixed, bulk, datagrams, network};
-use crate::overlay::Blueprint;
+use crate::overlay::{Blueprint, READY};
 use crate::support::require_etcd;
 
 /// What such a node's packets leave of 1500 bytes. It does not say so itself; Kersey knows.
@@ -49,6 +52,41 @@ fn two_of_each_reach_one_another() {
     let mixed = Mixed::start(blueprint("s-poc4", 4), Kernels { nodes: 2, ..OLD });
     mixed.reach_all(1, MTU.into());
     mixed.assert_sound();
+}
+
+#[test]
+fn a_pinned_neighbour_goes_with_cleanup() {
+    if !require_etcd("a_pinned_neighbour_goes_with_cleanup") {
+        return;
+    }
+    let mut mixed = Mixed::start(blueprint("s-pin", 2), OLD);
+    mixed.reach_all(1, MTU.into());
+    let overlay = &mut mixed.overlay;
+    overlay.kill(1);
+    let mut run = |program: &str, words: &str| {
+        let mut command = Command::new(program);
+        command.args(words.split(' '));
+        let mut child = overlay.run(program, 1, command);
+        assert!(child.wait_end(READY).unwrap().success(), "{}", child.log_end());
+        fs::read_to_string(child.log()).unwrap()
+    };
+    let neighbours = "-6 neigh show nud permanent dev eth0";
+    run(
+        "ip",
+        "-6 neigh add 2001:db8:1::77 lladdr 02:00:00:00:00:77 nud permanent dev eth0",
+    );
+    let held = run("ip", neighbours);
+    assert!(held.contains("proto 75") && held.lines().count() == 2, "{held}");
+    let told = run(
+        env!("CARGO_BIN_EXE_kersey"),
+        "cleanup --status-socket=/nowhere --data-dir=/nowhere",
+    );
+    assert!(told.contains("removed neighbour "), "{told}");
+    let held = run("ip", neighbours);
+    assert!(
+        held.contains("2001:db8:1::77") && held.lines().count() == 1,
+        "{held}"
+    );
 }
 
 #[test]

@@ -1,13 +1,13 @@
 //! `kersey cleanup`: removes from this host what a flannel or a killed Kersey left behind.
 //!
 //! What is found belongs to one of them for certain: a device of the kernel's VXLAN driver that is called as flannel calls it by its own
-//! VNI, a route with our protocol number, a table, chain or comment of the names that both use, a status socket on which nobody answers. Default routes are left alone whatever their number:
+//! VNI, a route or neighbour with our protocol number, a switch of which a file says what it was before and which nobody set since, a table, chain or comment of the names that both use, a status socket on which nobody answers. Default routes are left alone whatever their number:
 //! no daemon makes one, only labs do. A device takes its routes and neighbours along, so devices go first.
 
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,18 +16,21 @@ use std::process::ExitCode;
 use super::exit;
 use super::go_flags::parse_bool;
 use super::status::DEFAULT_SOCKET;
+use super::store::DEFAULT_DATA_DIR;
 use crate::addr::{Ipv6Prefix, Prefix};
+use crate::daemon::switches;
 use crate::host::firewall;
 use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
+use crate::host::sysctl::Change;
 use crate::options::{CleanupMode, CleanupOptions};
 use crate::server::status::{Locked, SocketLock};
 
 /// Undo what Kersey or flannel did to this machine: vxlan devices, routes, firewall rules, a dead status socket
 ///
-/// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes of protocol 75 (Kersey's, those of
-/// SRv6 locators among them), flannel's and Kersey's tables and chains in nft and iptables, and the status socket if nobody
-/// answers on it. Stop flannel first: it would make its device anew. Leases, subnet.env and the data directory stay, and
-/// what srv6 switched on for the whole host.
+/// Removed are the kernel's vxlan devices named flannel.VNI and flannel-v6.VNI, routes and neighbours of protocol 75
+/// (Kersey's, those of SRv6 locators among them), flannel's and Kersey's tables and chains in nft and iptables, and the
+/// status socket if nobody answers on it. What srv6 switched for the whole host is put back, unless somebody set it since.
+/// Stop flannel first: it would make its device anew. Leases, subnet.env and the rest of the data directory stay.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Options", after_help = AFTER_HELP)]
 pub(super) struct CleanupArgs {
@@ -38,6 +41,9 @@ pub(super) struct CleanupArgs {
     /// The daemon's socket, its --status-socket; while one answers, nothing is removed
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     status_socket: PathBuf,
+    /// The daemon's data directory, its --data-dir: there it says what srv6 switched for the whole host
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
+    data_dir: PathBuf,
 }
 
 const AFTER_HELP: &str = "\
@@ -48,6 +54,7 @@ impl CleanupArgs {
     pub(super) fn into_options(self) -> CleanupOptions {
         CleanupOptions {
             socket: self.status_socket,
+            data_dir: self.data_dir,
             mode: if self.dry_run {
                 CleanupMode::DryRun
             } else {
@@ -68,6 +75,13 @@ enum Leftover {
     },
     Locator(Ipv6Prefix),
     Blackhole(Prefix),
+    Neighbour {
+        addr: IpAddr,
+        index: u32,
+        /// The name of its link.
+        link: String,
+    },
+    Switch(Change),
     Firewall(firewall::Leftover),
     Socket(PathBuf),
 }
@@ -90,6 +104,12 @@ impl fmt::Display for Leftover {
             }
             Self::Locator(prefix) => write!(f, "local route {prefix} (SRv6 locator)"),
             Self::Blackhole(prefix) => write!(f, "blackhole route {prefix}"),
+            Self::Neighbour { addr, link, .. } => write!(f, "neighbour {addr} dev {link}"),
+            Self::Switch(change) => write!(
+                f,
+                "setting {}={} (it was {})",
+                change.key, change.set, change.before
+            ),
             Self::Firewall(leftover) => write!(f, "{}", leftover.told.join(", ")),
             Self::Socket(path) => write!(f, "status socket {}", path.display()),
         }
@@ -107,6 +127,8 @@ enum CleanupError {
     Runtime(io::Error),
     #[error("cannot look for what was left behind: {}", told(.0))]
     Look(NetlinkError),
+    #[error("cannot read what the host's switches were: {0}")]
+    LookAtSwitches(io::Error),
     #[error("cannot look for firewall rules: {0}")]
     LookAtFirewall(firewall::tool::ToolError),
     #[error("cannot remove {what}: {cause}")]
@@ -143,6 +165,7 @@ pub fn run(options: &CleanupOptions) -> ExitCode {
             | CleanupError::Socket { .. }
             | CleanupError::Runtime(_)
             | CleanupError::Look(_)
+            | CleanupError::LookAtSwitches(_)
             | CleanupError::LookAtFirewall(_)
             | CleanupError::Remove { .. } => exit::FAILED,
         };
@@ -169,6 +192,15 @@ async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupErr
         }
         Err(error) => errors.push(CleanupError::LookAtFirewall(error)),
     }
+    let remembrances = match switches::remembered(&options.data_dir) {
+        Ok(remembrances) => remembrances,
+        Err(error) => {
+            errors.push(CleanupError::LookAtSwitches(error));
+            Vec::new()
+        }
+    };
+    let changes = remembrances.iter().flat_map(|held| &held.changes);
+    found.extend(changes.cloned().map(Leftover::Switch));
     found.extend(socket.map(Leftover::Socket));
     for leftover in &found {
         let line = match options.mode {
@@ -183,6 +215,12 @@ async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupErr
         };
         // As above: a terminal that is gone keeps nothing from being removed.
         let _ = io::stdout().write_all(line.as_bytes());
+    }
+    if options.mode == CleanupMode::Remove && errors.is_empty() {
+        for held in &remembrances {
+            // Empty by now: what it has is put back, or somebody else's.
+            let _ = fs::remove_file(&held.file);
+        }
     }
     if found.is_empty() {
         let _ = io::stdout().write_all(b"nothing to clean up\n");
@@ -231,11 +269,18 @@ async fn leftovers(netlink: &Netlink) -> Result<Vec<Leftover>, NetlinkError> {
     let locators = locators.into_iter().map(Leftover::Locator);
     let blackholes = netlink.own_blackholes().await?;
     let blackholes = blackholes.into_iter().map(Leftover::Blackhole);
+    let neighbours = netlink.own_neighbours().await?;
+    let neighbours = neighbours.into_iter().map(|(index, addr)| Leftover::Neighbour {
+        addr,
+        index,
+        link: name(&links, index),
+    });
     Ok(devices
         .into_iter()
         .chain(routes)
         .chain(locators)
         .chain(blackholes)
+        .chain(neighbours)
         .collect())
 }
 
@@ -251,6 +296,13 @@ async fn remove(netlink: &Netlink, leftover: &Leftover) -> Result<(), CleanupErr
         Leftover::Route { route, .. } => netlink.delete_route(route).await,
         Leftover::Locator(prefix) => netlink.delete_local_prefix(*prefix).await,
         Leftover::Blackhole(prefix) => netlink.delete_own_blackhole(*prefix).await,
+        Leftover::Neighbour { addr, index, .. } => netlink.delete_neighbour(*index, *addr).await,
+        Leftover::Switch(change) => {
+            return change.undo().map_err(|error| CleanupError::Remove {
+                what,
+                cause: error.to_string(),
+            });
+        }
         Leftover::Firewall(leftover) => {
             return leftover.remove().map_err(|error| CleanupError::Remove {
                 what,

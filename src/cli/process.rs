@@ -7,6 +7,15 @@ use super::go_flags::parse_bool;
 use super::store::int_within;
 use crate::options::{Handover, MonitorOptions, Predecessor, ProcessOptions, SandboxChoice, metrics_address};
 
+/// What a process gives up, be it a node or a server.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Process")]
+pub(super) struct SandboxArgs {
+    /// What the process gives up after its start: auto, off, or a list of capabilities, landlock, seccomp
+    #[arg(long, value_name = "PARTS", default_value = "auto")]
+    pub(super) sandbox: SandboxChoice,
+}
+
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Process")]
 pub(super) struct ProcessArgs {
@@ -19,9 +28,8 @@ pub(super) struct ProcessArgs {
     /// Where Prometheus finds /metrics: ADDRESS:PORT, or a port for loopback [default: nowhere]
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = metrics_address)]
     metrics_address: Option<SocketAddr>,
-    /// What the process gives up after its start: auto, off, or a list of capabilities, landlock, seccomp
-    #[arg(long, value_name = "PARTS", default_value = "auto")]
-    sandbox: SandboxChoice,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// User to become, by name or number; the capabilities that are needed stay
     #[arg(long, value_name = "USER")]
     user: Option<String>,
@@ -52,7 +60,7 @@ impl ProcessArgs {
                 healthz_port: self.healthz_port.0,
                 metrics_address: self.metrics_address,
             },
-            sandbox: self.sandbox,
+            sandbox: self.sandbox.sandbox,
             user: self.user.filter(|user| !user.is_empty()),
             handover: self.handover,
             predecessor: if self.takeover {

@@ -484,6 +484,7 @@ impl RunArgs {
             store: options.store,
             serve,
             lease_ttl: options.lease.ttl,
+            sandbox: options.process.sandbox,
             log: options.log,
         })
     }

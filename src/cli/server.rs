@@ -8,12 +8,14 @@ use super::UsageError;
 use super::exit;
 use super::http::{CertificateArgs, Listen, ServingArgs, listen_list};
 use super::logging::LogArgs;
+use super::process::SandboxArgs;
 use super::store::{EtcdArgs, OwnStoreArgs, Serving, store_options};
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
-use crate::host::{inherited, limits};
+use crate::daemon::confine::{ConfineError, confine_server};
+use crate::host::{inherited, limits, sandbox};
 use crate::options::ServerOptions;
-use crate::server::{self, ListenError, Served};
+use crate::server::{self, Bound, ListenError, Served};
 use crate::trust::TrustError;
 
 /// Serve config and leases to other nodes over HTTP, without joining the overlay
@@ -36,6 +38,8 @@ pub(super) struct ServerArgs {
     #[command(flatten)]
     etcd: EtcdArgs,
     #[command(flatten)]
+    sandbox: SandboxArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -45,6 +49,7 @@ impl ServerArgs {
             store: store_options(self.etcd, &self.own, None, Serving::Yes)?,
             serve: self.serving.into_options(self.listen, self.certificates)?,
             lease_ttl: self.own.lease_ttl,
+            sandbox: self.sandbox.sandbox,
             log: self.log.options(),
         })
     }
@@ -53,12 +58,7 @@ impl ServerArgs {
 /// Serves until SIGTERM or SIGINT.
 pub fn run(options: &ServerOptions) -> ExitCode {
     limits::raise_open_files();
-    let served = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(ServeError::Runtime)
-        .and_then(|runtime| runtime.block_on(serve(options)));
-    match served {
+    match bind_and_serve(options) {
         Ok(()) => ExitCode::from(exit::OK),
         Err(error) => {
             tracing::error!("{error}");
@@ -67,10 +67,31 @@ pub fn run(options: &ServerOptions) -> ExitCode {
                 ServeError::Open(_)
                 | ServeError::Trust(_)
                 | ServeError::Listen(_)
+                | ServeError::Confine(_)
                 | ServeError::Runtime(_) => exit::FAILED,
             })
         }
     }
+}
+
+/// Takes the ports, gives up what is needed for nothing else, and serves.
+fn bind_and_serve(options: &ServerOptions) -> Result<(), ServeError> {
+    let bound = server::bind(&options.serve.listen, inherited::descriptor)?;
+    confine_server(options)?;
+    let gave_up = sandbox::report();
+    tracing::info!(
+        sandbox = gave_up
+            .iter()
+            .map(|(part, state)| format!("{part} {state}"))
+            .collect::<Vec<_>>()
+            .join(", "),
+        "the server starts"
+    );
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)
+        .and_then(|runtime| runtime.block_on(serve(options, bound)))
 }
 
 /// Why nothing is served.
@@ -82,18 +103,34 @@ enum ServeError {
     Trust(#[from] TrustError),
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error("{}", told(.0))]
+    Confine(#[from] ConfineError),
     #[error("cannot start the runtime: {0}")]
     Runtime(std::io::Error),
 }
 
-async fn serve(options: &ServerOptions) -> Result<(), ServeError> {
+/// An error with its causes.
+fn told(error: &ConfineError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+async fn serve(options: &ServerOptions, bound: Vec<Bound>) -> Result<(), ServeError> {
     // Taken first, so that a signal that comes while the store opens is not lost.
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Runtime)?;
     let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Ask).await?;
     let store = networks.open(None).map_err(OpenError::Store)?;
     let served = Served::open(store, &options.serve)?.with_networks(networks);
-    let listeners = server::listen(&options.serve.listen, inherited::descriptor).await?;
+    let listeners = bound
+        .into_iter()
+        .map(Bound::listen)
+        .collect::<Result<Vec<_>, _>>()?;
     server::announce(&listeners, &served);
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -177,6 +177,9 @@ fn table(status: &Status, colour: Colour) -> String {
     );
     out.push('\n');
     let Some(networks) = &status.networks else {
+        if let Some(problem) = &status.problem {
+            push(&mut out, problem);
+        }
         network(&mut out, colour, status);
         return out;
     };

@@ -44,12 +44,15 @@ pub(super) struct EtcdArgs {
     etcd_password: Option<String>,
 }
 
+/// Where a node keeps its state.
+pub(super) const DEFAULT_DATA_DIR: &str = "/var/lib/kersey";
+
 /// Kersey's flags for its own store and for all stores.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = OWN_STORE)]
 pub(super) struct OwnStoreArgs {
     /// Directory for state: the embedded store, and the cache from which a node starts while its store is away
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/kersey")]
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
     pub(super) data_dir: PathBuf,
     /// Network config for an embedded store that has none: a file, or JSON text; NAME= before it is for the network of that
     /// name, and the flag may be repeated

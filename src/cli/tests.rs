@@ -397,6 +397,7 @@ fn cleanup_asks_the_socket_the_daemon_was_told_and_removes_unless_told_not_to() 
             panic!("{:?}", parsed.command);
         };
         assert_eq!((options.socket.as_path(), options.mode), (Path::new("/s"), mode));
+        assert_eq!(options.data_dir, Path::new("/var/lib/kersey"));
     }
 }
 

@@ -11,8 +11,8 @@ use crate::host::firewall;
 use crate::host::folders::{self, FolderError};
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
-    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxPart, ServerAddress,
-    StoreKind,
+    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxChoice, SandboxPart,
+    ServeOptions, ServerAddress, ServerOptions, StoreKind,
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
@@ -54,7 +54,7 @@ const TUN: &str = "/dev/net/tun";
 
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConfineError {
+pub(crate) enum ConfineError {
     /// There is no such user.
     #[error("there is no user {0:?} (--user)")]
     NoUser(String),
@@ -79,13 +79,7 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     if let Some(account) = account {
         folders::give_contents(&options.data_dir, NetworkChoice::STATE, account)?;
     }
-    let parts: Vec<Part> = options
-        .process
-        .sandbox
-        .0
-        .iter()
-        .map(|part| part_of(*part))
-        .collect();
+    let parts = parts_of(&options.process.sandbox);
     if options.firewall.tool != FirewallTool::Off
         && let Err(error) = firewall::helper::start(&parts)
     {
@@ -98,18 +92,53 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     }
     plan.write(SWITCHES);
     plan.device(TUN);
+    for file in options.srv6.hmac_keys.iter().chain(&options.process.config_file) {
+        plan.read_file(file);
+    }
+    let store = &options.store.kind;
+    let named = resolves_names(store, options.serve.as_ref());
+    allow_reading(&mut plan, store, options.serve.as_ref(), named);
+    sandbox::enter(&plan)?;
+    Ok(())
+}
+
+/// The same for a server that is no node, once its ports are bound: it keeps no capability. To be called before there are threads.
+pub(crate) fn confine_server(options: &ServerOptions) -> Result<(), ConfineError> {
+    let parts = parts_of(&options.sandbox);
+    let mut plan = Plan::new(parts.into_iter().collect(), None).without_capabilities();
+    if let StoreKind::Embedded(embedded) = &options.store.kind {
+        prepare(&embedded.data_dir, 0o700);
+        plan.write(&embedded.data_dir);
+    }
+    for folder in socket_folders(&options.serve) {
+        plan.write(folder);
+    }
+    let store = &options.store.kind;
+    // What it listens on has been looked up.
+    allow_reading(
+        &mut plan,
+        store,
+        Some(&options.serve),
+        resolves_names(store, None),
+    );
+    sandbox::enter(&plan)?;
+    Ok(())
+}
+
+fn parts_of(choice: &SandboxChoice) -> Vec<Part> {
+    choice.0.iter().map(|part| part_of(*part)).collect()
+}
+
+/// Lets be read what a store and a server need, and the standard library.
+fn allow_reading(plan: &mut Plan, store: &StoreKind, serve: Option<&ServeOptions>, named: bool) {
     for path in KERNEL {
         plan.read(path);
     }
     plan.read(identity::BOOT_ID);
-    for file in files(options) {
+    for file in files(store, serve) {
         plan.read_file(&file);
     }
-    if options.serve.is_some() {
-        // A name by which clients may call this server.
-        plan.read("/proc/sys/kernel/hostname");
-    }
-    if resolves_names(options) {
+    if named {
         for path in RESOLVER {
             plan.read(path);
         }
@@ -117,7 +146,7 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
             plan.read(folder);
         }
     }
-    if speaks_tls(options) {
+    if speaks_tls(store) {
         for path in TRUST {
             plan.read(path);
         }
@@ -127,8 +156,6 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
             }
         }
     }
-    sandbox::enter(&plan)?;
-    Ok(())
 }
 
 fn part_of(part: SandboxPart) -> Part {
@@ -150,12 +177,17 @@ fn folders(options: &RunOptions) -> Vec<(PathBuf, u32)> {
     );
     let files = [&options.subnet_file, &options.status_socket];
     folders.extend(files.into_iter().map(|file| (folder_of(file), 0o755)));
-    for address in options.serve.iter().flat_map(|serve| &serve.listen) {
-        if let ListenAddress::Unix(file) = address {
-            folders.push((folder_of(file), 0o755));
-        }
-    }
+    let sockets = options.serve.iter().flat_map(socket_folders);
+    folders.extend(sockets.map(|folder| (folder, 0o755)));
     folders
+}
+
+/// The folders of the unix sockets that a server listens on.
+fn socket_folders(serve: &ServeOptions) -> impl Iterator<Item = PathBuf> {
+    serve.listen.iter().filter_map(|address| match address {
+        ListenAddress::Unix(file) => Some(folder_of(file)),
+        ListenAddress::Tcp { .. } | ListenAddress::Inherited(_) => None,
+    })
 }
 
 fn folder_of(file: &Path) -> PathBuf {
@@ -165,11 +197,10 @@ fn folder_of(file: &Path) -> PathBuf {
     }
 }
 
-/// The files the options name.
-fn files(options: &RunOptions) -> Vec<PathBuf> {
-    let named = options.srv6.hmac_keys.iter().chain(&options.process.config_file);
-    let mut files: Vec<PathBuf> = named.cloned().collect();
-    match &options.store.kind {
+/// The files that the options of a store and a server name.
+fn files(store: &StoreKind, serve: Option<&ServeOptions>) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    match store {
         StoreKind::Etcd(etcd) => {
             files.extend(etcd.ca_file.clone());
             if let Some(cert) = &etcd.client_cert {
@@ -193,7 +224,7 @@ fn files(options: &RunOptions) -> Vec<PathBuf> {
             files.extend(remote.token_file.clone());
         }
     }
-    if let Some(serve) = &options.serve {
+    if let Some(serve) = serve {
         if let Some((pair, ca)) = &serve.tls {
             files.extend([pair.cert.clone(), pair.key.clone()]);
             files.extend(ca.clone());
@@ -204,12 +235,12 @@ fn files(options: &RunOptions) -> Vec<PathBuf> {
 }
 
 /// Whether the store or the address to listen on is given by name.
-fn resolves_names(options: &RunOptions) -> bool {
+fn resolves_names(store: &StoreKind, serve: Option<&ServeOptions>) -> bool {
     let named = |host: &str| {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         !bare.is_empty() && bare.parse::<std::net::IpAddr>().is_err()
     };
-    let store = match &options.store.kind {
+    let store = match store {
         StoreKind::Etcd(etcd) => etcd.endpoints.iter().any(|endpoint| named(host_of(endpoint))),
         StoreKind::Embedded(_) => false,
         StoreKind::Remote(remote) => remote.servers.iter().any(|server| match server {
@@ -217,7 +248,7 @@ fn resolves_names(options: &RunOptions) -> bool {
             ServerAddress::Unix(_) => false,
         }),
     };
-    let mut listen = options.serve.iter().flat_map(|serve| &serve.listen);
+    let mut listen = serve.into_iter().flat_map(|serve| &serve.listen);
     store
         || listen.any(|address| match address {
             ListenAddress::Tcp { host, .. } => named(host),
@@ -267,8 +298,8 @@ fn host_of(endpoint: &str) -> &str {
     }
 }
 
-fn speaks_tls(options: &RunOptions) -> bool {
-    match &options.store.kind {
+fn speaks_tls(store: &StoreKind) -> bool {
+    match store {
         StoreKind::Etcd(etcd) => etcd
             .endpoints
             .iter()

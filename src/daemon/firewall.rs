@@ -10,8 +10,9 @@
 //!                        3  the blackhole route, by netlink
 //! ```
 //!
-//! The node waits for the first look before it says it is ready, but no longer than [`PATIENCE`], and whatever came of it: a host without a
-//! firewall tool, or whose kernel cannot masquerade, still has its overlay. What came of it is in the log once, and in the status.
+//! The node waits for the first look before it writes `subnet.env`, but no longer than [`PATIENCE`], and whatever came of it: a host whose
+//! tools fail still has its overlay. What came of it is in the log once, and in the status. As long as rules that were asked for could not
+//! be made even once, the node is up and not *ready*; that `auto` finds no tool is told, and is no fault.
 //!
 //! When the thread ends, everything stays, as flannel's does: packets flow while the daemon restarts. It may be in the middle of a look when
 //! its handle is dropped, and makes rules until that is done; so whoever comes next to the rules of a network, be it to take them away or to
@@ -26,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::addr::Prefix;
 use crate::control::config::NetworkConfig;
@@ -86,6 +87,7 @@ pub(super) struct Keeper {
     network: String,
     orders: mpsc::Sender<Wanted>,
     state: watch::Receiver<State>,
+    report: Arc<Report>,
 }
 
 /// Takes the rules of a network away that was removed; its keeper's handle is dropped, and its thread is waited for.
@@ -124,6 +126,7 @@ impl Keeper {
     pub(super) fn start(options: FirewallOptions, network: &str, report: Arc<Report>) -> Result<Self> {
         let (orders, received) = mpsc::channel(4);
         let (told, state) = watch::channel(State::None);
+        let reported = Arc::clone(&report);
         let turn = turn(network);
         std::thread::Builder::new()
             .name("firewall".to_owned())
@@ -132,9 +135,12 @@ impl Keeper {
                 match runtime {
                     Ok(runtime) => runtime.block_on(async {
                         let _turn = turn.lock_owned().await;
-                        Thread::new(options, report, told).run(received).await;
+                        Thread::new(options, reported, told).run(received).await;
                     }),
-                    Err(error) => tracing::error!(%error, "cannot look after firewall rules"),
+                    Err(error) => {
+                        reported.set_rules_missing(&error.to_string());
+                        tracing::error!(%error, "cannot look after firewall rules");
+                    }
                 }
             })
             .context("cannot start the thread for firewall rules")?;
@@ -143,6 +149,7 @@ impl Keeper {
             network: network.to_owned(),
             orders,
             state,
+            report,
         })
     }
 
@@ -163,6 +170,7 @@ impl Keeper {
             looked,
         };
         if self.orders.send(wanted).await.is_ok() && timeout(PATIENCE, done).await.is_err() {
+            self.report.set_rules_missing("the tools do not answer");
             tracing::warn!("firewall tools do not answer; going on");
         }
     }
@@ -234,12 +242,19 @@ impl Thread {
         let Some(mut wanted) = orders.recv().await else {
             return;
         };
-        let netlink = match Netlink::open() {
-            Ok(netlink) => netlink,
-            Err(error) => {
-                tracing::error!(error = told(&error), "cannot look after firewall rules");
+        let netlink = loop {
+            match Netlink::open() {
+                Ok(netlink) => break netlink,
+                Err(error) => {
+                    let error = told(&error);
+                    self.report.set_rules_missing(&error);
+                    self.tell_once(format!("cannot look after firewall rules, trying on: {error}"));
+                }
+            }
+            if orders.is_closed() {
                 return;
             }
+            sleep(RETRY).await;
         };
         loop {
             // What was wanted by who has gone is wanted no more.
@@ -275,6 +290,7 @@ impl Thread {
         let Some(firewall) = &mut self.firewall else {
             self.set(State::None);
             self.report.set_firewall("off");
+            self.report.set_rules_made();
             return None;
         };
         let mut rules = wanted.rules.clone();
@@ -290,6 +306,7 @@ impl Thread {
             Ok(look) => {
                 self.set(State::Kept);
                 self.report.set_firewall(look.mode.name());
+                self.report.set_rules_made();
                 self.tell(&look, &rules);
                 self.made = Some(rules);
                 Some(self.options.resync)
@@ -297,6 +314,13 @@ impl Thread {
             Err(error @ FirewallError::NoTool(_)) => {
                 self.set(State::None);
                 self.report.set_firewall(&format!("none: {error}"));
+                match self.options.tool {
+                    FirewallTool::Auto | FirewallTool::Off => self.report.set_rules_made(),
+                    // Somebody has named a tool, and so counts on it.
+                    FirewallTool::Nft | FirewallTool::Iptables => {
+                        self.report.set_rules_missing(&error.to_string());
+                    }
+                }
                 if asked {
                     self.tell_once(format!("{error}: nothing is masqueraded and no rules are made; install nftables, or leave masquerading to the container runtime (FLANNEL_IPMASQ=false)"));
                 } else if self.told.insert(error.to_string()) {
@@ -307,6 +331,7 @@ impl Thread {
             }
             Err(error) => {
                 self.report.set_firewall(&format!("failing: {error}"));
+                self.report.set_rules_missing(&error.to_string());
                 self.tell_once(format!("cannot make firewall rules, trying on: {error}"));
                 Some(RETRY.max(self.options.resync / 5))
             }

@@ -125,6 +125,12 @@ impl Health {
         Ok(())
     }
 
+    /// Whether all networks move packets, even if something else keeps them from being ready.
+    pub(super) fn is_up(&self) -> bool {
+        let networks = lock(&self.networks);
+        !networks.is_empty() && networks.values().all(|report| report.is_up())
+    }
+
     /// What there is to say in one line, for whoever reads `systemctl status`.
     pub(super) fn summary(&self) -> String {
         let networks = lock(&self.networks);
@@ -136,7 +142,10 @@ impl Health {
                 format!("{network}: ")
             };
             if !status.ready {
-                return format!("{name}not ready");
+                return match status.problem {
+                    Some(problem) => format!("{name}not ready: {problem}"),
+                    None => format!("{name}not ready"),
+                };
             }
             let store = if status.store.connected {
                 ""
@@ -168,9 +177,20 @@ impl Monitored for Health {
         self.judge(Instant::now())
     }
 
-    fn ready(&self) -> bool {
+    fn ready(&self) -> Result<(), Option<String>> {
         let networks = lock(&self.networks);
-        !networks.is_empty() && networks.values().all(|report| report.is_ready())
+        if !networks.is_empty() && networks.values().all(|report| report.is_ready()) {
+            return Ok(());
+        }
+        let obstacles = networks.iter().filter_map(|(network, report)| {
+            let why = report.obstacle()?;
+            Some(if network == "_" {
+                why
+            } else {
+                format!("network {network}: {why}")
+            })
+        });
+        Err(obstacles.reduce(|all, next| all + "; " + &next))
     }
 
     fn metrics(&self) -> String {
@@ -299,14 +319,40 @@ mod tests {
     #[test]
     fn it_is_ready_when_all_networks_are() {
         let health = Health::new("6.1".to_owned());
-        assert!(!health.ready(), "there is none");
+        assert_eq!(health.ready(), Err(None), "there is none");
         let reports = [Arc::new(Report::for_tests()), Arc::new(Report::for_tests())];
         health.add("a", Arc::clone(&reports[0]));
         health.add("b", Arc::clone(&reports[1]));
-        reports[0].set_ready();
-        assert!(!health.ready());
-        reports[1].set_ready();
-        assert!(health.ready());
+        reports[0].set_up();
+        assert_eq!(health.ready(), Err(None));
+        reports[1].set_up();
+        assert_eq!(health.ready(), Ok(()));
+    }
+
+    #[test]
+    fn rules_that_never_were_keep_it_from_being_ready_and_from_nothing_else() {
+        let health = Health::new("6.1".to_owned());
+        let report = Arc::new(Report::for_tests());
+        health.add("a", Arc::clone(&report));
+        report.set_rules_missing("nft refuses");
+        assert_eq!(health.ready(), Err(None), "that is not all there is to wait for");
+        report.set_up();
+        let why = "firewall rules that were asked for cannot be made: nft refuses";
+        assert_eq!(health.ready(), Err(Some(format!("network a: {why}"))));
+        assert!(health.is_up());
+        let status = report.status();
+        assert_eq!((status.ready, status.problem.as_deref()), (false, Some(why)));
+
+        report.set_rules_made();
+        assert_eq!(health.ready(), Ok(()));
+        assert_eq!(report.status().problem, None);
+        // Once made they are likely still there, whatever becomes of the tool; also through a new start of the node.
+        report.set_rules_missing("nft refuses");
+        assert_eq!(health.ready(), Ok(()));
+        report.not_ready();
+        report.set_rules_missing("nft refuses");
+        report.set_up();
+        assert_eq!(health.ready(), Ok(()));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::iter::once;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,8 +19,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
-use crate::daemon::ports;
-use crate::daemon::succession;
+use crate::daemon::{ports, succession, switches};
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
@@ -34,7 +34,7 @@ use crate::host::netlink::{Netlink, NetlinkError, Route};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
 use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
-use crate::host::raw::{RawError, RawOptions, RawUnderlay};
+use crate::host::raw::{self, RawError, RawOptions, RawUnderlay};
 use crate::host::shared_port::SharedPorts;
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
 use crate::host::sysctl::{self, Forwarding, SysctlError};
@@ -52,6 +52,8 @@ pub(super) struct Setup<'a, B> {
     pub(super) inner_mtu: Mtu,
     pub(super) netlink: Netlink,
     pub(super) firewall: Keeper,
+    /// Where is remembered what the host's switches were.
+    pub(super) data_dir: &'a Path,
 }
 
 impl<B> Setup<'_, B> {
@@ -221,7 +223,7 @@ impl<B: Backend> DataPlane<B> {
             mut others,
         } = match srv6_io {
             Some(io) if io.is_tun() => open_outer(setup, &routes, heard.clone())?,
-            Some(_) | None => open_underlays(setup, queue_count, bundle)?,
+            Some(_) | None => open_underlays(setup, queue_count, &mut bundle)?,
         };
         let mut held = Bundle::default();
         tun.hold(&mut held)?;
@@ -255,6 +257,10 @@ impl<B: Backend> DataPlane<B> {
                 interface.public_v6.map(IpAddr::V6),
             ],
         };
+        let endpoint = match srv6_io {
+            Some(SegmentIo::Raw) => start_endpoint(setup, &routes, &mut bundle, &mut held)?,
+            Some(_) | None => None,
+        };
         let waiting = Waiting {
             tun,
             underlays,
@@ -263,10 +269,6 @@ impl<B: Backend> DataPlane<B> {
             sources,
             busy_poll: options.busy_poll,
             held,
-        };
-        let endpoint = match srv6_io {
-            Some(SegmentIo::Raw) => start_endpoint(setup, &routes)?,
-            Some(_) | None => None,
         };
         others = others.or_else(|| endpoint.as_ref().map(Endpoint::stats).map(Arc::clone));
         let mut plane = Self {
@@ -549,9 +551,10 @@ impl<B: Backend> DataPlane<B> {
 
 impl<B: Backend> Drop for DataPlane<B> {
     fn drop(&mut self) {
-        // Raw sockets are not handed on: each of two owners would get every packet.
-        if matches!(self.backend.carrier(), Carrier::Udp { .. }) {
-            succession::held().retire(&self.device, self.queues.take());
+        // The outer device is not handed on.
+        if !self.srv6_io.is_some_and(SegmentIo::is_tun) {
+            let threads = (self.queues.take(), self.endpoint.take());
+            succession::held().retire(&self.device, threads);
         }
     }
 }
@@ -645,7 +648,7 @@ fn open_outer<B: Backend>(
 }
 
 /// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: Bundle) -> Result<Opened> {
+fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: &mut Bundle) -> Result<Opened> {
     let options = setup.options;
     match setup.backend.carrier() {
         Carrier::Udp {
@@ -670,6 +673,7 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: Bundl
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
+            let bundle = std::mem::take(bundle);
             let underlays = match vni.zip(ports::shared()) {
                 Some((vni, ports)) => share_underlays((ports, vni), &wanted, bundle, &options.device)?,
                 None => open_or_adopt(&wanted, bundle, &options.device)?,
@@ -683,11 +687,22 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: Bundl
         }
         Carrier::Raw { sids, source, .. } => {
             let wanted = raw_options(setup, &sids, source, queues);
-            let underlays = (0..queues)
-                .map(|queue| RawUnderlay::open(&wanted, queue).map(AnyUnderlay::Raw))
-                .collect::<Result<_, _>>()?;
+            let has_sockets = bundle.has_sockets();
+            let underlays = match adopt_raw(&wanted, bundle) {
+                Some(underlays) => underlays,
+                None => {
+                    // Two owners of such sockets would both get every packet.
+                    *bundle = Bundle::default();
+                    if has_sockets {
+                        give_up_sockets(&options.device);
+                    }
+                    (0..queues)
+                        .map(|queue| RawUnderlay::open(&wanted, queue))
+                        .collect::<Result<Vec<_>, _>>()?
+                }
+            };
             Ok(Opened {
-                underlays,
+                underlays: underlays.into_iter().map(AnyUnderlay::Raw).collect(),
                 socket_offloads: None,
                 others: None,
             })
@@ -778,6 +793,31 @@ fn adopt_underlays(wanted: &UnderlayOptions, bundle: &mut Bundle) -> Option<Vec<
     }
 }
 
+/// Takes over the raw sockets of an earlier life, if they are all there and fit.
+fn adopt_raw(wanted: &RawOptions, bundle: &mut Bundle) -> Option<Vec<RawUnderlay>> {
+    if bundle.is_empty() {
+        return None;
+    }
+    let [v4, v6, routing] = raw::QUEUE_KINDS;
+    let v4 = bundle.take(v4, wanted.queues)?;
+    let v6 = bundle.take(v6, wanted.queues)?;
+    let routing = bundle.take(routing, wanted.queues)?;
+    let queues = v4.into_iter().zip(v6).zip(routing).enumerate();
+    let adopted = queues.map(|(queue, ((v4, v6), routing))| {
+        RawUnderlay::adopt(wanted, queue, [Some(v4), Some(v6), Some(routing)])
+    });
+    match adopted.collect::<Result<Vec<_>, _>>() {
+        Ok(underlays) => Some(underlays),
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the raw sockets of an earlier life are of no use; opening new ones"
+            );
+            None
+        }
+    }
+}
+
 fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queues: usize) -> RawOptions {
     RawOptions {
         interface: setup.interface.name.clone(),
@@ -792,6 +832,8 @@ fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queu
 fn start_endpoint<B: Backend>(
     setup: &Setup<'_, B>,
     routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
+    bundle: &mut Bundle,
+    held: &mut Bundle,
 ) -> Result<Option<Endpoint>> {
     let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
         return Ok(None);
@@ -802,7 +844,8 @@ fn start_endpoint<B: Backend>(
         domain,
         link_mtu: setup.interface.mtu,
     };
-    Ok(Some(Endpoint::start(&raw, options, routes)?))
+    let given = raw::SID_KINDS.map(|kind| bundle.take(kind, 1).and_then(|mut found| found.pop()));
+    Ok(Some(Endpoint::start(&raw, options, routes, given, held)?))
 }
 
 /// The prefixes of the underlay that are this node's own.
@@ -846,7 +889,8 @@ async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
             "the kernel has tunnels of its own that look at packets to our SIDs, and may answer peers that their port is unreachable; if it does, take them down or use --srv6-io tun"
         );
     }
-    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name)? {
+    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
+    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name, &mut ledger)? {
         tracing::warn!(
             interface = setup.interface.name,
             "the kernel's own segment routing was on here and would have taken packets to our SIDs; switched off (seg6_enabled=0)"
@@ -880,7 +924,8 @@ async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
     let index = configure_outer(setup).await?;
     let name = outer_tun::name(&setup.options.device);
     let underlay = setup.interface.name.as_str();
-    let forwarding = sysctl::forward_ipv6([underlay, &name])
+    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
+    let forwarding = sysctl::forward_ipv6([underlay, &name], &mut ledger)
         .context("cannot have the kernel forward IPv6, which is needed without raw sockets; where /proc/sys is read-only, set net.ipv6.conf.all.forwarding=1 outside")?;
     match forwarding {
         Forwarding::Global => {}

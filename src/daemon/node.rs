@@ -28,7 +28,7 @@ use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession, watchdog};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
@@ -344,6 +344,7 @@ async fn join<B: Backend>(
         inner_mtu,
         netlink,
         firewall: Keeper::start(options.firewall, rules_name(options), Arc::clone(&report))?,
+        data_dir: &options.data_dir,
     };
     let (publish, published) = control.channels(&config, &lease);
     let _maintain = Task(tokio::spawn(control.maintain(publish).in_current_span()));
@@ -508,7 +509,7 @@ async fn stay<B: Backend>(
     }
 }
 
-/// Writes the subnet file, and tells whoever waits for it; says when to try again if it cannot be written.
+/// Writes the subnet file and reports that; says when to try again if it cannot be written.
 pub(super) fn announce(
     options: &RunOptions,
     config: &NetworkConfig,
@@ -524,11 +525,7 @@ pub(super) fn announce(
         }
         return Some(Instant::now() + RETRY);
     }
-    report.set_ready();
-    // Of several networks, the supervisor tells when all are up.
-    if options.network.is_none() {
-        watchdog::tell_ready();
-    }
+    report.set_up();
     None
 }
 

@@ -86,7 +86,7 @@ pub(super) async fn serve(
             let began = NotifyState::monotonic_usec_now().unwrap_or(NotifyState::MonotonicUsec(0));
             let _ = sd_notify::notify(&[NotifyState::Reloading, began]);
         }
-        let were_up = health.ready();
+        let were_up = health.ready().is_ok();
         let outcome = reload(options, reread, health.count()).await;
         health.count_reload(outcome);
         tracing::info!(?outcome, "reloaded");
@@ -100,7 +100,7 @@ pub(super) async fn serve(
 }
 
 async fn until_up(health: &Health) {
-    while !health.ready() {
+    while health.ready().is_err() {
         sleep(LOOK).await;
     }
 }

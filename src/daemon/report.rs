@@ -48,6 +48,22 @@ struct Parts {
     /// When the loop that keeps the node up last turned; `None` while it starts or rebuilds.
     turned: Option<Instant>,
     route_updates: u64,
+    /// Whether the subnet file is written and packets move.
+    is_up: bool,
+    /// Firewall rules that were asked for.
+    rules: Rules,
+}
+
+/// Firewall rules that were asked for: a node is not ready as long as there never were any.
+#[derive(Clone, Debug, Default)]
+enum Rules {
+    /// Nobody knows of anything wrong with them.
+    #[default]
+    Unknown,
+    /// They were made, once at least.
+    Made,
+    /// They could not be made yet, and why.
+    Missing(String),
 }
 
 /// When packets of peers last came. The packet path knows no clock for it: now and then it is looked which counts have grown.
@@ -254,21 +270,54 @@ impl Report {
         });
     }
 
-    pub(super) fn set_ready(&self) {
+    /// The subnet file is written and packets move: it is ready, unless firewall rules are missing.
+    pub(super) fn set_up(&self) {
         self.edit(|parts| {
-            parts.fixed.ready = true;
-            parts.fixed.problem = None;
+            parts.is_up = true;
+            self.settle(parts);
         });
-        self.ready.send_replace(true);
     }
 
     pub(super) fn not_ready(&self) {
         self.edit(|parts| {
-            parts.fixed.ready = false;
+            parts.is_up = false;
             parts.turned = None;
             parts.pulses.clear();
+            self.settle(parts);
         });
-        self.ready.send_replace(false);
+    }
+
+    /// The firewall rules that were asked for are there, or none were, or there is nothing to make them with, which is no fault.
+    pub(super) fn set_rules_made(&self) {
+        self.edit(|parts| {
+            parts.rules = Rules::Made;
+            self.settle(parts);
+        });
+    }
+
+    /// They cannot be made. If they were before, they are likely still there, and the node stays as ready as it was.
+    pub(super) fn set_rules_missing(&self, why: &str) {
+        self.edit(|parts| {
+            if !matches!(parts.rules, Rules::Made) {
+                parts.rules = Rules::Missing(format!(
+                    "firewall rules that were asked for cannot be made: {why}"
+                ));
+                self.settle(parts);
+            }
+        });
+    }
+
+    /// Says what follows from what is known. To be called with `parts` locked, so that who says it last knows most.
+    fn settle(&self, parts: &mut Parts) {
+        let missing = match &parts.rules {
+            Rules::Missing(why) => Some(why),
+            Rules::Unknown | Rules::Made => None,
+        };
+        parts.fixed.ready = parts.is_up && missing.is_none();
+        if parts.is_up {
+            parts.fixed.problem = missing.cloned();
+        }
+        self.ready.send_replace(parts.fixed.ready);
     }
 
     /// Says why it is not ready.
@@ -280,10 +329,26 @@ impl Report {
         *self.ready.borrow()
     }
 
+    /// Whether the subnet file is written and packets move.
+    pub(super) fn is_up(&self) -> bool {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).is_up
+    }
+
+    /// What keeps a node that is up from being ready.
+    pub(super) fn obstacle(&self) -> Option<String> {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.fixed.problem.clone().filter(|_| parts.is_up)
+    }
+
     /// Waits until the node is ready.
     pub(super) async fn until_ready(&self) {
+        self.until(true).await;
+    }
+
+    /// Waits until the node is ready, or is not.
+    pub(super) async fn until(&self, wanted: bool) {
         // The sender is ours, so it cannot be gone.
-        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
+        let _ = self.ready.subscribe().wait_for(|ready| *ready == wanted).await;
     }
 
     #[cfg(test)]

@@ -32,7 +32,6 @@ use crate::daemon::claims::Claims;
 use crate::daemon::health::Health;
 use crate::host::handover::{self, Given, Handover, Wish};
 use crate::options::{self, Predecessor, RunOptions};
-use crate::server::monitor::Monitored;
 
 static HELD: OnceLock<Handover> = OnceLock::new();
 
@@ -113,7 +112,8 @@ fn devices(options: &RunOptions) -> BTreeSet<String> {
 /// Tells the predecessor, once all is ready, that it may go.
 pub(super) async fn relieve_predecessor(health: Arc<Health>) {
     while held().has_predecessor() {
-        if health.ready() {
+        // Firewall rules that cannot be made, the predecessor cannot make either.
+        if health.is_up() {
             tracing::info!("the place of the daemon that ran is taken");
             held().tell_done();
         }

@@ -371,7 +371,7 @@ mod tests {
         let report = Arc::clone(report);
         tokio::spawn(async move {
             sleep(Duration::from_secs(seconds)).await;
-            report.set_ready();
+            report.set_up();
         });
     }
 

@@ -25,8 +25,11 @@ use crate::dataplane::limiter::ErrorLimiter;
 use crate::dataplane::route::{Hop, SharedRoutes};
 use crate::dataplane::stats::{Call, Count, DropReason, WorkerStats};
 use crate::dataplane::transit::{Fitted, fit, fit_outer};
+use crate::host::handover::Bundle;
 use crate::host::pulse::Pulse;
-use crate::host::raw::{Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, clear_errors, receiver, sender};
+use crate::host::raw::{
+    Audience, LOOPBACK, PROTOCOLS, RawError, RawOptions, SID_KINDS, clear_errors, receiver, sender,
+};
 use crate::host::sandbox::{self, Role};
 use crate::host::socket::{WAIT_MS, WAIT_TRIES, classify, path_mtu};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
@@ -59,7 +62,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Opens the sockets and starts the thread.
+    /// Opens the sockets that are not given and starts the thread. Second descriptors of all go into `held`.
     ///
     /// # Errors
     /// The sockets cannot be had, or there are no threads left.
@@ -67,12 +70,17 @@ impl Endpoint {
         raw: &RawOptions,
         options: SidOptions,
         routes: &SharedRoutes<H>,
+        given: [Option<OwnedFd>; PROTOCOLS.len()],
+        held: &mut Bundle,
     ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
         let stats = Arc::<WorkerStats>::default();
         let out = Outlet::raw(raw.source, Arc::clone(&stats)).map_err(io::Error::other)?;
         let sids = SidWorker::new(options, routes, out);
-        let mut worker = Receiver::open(raw, sids).map_err(io::Error::other)?;
+        let mut worker = Receiver::open(raw, sids, given).map_err(io::Error::other)?;
+        for ((socket, ..), kind) in worker.recv.iter().zip(SID_KINDS) {
+            held.insert(kind, 0, socket.as_fd().try_clone_to_owned()?);
+        }
         let pulse = Pulse::new("endpoint", Vec::new());
         let living = pulse.living();
         let thread = std::thread::Builder::new()
@@ -126,11 +134,16 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn open(options: &RawOptions, sids: SidWorker) -> Result<Self, RawError> {
+    fn open(
+        options: &RawOptions,
+        sids: SidWorker,
+        given: [Option<OwnedFd>; PROTOCOLS.len()],
+    ) -> Result<Self, RawError> {
         let recv = PROTOCOLS
             .into_iter()
-            .map(|protocol| {
-                let socket = receiver(options, protocol, Audience::Endpoint)?;
+            .zip(given)
+            .map(|(protocol, given)| {
+                let socket = receiver(options, protocol, Audience::Endpoint, given)?;
                 Ok((socket, protocol, RecvScratch::default()))
             })
             .collect::<Result<_, RawError>>()?;

@@ -36,7 +36,8 @@
 //!
 //! # Limits
 //!
-//! Sockets that only send are made anew: flows may leave by other source ports. So are raw sockets (`srv6`). Anything that does not fit what
+//! Sockets that only send are made anew: flows may leave by other source ports. So is the outer device of `--srv6-io=tun`. Raw sockets are
+//! never had twice, for each would get every packet: if those given are of no use, the predecessor ends first. Anything that does not fit what
 //! the successor wants (name, queues, headers, address, port) is closed, and made anew.
 
 mod fd_store;
@@ -80,16 +81,44 @@ pub enum Kind {
     Udp4,
     /// The same, IPv6.
     Udp6,
+    /// SRv6 that ends in the device: the raw socket for IPv4 behind the outer header.
+    RawV4,
+    /// The same, IPv6.
+    RawV6,
+    /// The same, a routing header.
+    RawRouting,
+    /// All other SRv6: the raw socket for IPv4 behind the outer header.
+    SidV4,
+    /// The same, IPv6.
+    SidV6,
+    /// The same, a routing header.
+    SidRouting,
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Tun, Self::Udp4, Self::Udp6];
+    const ALL: [Self; 9] = [
+        Self::Tun,
+        Self::Udp4,
+        Self::Udp6,
+        Self::RawV4,
+        Self::RawV6,
+        Self::RawRouting,
+        Self::SidV4,
+        Self::SidV6,
+        Self::SidRouting,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Tun => "tun",
             Self::Udp4 => "udp4",
             Self::Udp6 => "udp6",
+            Self::RawV4 => "raw4",
+            Self::RawV6 => "raw41",
+            Self::RawRouting => "raw43",
+            Self::SidV4 => "sid4",
+            Self::SidV6 => "sid41",
+            Self::SidRouting => "sid43",
         }
     }
 }
@@ -185,7 +214,8 @@ impl Bundle {
 
     /// Whether one of the sockets has this port.
     fn has_port(&self, port: u16) -> bool {
-        let sockets = self.0.iter().filter(|((kind, _), _)| *kind != Kind::Tun);
+        let is_udp = |kind| matches!(kind, Kind::Udp4 | Kind::Udp6);
+        let sockets = self.0.iter().filter(|((kind, _), _)| is_udp(*kind));
         sockets
             .filter_map(|(_, fd)| SockRef::from(fd).local_addr().ok()?.as_socket())
             .any(|addr: SocketAddr| addr.port() == port)

@@ -20,7 +20,7 @@ use netlink_packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup,
     RouteMessageBuilder,
@@ -666,17 +666,29 @@ impl Netlink {
             .or_refused("delete a forwarding entry of interface", index)
     }
 
-    /// Pins a neighbour's Ethernet address.
+    /// Pins a neighbour's Ethernet address, under [`KERSEY_PROTOCOL`]; before Linux 4.20 neighbours have no protocol.
     ///
     /// # Errors
     /// The kernel refuses.
     pub async fn set_neighbour(&self, index: u32, addr: IpAddr, mac: [u8; 6]) -> Result<(), NetlinkError> {
-        let request = self.handle.neighbours().add(index, addr).link_layer_address(&mac);
+        let mut request = self.handle.neighbours().add(index, addr).link_layer_address(&mac);
+        let protocol = NeighbourAttribute::Protocol(RouteProtocol::Other(KERSEY_PROTOCOL));
+        request.message_mut().attributes.push(protocol);
         request
             .replace()
             .execute()
             .await
             .or_refused("add neighbour", addr)
+    }
+
+    /// The neighbours that carry [`KERSEY_PROTOCOL`]: number of the link, and address.
+    ///
+    /// # Errors
+    /// The kernel refuses the dump.
+    pub async fn own_neighbours(&self) -> Result<Vec<(u32, IpAddr)>, NetlinkError> {
+        let held = self.handle.neighbours().get().execute();
+        let held: Vec<NeighbourMessage> = held.try_collect().await.or_refused("list", "neighbours")?;
+        Ok(held.iter().filter_map(own_neighbour).collect())
     }
 
     /// Forgets a neighbour; one that is not known is no error.
@@ -702,6 +714,20 @@ impl Netlink {
         let result = self.handle.neighbours().del(message).execute().await;
         gone(result, &[libc::ENOENT, libc::ENODEV]).or_refused("delete neighbour", addr)
     }
+}
+
+/// Link and address of a neighbour that is ours.
+fn own_neighbour(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
+    let protocol = NeighbourAttribute::Protocol(RouteProtocol::Other(KERSEY_PROTOCOL));
+    if !message.attributes.contains(&protocol) {
+        return None;
+    }
+    let addr = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(addr)) => Some(IpAddr::V4(*addr)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(addr)) => Some(IpAddr::V6(*addr)),
+        _ => None,
+    })?;
+    Some((message.header.ifindex, addr))
 }
 
 trait OrRefused<T> {

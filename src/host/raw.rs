@@ -22,7 +22,7 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::socket::{MsgFlags, recv};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -32,12 +32,17 @@ use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch};
 use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::{Call, Calls, Count, WorkerStats};
 use crate::dataplane::{SendError, SendFailure, Underlay};
+use crate::host::handover::{Bundle, Kind};
 use crate::host::socket::{Place, RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
 use crate::host::sys::{self, BpfInstruction, MessageTo, RecvScratch, SendScratch};
 use crate::wire::srv6::next_header;
 
 /// What may stand behind the outer header of a packet to a SID.
 pub const PROTOCOLS: [u8; 3] = [next_header::IPV4, next_header::IPV6, next_header::ROUTING];
+/// What the sockets of a queue are called when they are handed over, in the order of [`PROTOCOLS`].
+pub const QUEUE_KINDS: [Kind; PROTOCOLS.len()] = [Kind::RawV4, Kind::RawV6, Kind::RawRouting];
+/// The same of the endpoint's.
+pub const SID_KINDS: [Kind; PROTOCOLS.len()] = [Kind::SidV4, Kind::SidV6, Kind::SidRouting];
 /// Packets taken from one socket at a time while they are large, as merged ones are.
 const LARGE_SLOTS: usize = 8;
 /// A packet is large from here on, bytes.
@@ -123,11 +128,38 @@ impl RawUnderlay {
     /// # Errors
     /// See [`RawError`]; without CAP_NET_RAW the source is EPERM.
     pub fn open(options: &RawOptions, queue: usize) -> Result<Self, RawError> {
+        Self::adopt(options, queue, [None, None, None])
+    }
+
+    /// Goes on with the sockets of an earlier life, one a protocol, and opens what is not given.
+    ///
+    /// # Errors
+    /// They are not such sockets; see [`RawError`].
+    pub fn adopt(
+        options: &RawOptions,
+        queue: usize,
+        given: [Option<OwnedFd>; PROTOCOLS.len()],
+    ) -> Result<Self, RawError> {
         let recv = PROTOCOLS
             .into_iter()
-            .map(|protocol| Ok((receiver(options, protocol, Audience::Queue(queue))?, protocol)))
+            .zip(given)
+            .map(|(protocol, given)| {
+                let socket = receiver(options, protocol, Audience::Queue(queue), given)?;
+                Ok((socket, protocol))
+            })
             .collect::<Result<_, RawError>>()?;
         Ok(Self::of(recv, sender(options.source)?))
+    }
+
+    /// Puts second descriptors of the sockets that receive into `bundle`.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hold(&self, queue: usize, bundle: &mut Bundle) -> io::Result<()> {
+        for ((socket, _), kind) in self.recv.iter().zip(QUEUE_KINDS) {
+            bundle.insert(kind, queue, socket.as_fd().try_clone_to_owned()?);
+        }
+        Ok(())
     }
 
     fn of(recv: Vec<(Socket, u8)>, send: Socket) -> Self {
@@ -161,11 +193,16 @@ impl RawUnderlay {
     }
 }
 
-/// Opens a socket that gets what `audience` is to get.
+/// Opens a socket that gets what `audience` is to get, or has one of an earlier life get it from now on.
 ///
 /// # Errors
-/// See [`RawError`].
-pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Result<Socket, RawError> {
+/// What is given is no such socket; see [`RawError`].
+pub fn receiver(
+    options: &RawOptions,
+    protocol: u8,
+    audience: Audience,
+    given: Option<OwnedFd>,
+) -> Result<Socket, RawError> {
     let failed = |doing| {
         move |source| RawError {
             doing,
@@ -173,15 +210,27 @@ pub fn receiver(options: &RawOptions, protocol: u8, audience: Audience) -> Resul
             source,
         }
     };
-    let socket = Socket::new(
-        Domain::IPV6,
-        Type::RAW.nonblocking().cloexec(),
-        Some(Protocol::from(i32::from(protocol))),
-    )
-    .map_err(failed("open"))?;
+    let wanted = Some(Protocol::from(i32::from(protocol)));
+    let socket = match given.map(Socket::from) {
+        Some(socket) => {
+            let is_such = (socket.domain(), socket.r#type(), socket.protocol());
+            let (Ok(Domain::IPV6), Ok(Type::RAW), Ok(held)) = is_such else {
+                return Err(failed("take over")(io::Error::other("it is something else")));
+            };
+            if held != wanted {
+                return Err(failed("take over")(io::Error::other(
+                    "it is for another protocol",
+                )));
+            }
+            socket
+        }
+        None => {
+            Socket::new(Domain::IPV6, Type::RAW.nonblocking().cloexec(), wanted).map_err(failed("open"))?
+        }
+    };
     let fd = socket.as_fd();
     let interface = options.interface().map_err(failed("find the interface of"))?;
-    // Before the filter is there, a packet may slip in: it is judged like all others.
+    // Before the filter is there, a packet may slip in: it is judged like all others. One that is there is replaced.
     sys::attach_filter(fd, &filter(options, interface, protocol, audience)).map_err(failed("filter"))?;
     for option in [libc::IPV6_RECVPKTINFO, libc::IPV6_RECVTCLASS] {
         sys::set_option(fd, libc::IPPROTO_IPV6, option, 1).map_err(failed("ask for the headers of"))?;

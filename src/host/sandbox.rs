@@ -6,7 +6,7 @@
 //! then gives up what is left but for a score of system calls.
 //!
 //! ```text
-//!  start ─▶ 1 user, capabilities   CAP_NET_ADMIN, CAP_NET_RAW stay; bounding set the same; no_new_privs, dumpable 0, umask 077
+//!  start ─▶ 1 user, capabilities   a node: CAP_NET_ADMIN, CAP_NET_RAW stay; a server: none; bounding set the same; no_new_privs, dumpable 0, umask 077
 //!           2 Landlock             reads and writes below the named paths only
 //!           3 seccomp              no execve, no fork, no ptrace, bpf, mount, module …: EPERM
 //!                  │
@@ -42,6 +42,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid};
 
 use crate::host::socket::Probed;
+pub use crate::host::sys::{Escape, attempt};
 
 /// Whoever started us does not let us: what a part says in place of what it did.
 const REFUSED: &str = "off (refused)";
@@ -80,11 +81,22 @@ pub struct Account {
     pub gid: Gid,
 }
 
+/// Which capabilities stay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kept {
+    /// What a node uses for as long as it lives.
+    #[default]
+    Node,
+    /// None.
+    None,
+}
+
 /// What is to be given up, and what stays.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     parts: BTreeSet<Part>,
     account: Option<Account>,
+    kept: Kept,
     reads: BTreeSet<PathBuf>,
     writes: BTreeSet<PathBuf>,
     devices: BTreeSet<PathBuf>,
@@ -103,6 +115,12 @@ impl Plan {
             account,
             ..Self::default()
         }
+    }
+
+    /// Keeps no capability at all.
+    pub fn without_capabilities(mut self) -> Self {
+        self.kept = Kept::None;
+        self
     }
 
     /// Lets files below `path` be read.
@@ -185,7 +203,7 @@ pub fn enter(plan: &Plan) -> Result<(), SandboxError> {
     if wanted(Part::Capabilities) {
         umask(Mode::from_bits_truncate(0o077));
     }
-    let kept = capabilities::reduce(plan.account, wanted(Part::Capabilities))?;
+    let kept = capabilities::reduce(plan.account, wanted(Part::Capabilities), plan.kept)?;
     state.capabilities = kept.as_deref().is_some_and(|kept| kept != REFUSED);
     state.tell(
         Part::Capabilities,

@@ -1,9 +1,14 @@
 //! Kernel switches under `/proc/sys/net`.
 //!
 //! The kernel resolves that folder to the namespace of the thread that opens it, so these act on the caller's.
+//!
+//! Switches of a device of ours go with it. Those of the host are told to a [`Ledger`] before they are set, so that they can be
+//! put back ([`Change::undo`]).
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
+
+use serde::{Deserialize, Serialize};
 
 /// A switch could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +18,64 @@ pub struct SysctlError {
     value: String,
     #[source]
     source: io::Error,
+}
+
+/// A switch of the host that was set, and what it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Its path under `/proc/sys/net`.
+    pub key: String,
+    /// What it was.
+    pub before: String,
+    /// What it was set to.
+    pub set: String,
+    /// Switches that had the new value already: the kernel takes them along when this one is put back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<String>,
+}
+
+/// Who remembers changes, told before they are made.
+pub type Ledger<'a> = &'a mut dyn FnMut(&[Change]);
+
+impl Change {
+    fn of(key: &str, set: &str) -> Option<Self> {
+        let before = get(key)?;
+        (before != set).then(|| Self {
+            key: key.to_owned(),
+            before,
+            set: set.to_owned(),
+            others: Vec::new(),
+        })
+    }
+
+    /// Whether the switch still is as it was set: else it is somebody else's by now, or its interface is gone.
+    pub fn stands(&self) -> bool {
+        is_plain(&self.key) && is(&self.key, &self.set)
+    }
+
+    /// Puts the switch back, if it still is as it was set.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn undo(&self) -> Result<(), SysctlError> {
+        if !self.stands() {
+            return Ok(());
+        }
+        let others = self
+            .others
+            .iter()
+            .filter(|key| is_plain(key) && is(key, &self.set));
+        let others: Vec<_> = others.collect();
+        set(&self.key, &self.before)?;
+        others
+            .into_iter()
+            .try_for_each(|key| present(set(key, &self.set)))
+    }
+}
+
+/// Whether a key, which may come from a file, leads nowhere else.
+fn is_plain(key: &str) -> bool {
+    !key.starts_with('/') && key.split('/').all(|part| !part.is_empty() && part != "..")
 }
 
 /// How the kernel was made to pass IPv6 packets on between two links.
@@ -33,16 +96,19 @@ pub enum Forwarding {
 ///
 /// # Errors
 /// A switch cannot be written.
-pub fn forward_ipv6(links: [&str; 2]) -> Result<Forwarding, SysctlError> {
-    if is("ipv6/conf/all/forwarding", "1") {
+pub fn forward_ipv6(links: [&str; 2], ledger: Ledger<'_>) -> Result<Forwarding, SysctlError> {
+    if is(ROUTER, "1") {
         return Ok(Forwarding::Global);
     }
     let keys = links.map(|link| format!("ipv6/conf/{link}/force_forwarding"));
     if keys.iter().all(|key| Path::new(ROOT).join(key).exists()) {
-        keys.iter().try_for_each(|key| ensure(key, "1"))?;
+        make(
+            keys.iter().filter_map(|key| Change::of(key, "1")).collect(),
+            ledger,
+        )?;
         return Ok(Forwarding::PerLink);
     }
-    make_router()?;
+    make_router(ledger)?;
     Ok(Forwarding::MadeGlobal)
 }
 
@@ -50,16 +116,36 @@ pub fn forward_ipv6(links: [&str; 2]) -> Result<Forwarding, SysctlError> {
 ///
 /// # Errors
 /// A switch cannot be written.
-pub fn make_router() -> Result<(), SysctlError> {
+pub fn make_router(ledger: Ledger<'_>) -> Result<(), SysctlError> {
     let links = fs::read_dir(Path::new(ROOT).join("ipv6/conf"));
-    for link in links.into_iter().flatten().flatten() {
-        let key = format!("ipv6/conf/{}/accept_ra", link.file_name().to_string_lossy());
-        // `default` too: links to come.
-        if is(&key, "1") {
-            set(&key, "2")?;
-        }
+    let links = links.into_iter().flatten().flatten();
+    // `default` is among them: links to come.
+    let links: Vec<String> = links
+        .map(|link| format!("ipv6/conf/{}", link.file_name().to_string_lossy()))
+        .collect();
+    let listening = links.iter().map(|link| format!("{link}/accept_ra"));
+    let mut changes: Vec<Change> = listening
+        .filter(|key| is(key, "1"))
+        .filter_map(|key| Change::of(&key, "2"))
+        .collect();
+    // The kernel sets all links with this one, and sets all back with it.
+    let forwarding = links.iter().map(|link| format!("{link}/forwarding"));
+    let others = forwarding.filter(|key| is(key, "1")).collect();
+    changes.extend(Change::of(ROUTER, "1").map(|change| Change { others, ..change }));
+    make(changes, ledger)
+}
+
+/// Whether this host passes IPv6 packets on.
+const ROUTER: &str = "ipv6/conf/all/forwarding";
+
+/// Tells of changes, and makes them.
+fn make(changes: Vec<Change>, ledger: Ledger<'_>) -> Result<(), SysctlError> {
+    if !changes.is_empty() {
+        ledger(&changes);
     }
-    set("ipv6/conf/all/forwarding", "1")
+    changes
+        .iter()
+        .try_for_each(|change| set(&change.key, &change.set))
 }
 
 /// As [`set`], where writing what is there already may be refused: in containers these switches are often read-only.
@@ -69,7 +155,13 @@ fn ensure(key: &str, value: &str) -> Result<(), SysctlError> {
 
 /// Whether a switch has that value.
 fn is(key: &str, value: &str) -> bool {
-    fs::read_to_string(Path::new(ROOT).join(key)).is_ok_and(|held| held.trim() == value)
+    get(key).is_some_and(|held| held == value)
+}
+
+/// A switch's value; `None` if there is no such switch.
+fn get(key: &str) -> Option<String> {
+    let held = fs::read_to_string(Path::new(ROOT).join(key)).ok()?;
+    Some(held.trim().to_owned())
 }
 
 /// Where the kernel shows its switches.
@@ -132,18 +224,44 @@ pub fn disable_ipv6(link: &str) -> Result<(), SysctlError> {
 ///
 /// # Errors
 /// The switch exists but cannot be written.
-pub fn disable_seg6(link: &str) -> Result<bool, SysctlError> {
+pub fn disable_seg6(link: &str, ledger: Ledger<'_>) -> Result<bool, SysctlError> {
     let is_on = |conf: &str| is(&format!("ipv6/conf/{conf}/seg6_enabled"), "1");
     // Both must be on for the kernel to look at one (net/ipv6/exthdrs.c).
     if !(is_on("all") && is_on(link)) {
         return Ok(false);
     }
-    set(&format!("ipv6/conf/{link}/seg6_enabled"), "0").map(|()| true)
+    let change = Change::of(&format!("ipv6/conf/{link}/seg6_enabled"), "0");
+    make(change.into_iter().collect(), ledger).map(|()| true)
 }
 
 fn present(result: Result<(), SysctlError>) -> Result<(), SysctlError> {
     match result {
         Err(error) if error.source.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_from_a_file_leads_nowhere_else() {
+        let change = |key: &str| Change {
+            key: key.to_owned(),
+            before: "x".to_owned(),
+            set: get("ipv4/ip_forward").unwrap_or_default(),
+            others: Vec::new(),
+        };
+        assert!(change("ipv4/ip_forward").stands());
+        for key in [
+            "ipv4/../ipv4/ip_forward",
+            "/proc/sys/net/ipv4/ip_forward",
+            "ipv4//ip_forward",
+            "",
+        ] {
+            assert!(!change(key).stands(), "{key}");
+            assert!(change(key).undo().is_ok(), "nothing is done");
+        }
     }
 }

@@ -53,7 +53,8 @@ impl AnyUnderlay {
     pub fn hold(&self, queue: usize, bundle: &mut Bundle) -> io::Result<()> {
         match self {
             Self::Udp(underlay) => underlay.hold(queue, bundle),
-            Self::Raw(_) | Self::Tun(_) => Ok(()),
+            Self::Raw(underlay) => underlay.hold(queue, bundle),
+            Self::Tun(_) => Ok(()),
         }
     }
 

@@ -1,14 +1,17 @@
 //! Where a server listens: TCP, a unix socket, or a socket that the process was started with.
+//!
+//! It takes two steps: [`bind`] needs names, files and perhaps a capability (a port below 1024), and no runtime; [`Bound::listen`] needs
+//! nothing but a runtime. In between a process can give up what it needs no more. A TCP port that is bound takes no connections yet.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::socket_file::{SocketFile, SocketFileError};
+use super::socket_file::{PlacedSocket, SocketFile, SocketFileError};
 use super::{HEAD_TIMEOUT, USER_TIMEOUT};
 use crate::options::ListenAddress;
 
@@ -121,30 +124,100 @@ impl Listener {
     }
 }
 
+/// How many connections wait to be taken.
+const BACKLOG: i32 = 1024;
+
+/// A socket that is about to take connections.
+#[derive(Debug)]
+pub struct Bound {
+    address: String,
+    socket: BoundSocket,
+}
+
+#[derive(Debug)]
+enum BoundSocket {
+    Tcp(Socket),
+    Unix(PlacedSocket),
+    Inherited(Socket),
+}
+
+impl Bound {
+    /// Takes connections from now on; this thread's runtime looks after it.
+    ///
+    /// # Errors
+    /// Somebody else does, at that address.
+    pub fn listen(self) -> Result<Listener, ListenError> {
+        let bind_error = |cause| ListenError::Bind {
+            address: self.address.clone(),
+            cause,
+        };
+        match self.socket {
+            BoundSocket::Tcp(socket) => {
+                socket.listen(BACKLOG).map_err(bind_error)?;
+                let listener = TcpListener::from_std(socket.into());
+                listener.map(Listener::Tcp).map_err(bind_error)
+            }
+            BoundSocket::Unix(placed) => placed.attend().map(Listener::Unix).map_err(bind_error),
+            BoundSocket::Inherited(socket) => attend_inherited(socket).map_err(bind_error),
+        }
+    }
+}
+
+fn attend_inherited(socket: Socket) -> io::Result<Listener> {
+    if socket.domain()? == Domain::UNIX {
+        let listener = UnixListener::from_std(OwnedFd::from(socket).into())?;
+        return Ok(Listener::InheritedUnix(listener));
+    }
+    TcpListener::from_std(socket.into()).map(Listener::Tcp)
+}
+
 /// Listens on each of `addresses`. `inherit` gives descriptors for `fd://`.
 ///
 /// # Errors
 /// One of them cannot be listened on.
 pub async fn listen(addresses: &[ListenAddress], inherit: Inherit) -> Result<Vec<Listener>, ListenError> {
+    let owned = addresses.to_vec();
+    // A name server may take its time.
+    let bound = tokio::task::spawn_blocking(move || bind(&owned, inherit)).await;
+    let bound = bound.map_err(|error| ListenError::Bind {
+        address: addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(","),
+        cause: io::Error::other(error),
+    })?;
+    bound?.into_iter().map(Bound::listen).collect()
+}
+
+/// Takes each of `addresses`. `inherit` gives descriptors for `fd://`.
+///
+/// # Errors
+/// One of them cannot be had.
+pub fn bind(addresses: &[ListenAddress], inherit: Inherit) -> Result<Vec<Bound>, ListenError> {
     let mut listeners = Vec::new();
     for address in addresses {
+        let bound = |socket| Bound {
+            address: address.to_string(),
+            socket,
+        };
         match address {
             ListenAddress::Tcp { host, port } => {
-                listeners.push(Listener::Tcp(listen_tcp(host, *port, address).await?));
+                listeners.push(bound(BoundSocket::Tcp(bind_tcp(host, *port, address)?)));
             }
             ListenAddress::Unix(path) => {
                 let unix_error = |problem| ListenError::Unix {
                     path: path.clone(),
                     problem,
                 };
-                let file = SocketFile::bind(path).map_err(|error| {
+                let file = PlacedSocket::bind(path).map_err(|error| {
                     unix_error(match error {
                         SocketFileError::AlreadyServed => "another process answers there".to_owned(),
                         SocketFileError::InTheWay => "what is there is not a socket".to_owned(),
                         SocketFileError::Create(source) => source.to_string(),
                     })
                 })?;
-                listeners.push(Listener::Unix(file));
+                listeners.push(bound(BoundSocket::Unix(file)));
             }
             ListenAddress::Inherited(number) => {
                 let inherited_error = |problem| ListenError::Inherited {
@@ -158,7 +231,7 @@ pub async fn listen(addresses: &[ListenAddress], inherit: Inherit) -> Result<Vec
                 let before = listeners.len();
                 for fd in numbers {
                     match take_over(fd, inherit) {
-                        Ok(listener) => listeners.push(listener),
+                        Ok(socket) => listeners.push(bound(BoundSocket::Inherited(socket))),
                         // Of all that was passed, what does not listen is for somebody else.
                         Err(problem) if number.is_none() => {
                             tracing::debug!(fd, problem, "not a socket to listen on");
@@ -185,7 +258,7 @@ fn passed() -> io::Result<Vec<u32>> {
     })
 }
 
-fn take_over(fd: u32, inherit: Inherit) -> Result<Listener, String> {
+fn take_over(fd: u32, inherit: Inherit) -> Result<Socket, String> {
     let fd = inherit(fd).map_err(|error| format!("descriptor {fd}: {error}"))?;
     let socket = Socket::from(fd);
     let text = |error: io::Error| error.to_string();
@@ -193,41 +266,44 @@ fn take_over(fd: u32, inherit: Inherit) -> Result<Listener, String> {
         return Err("it is not a listening stream socket".to_owned());
     }
     socket.set_nonblocking(true).map_err(text)?;
-    if socket.domain().map_err(text)? == Domain::UNIX {
-        let listener = UnixListener::from_std(OwnedFd::from(socket).into()).map_err(text)?;
-        return Ok(Listener::InheritedUnix(listener));
-    }
-    let listener = TcpListener::from_std(socket.into()).map_err(text)?;
-    Ok(Listener::Tcp(listener))
+    Ok(socket)
 }
 
-/// Listens on TCP. An empty host is every address of this machine, of both families where there is IPv6.
-async fn listen_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<TcpListener, ListenError> {
+/// Takes a TCP port. An empty host is every address of this machine, of both families where there is IPv6.
+fn bind_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<Socket, ListenError> {
     let bind_error = |cause| ListenError::Bind {
         address: address.to_string(),
         cause,
     };
     if host.is_empty() {
-        return match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
-            Ok(listener) => Ok(listener),
+        return match tcp_socket((Ipv6Addr::UNSPECIFIED, port).into()) {
+            Ok(socket) => Ok(socket),
             // Without IPv6 there is IPv4.
-            Err(_) => TcpListener::bind(("0.0.0.0", port)).await.map_err(bind_error),
+            Err(_) => tcp_socket((Ipv4Addr::UNSPECIFIED, port).into()).map_err(bind_error),
         };
     }
-    let addresses = tokio::net::lookup_host((host, port))
-        .await
+    let addresses = (host, port)
+        .to_socket_addrs()
         .map_err(|cause| ListenError::Resolve {
             address: address.to_string(),
             cause,
         })?;
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for candidate in addresses {
-        match TcpListener::bind(candidate).await {
-            Ok(listener) => return Ok(listener),
+        match tcp_socket(candidate) {
+            Ok(socket) => return Ok(socket),
             Err(error) => last = error,
         }
     }
     Err(bind_error(last))
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
 }
 
 /// Lets the kernel notice peers that vanished or stopped reading.

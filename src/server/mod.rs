@@ -61,7 +61,7 @@ pub use self::crowd::{MAX_CONNECTIONS, MAX_FROM_ONE, MAX_STRANGERS};
 use self::directory::Directory;
 use self::front::Front;
 use self::listen::Accepted;
-pub use self::listen::{Inherit, ListenError, Listener, listen};
+pub use self::listen::{Bound, Inherit, ListenError, Listener, bind, listen};
 use crate::control::RateLimit;
 use crate::control::store::{Networks, Store};
 use crate::options::{ApiForm, ServeOptions};

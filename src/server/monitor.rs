@@ -1,7 +1,7 @@
 //! `/healthz`, `/readyz` and `/metrics` over HTTP.
 //!
-//! The first two answer as flanneld's do, byte for byte and to any method; `/healthz` says 503 and why when a part of the daemon has
-//! stopped, where flanneld's would still say that all is well. `/metrics` is in OpenMetrics text.
+//! The first two answer as flanneld's do, byte for byte and to any method; but `/healthz` says 503 and why when a part of the daemon has
+//! stopped, and `/readyz` when firewall rules that were asked for cannot be made, where flanneld's would still say that all is well. `/metrics` is in OpenMetrics text.
 //!
 //! Metrics name peers and count their traffic, so a listener says to whom it tells them ([`Audience`]). A listener on loopback tells them only
 //! if the request's `Host` is this machine: a page in a browser here must not read them under a name of its own.
@@ -37,6 +37,8 @@ pub const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MAX_HEAD_BYTES: usize = 8 * 1024;
 /// Longest pause between two attempts to listen.
 const RETRY: Duration = Duration::from_secs(10);
+/// What flanneld answers before it is ready.
+const NOT_READY: &str = "flanneld is not ready yet";
 /// OpenMetrics text.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// What Go's server says plain text is.
@@ -49,8 +51,11 @@ pub trait Monitored: Send + Sync + 'static {
     /// # Errors
     /// What has stopped, in words.
     fn alive(&self) -> Result<(), String>;
-    /// Whether the subnet file is written and packets flow.
-    fn ready(&self) -> bool;
+    /// Whether the subnet file is written, packets flow, and nothing that was asked for is missing.
+    ///
+    /// # Errors
+    /// It is not; and why, in words, if it is not just a matter of time.
+    fn ready(&self) -> Result<(), Option<String>>;
     /// The counters, as OpenMetrics text.
     fn metrics(&self) -> String;
 }
@@ -196,8 +201,11 @@ fn answer(method: &Method, path: &str, told: bool, monitored: &impl Monitored) -
             Ok(()) => text(StatusCode::OK, "flanneld is running"),
             Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, why),
         },
-        "/readyz" if monitored.ready() => text(StatusCode::OK, "flanneld is ready"),
-        "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
+        "/readyz" => match monitored.ready() {
+            Ok(()) => text(StatusCode::OK, "flanneld is ready"),
+            Err(None) => text(StatusCode::SERVICE_UNAVAILABLE, NOT_READY),
+            Err(Some(why)) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{NOT_READY}: {why}")),
+        },
         "/metrics" if !told => text(
             StatusCode::FORBIDDEN,
             "metrics are for this machine; --metrics-address gives them to others\n",
@@ -242,6 +250,7 @@ mod tests {
     struct Daemon {
         stopped: AtomicBool,
         ready: AtomicBool,
+        lacks_rules: AtomicBool,
     }
 
     impl Monitored for Daemon {
@@ -252,8 +261,12 @@ mod tests {
             Ok(())
         }
 
-        fn ready(&self) -> bool {
-            self.ready.load(Ordering::Relaxed)
+        fn ready(&self) -> Result<(), Option<String>> {
+            if self.lacks_rules.load(Ordering::Relaxed) {
+                return Err(Some("no rules".to_owned()));
+            }
+            let ready = self.ready.load(Ordering::Relaxed);
+            ready.then_some(()).ok_or(None)
         }
 
         fn metrics(&self) -> String {
@@ -301,6 +314,9 @@ mod tests {
         daemon.ready.store(true, Ordering::Relaxed);
         let ready = ask(address, &request("GET", "/readyz", "x")).await;
         assert_eq!(ready, (200, "flanneld is ready".to_owned()));
+        daemon.lacks_rules.store(true, Ordering::Relaxed);
+        let told = ask(address, &request("GET", "/readyz", "x")).await;
+        assert_eq!(told, (503, "flanneld is not ready yet: no rules".to_owned()));
         let other = ask(address, &request("GET", "/", "x")).await;
         assert_eq!(other, (404, "404 page not found\n".to_owned()));
     }

@@ -9,7 +9,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
@@ -28,10 +28,9 @@ pub(super) enum SocketFileError {
     Create(io::Error),
 }
 
-/// A listening socket; its file is removed when it is dropped.
+/// A file of ours; it is removed when this is dropped.
 #[derive(Debug)]
-pub struct SocketFile {
-    listener: UnixListener,
+struct Place {
     path: PathBuf,
     /// Device and inode of our file, so that a successor's is not removed.
     identity: (u64, u64),
@@ -87,7 +86,21 @@ impl SocketLock {
     }
 }
 
-impl SocketFile {
+/// A listening socket that no runtime looks after yet; its file is removed when it is dropped.
+#[derive(Debug)]
+pub(super) struct PlacedSocket {
+    listener: StdListener,
+    place: Place,
+}
+
+/// A listening socket; its file is removed when it is dropped.
+#[derive(Debug)]
+pub struct SocketFile {
+    listener: UnixListener,
+    place: Place,
+}
+
+impl PlacedSocket {
     /// Listens at `path`, replacing a socket that nobody answers on.
     pub(super) fn bind(path: &Path) -> Result<Self, SocketFileError> {
         use SocketFileError::Create;
@@ -112,16 +125,20 @@ impl SocketFile {
         let temporary = PathBuf::from(temporary);
         // A name with our process id is ours, or left over from a process that had it before.
         let _ = fs::remove_file(&temporary);
-        let listener = UnixListener::bind(&temporary).map_err(Create)?;
-        let placed = fs::set_permissions(&temporary, Permissions::from_mode(MODE))
+        let listener = StdListener::bind(&temporary).map_err(Create)?;
+        let placed = listener
+            .set_nonblocking(true)
+            .and_then(|()| fs::set_permissions(&temporary, Permissions::from_mode(MODE)))
             .and_then(|()| fs::rename(&temporary, path))
             .and_then(|()| fs::symlink_metadata(path));
         match placed {
             Ok(meta) => Ok(Self {
                 listener,
-                path: path.to_owned(),
-                identity: (meta.dev(), meta.ino()),
-                _lock: lock,
+                place: Place {
+                    path: path.to_owned(),
+                    identity: (meta.dev(), meta.ino()),
+                    _lock: lock,
+                },
             }),
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -130,9 +147,26 @@ impl SocketFile {
         }
     }
 
+    /// Has this thread's runtime look after it.
+    pub(super) fn attend(self) -> io::Result<SocketFile> {
+        Ok(SocketFile {
+            listener: UnixListener::from_std(self.listener)?,
+            place: self.place,
+        })
+    }
+}
+
+impl SocketFile {
+    /// Listens at `path`, replacing a socket that nobody answers on.
+    pub(super) fn bind(path: &Path) -> Result<Self, SocketFileError> {
+        PlacedSocket::bind(path)?
+            .attend()
+            .map_err(SocketFileError::Create)
+    }
+
     /// Where it is.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        &self.place.path
     }
 
     /// The socket.
@@ -141,7 +175,7 @@ impl SocketFile {
     }
 }
 
-impl Drop for SocketFile {
+impl Drop for Place {
     fn drop(&mut self) {
         let ours = |meta: fs::Metadata| (meta.dev(), meta.ino()) == self.identity;
         if fs::symlink_metadata(&self.path).is_ok_and(ours) {

@@ -16,5 +16,6 @@ mod listening;
 mod networks;
 mod ownership;
 mod process;
+mod sandboxed;
 mod support;
 mod tls;

@@ -6,24 +6,38 @@ use caps::securebits::set_keepcaps;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::unistd::{setgroups, setresgid, setresuid};
 
-use super::{Account, REFUSED, SandboxError};
+use super::{Account, Kept, REFUSED, SandboxError};
 
 /// What the daemon uses for as long as it lives. CAP_NET_RAW: ICMP errors to inner senders, and SRv6.
-const KEPT: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
+const NODE: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
+
+impl Kept {
+    fn capabilities(self) -> &'static [Capability] {
+        match self {
+            Self::Node => &NODE,
+            Self::None => &[],
+        }
+    }
+}
 
 fn failed(doing: &'static str) -> impl Fn(caps::errors::CapsError) -> SandboxError {
     move |error| SandboxError::new(doing, io::Error::other(error))
 }
 
-/// Becomes another user, if one is given, and drops all capabilities but those the daemon uses; gives which it has after that, if it
+/// Becomes another user, if one is given, and drops all capabilities but those that are kept; gives which it has after that, if it
 /// was asked to drop any.
-pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<String>, SandboxError> {
+pub(super) fn reduce(
+    account: Option<Account>,
+    asked: bool,
+    keep: Kept,
+) -> Result<Option<String>, SandboxError> {
+    let keep = keep.capabilities();
     let held = caps::read(None, CapSet::Permitted).map_err(failed("read the capabilities"))?;
-    let kept: CapsHashSet = KEPT.into_iter().filter(|cap| held.contains(cap)).collect();
+    let kept: CapsHashSet = keep.iter().copied().filter(|cap| held.contains(cap)).collect();
     if asked && held.contains(&Capability::CAP_SETPCAP) {
         for cap in caps::all() {
             // One that the kernel does not know is not held either.
-            if !KEPT.contains(&cap) && caps::has_cap(None, CapSet::Bounding, cap).unwrap_or(false) {
+            if !keep.contains(&cap) && caps::has_cap(None, CapSet::Bounding, cap).unwrap_or(false) {
                 caps::drop(None, CapSet::Bounding, cap).map_err(failed("reduce the bounding set"))?;
             }
         }
@@ -68,7 +82,7 @@ pub(super) fn reduce(account: Option<Account>, asked: bool) -> Result<Option<Str
 
 /// Drops all capabilities but those the daemon uses, and hands these on to programs.
 pub(super) fn hand_on() -> Result<(), SandboxError> {
-    reduce(None, true)?;
+    reduce(None, true, Kept::Node)?;
     let kept = caps::read(None, CapSet::Permitted).map_err(failed("read the capabilities"))?;
     caps::set(None, CapSet::Inheritable, &kept).map_err(failed("hand capabilities on"))?;
     // Root needs none, and an old kernel has none.
