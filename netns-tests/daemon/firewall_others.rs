@@ -36,14 +36,13 @@ fn the_guard_is_first_again_after_somebody_accepts_before_it() {
         assert!(rules.contains("-i eth0 -j ACCEPT"), "{rules}");
         assert_eq!(rules.matches("KERSEY-GUARD").count(), 1, "{rules}");
     }
-    let told = overlay.log(1).matches("somebody changed firewall rules").count();
+    let told = |overlay: &Overlay| overlay.log(1).matches("somebody changed firewall rules").count();
+    // The line comes after the rule.
+    wait_for("both are told", READY, || told(&overlay) == 2);
     run(&overlay, 1, "iptables", "-I FORWARD -i eth1 -j DROP");
     std::thread::sleep(std::time::Duration::from_secs(3));
     assert!(first(&overlay, "FORWARD").contains("DROP"));
-    assert_eq!(
-        overlay.log(1).matches("somebody changed firewall rules").count(),
-        told
-    );
+    assert_eq!(told(&overlay), 2);
 }
 
 /// As under the unit in configs/systemd: which tables the old iptables has is for root to read.
