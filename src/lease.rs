@@ -188,6 +188,17 @@ impl LeaseAttrs {
         out
     }
 
+    /// What stands for attributes that cannot be read: no node's.
+    pub fn of_nobody() -> Self {
+        Self {
+            public_ip: Ipv4Addr::UNSPECIFIED,
+            public_ipv6: None,
+            backend_type: String::new(),
+            backend_data: None,
+            backend_v6_data: None,
+        }
+    }
+
     /// The address flannel tells nodes apart by.
     pub fn address(&self) -> Option<IpAddr> {
         if self.public_ip.is_unspecified() {

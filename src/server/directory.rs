@@ -1,7 +1,7 @@
 //! The networks a server has, and which there are.
 //!
 //! The network without a name is there from the start. Those with a name are followed in the store as they come and go
-//! ([`Networks::watch`]); of each, config and leases are looked at once somebody asks for it. When a network's config is removed,
+//! ([`Networks::watch`], a list every five minutes); of each, config and leases are looked at once somebody asks for it. When a network's config is removed,
 //! the network is gone: polls that wait for its leases end with an error, as every other question about it does.
 //!
 //! Clients follow the names as they follow leases, with a cursor `EPOCH.NUMBER` of the same kind (`feed`). Each is told of the
@@ -9,26 +9,23 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::access::UNNAMED;
-use super::feed::Feed;
+use super::feed::{Feed, PACE};
 use super::presence::Presence;
 use crate::addr::NetworkName;
 use crate::control::store::remote::networks::{network_events_json, networks_json};
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, Store, StoreError};
-use crate::control::{Backoff, RateLimit};
+use crate::control::{RateLimit, follow};
 
 /// Changes kept: more than anybody makes between two polls.
 const MAX_EVENTS_KEPT: usize = 1024;
 /// Networks with a name that are looked at; each has a watch of its own in the store.
 const MAX_NETWORKS: usize = 1024;
-/// Longest pause before a lost store is watched again.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// One network: its store, and what is known of its leases.
 pub(super) struct Network {
@@ -174,26 +171,20 @@ impl Directory {
         let Some(networks) = &self.networks else {
             return std::future::pending().await;
         };
-        let mut backoff = Backoff::new(LONGEST_PAUSE);
         let complaints = RateLimit::default();
-        loop {
-            let mut updates = networks.watch(None);
-            while let Some(item) = updates.next().await {
-                match item {
-                    Ok(item) => {
-                        backoff.reset();
-                        self.names().apply(item.update);
-                        self.changed.send_replace(());
-                    }
-                    Err(error) => {
-                        if complaints.allows() {
-                            tracing::warn!(%error, "cannot follow which networks there are; those known stay");
-                        }
-                        break;
+        let mut updates = follow::networks(&**networks, BTreeSet::new(), PACE);
+        while let Some(told) = updates.next().await {
+            match told {
+                Ok(update) => {
+                    self.names().apply(update);
+                    self.changed.send_replace(());
+                }
+                Err(error) => {
+                    if complaints.allows() {
+                        tracing::warn!(%error, "cannot follow which networks there are; those known stay");
                     }
                 }
             }
-            tokio::time::sleep(backoff.next_pause()).await;
         }
     }
 

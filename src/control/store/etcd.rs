@@ -8,8 +8,8 @@
 //! `following` is the watch, `connection` the way to etcd and what its refusals mean, `tls` the certificates, and
 //! `presence` how two hosts with one public address find out, with keys under `PREFIX/kersey`.
 //!
-//! A key or value that cannot be read is skipped, counted and told once a minute. It stands for nothing, not for a
-//! removal.
+//! A key or value that cannot be read is counted and told once a minute. It stands for nothing, not for a removal; but a lease's
+//! key with a value that cannot be read is there, and so its subnet is taken.
 //!
 //! Limits: how much time other nodes' leases have left is asked for only with [`Expirations::Ask`], one round trip per
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
@@ -224,11 +224,11 @@ impl EtcdRegistry {
     /// The entry a key and its value are, with the id of its etcd lease.
     fn entry(&self, kv: &KeyValue) -> Option<(Entry, i64)> {
         let subnet = self.subnet(kv)?;
-        let attrs = match LeaseAttrs::from_json(kv.value()) {
-            Ok(attrs) => attrs,
+        let (attrs, readable) = match LeaseAttrs::from_json(kv.value()) {
+            Ok(attrs) => (attrs, true),
             Err(error) => {
                 self.skip(kv, &error.to_string());
-                return None;
+                (LeaseAttrs::of_nobody(), false)
             }
         };
         let expiration = match kv.lease() {
@@ -242,7 +242,12 @@ impl EtcdRegistry {
             created: Some(kv.create_revision().unsigned_abs()),
         };
         let revision = kv.mod_revision().unsigned_abs();
-        Some((Entry { lease, revision }, kv.lease()))
+        let entry = Entry {
+            lease,
+            revision,
+            readable,
+        };
+        Some((entry, kv.lease()))
     }
 
     fn subnet(&self, kv: &KeyValue) -> Option<Subnet> {
@@ -355,6 +360,7 @@ impl EtcdRegistry {
                 created: Some(created.unsigned_abs()),
             },
             revision: revision.unsigned_abs(),
+            readable: true,
         }))
     }
 

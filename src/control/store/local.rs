@@ -97,15 +97,20 @@ impl<R: Registry> LocalStore<R> {
         formerly: Option<&LeaseAttrs>,
     ) -> Result<Option<Lease>, StoreError> {
         let subnet = lease.subnet;
-        let lost = |holder: &Entry| StoreError::LeaseLost {
+        let lost = |entry: &Entry| StoreError::LeaseLost {
             subnet,
-            cause: format!(
-                "{} is held by {}",
-                holder.lease.subnet, holder.lease.attrs.public_ip
-            ),
+            cause: in_the_way(entry),
         };
         // One key, not all: a thousand nodes renew at once when a store comes back.
         if let Some(entry) = self.registry.get(subnet).await? {
+            if !entry.readable && entry.lease.created.is_some() && entry.lease.created == lease.created {
+                // The key we made: nobody took it, somebody spoilt it.
+                let updated = self
+                    .registry
+                    .update(subnet, entry.revision, &lease.attrs, lifetime(lease))
+                    .await?;
+                return Ok(updated.map(|entry| entry.lease));
+            }
             let held_by = &entry.lease.attrs;
             if !held_by.same_node(&lease.attrs) && !formerly.is_some_and(|old| held_by.same_node(old)) {
                 return Err(lost(&entry));
@@ -204,6 +209,12 @@ impl<R: Registry> LocalStore<R> {
                 cause: format!("there is no lease of {subnet}"),
             });
         };
+        if !entry.readable {
+            return Err(StoreError::Refused {
+                doing: "end a reservation",
+                cause: in_the_way(&entry),
+            });
+        }
         let updated = self
             .registry
             .update(subnet, entry.revision, &entry.lease.attrs, Lifetime::Ttl)
@@ -237,10 +248,13 @@ impl<R: Registry> Store for LocalStore<R> {
         previous: Option<Subnet>,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
         Box::pin(async move {
+            let mut previous = previous;
             for _ in 0..ATTEMPTS {
                 if let Some(lease) = self.try_acquire(attrs, previous).await? {
                     return Ok(lease);
                 }
+                // It was not to be had, whatever the list says.
+                previous = None;
             }
             Err(races_lost("acquire a lease"))
         })
@@ -357,6 +371,17 @@ impl<R: Registry> Store for LocalStore<R> {
 
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
         self.registry.watch(since)
+    }
+}
+
+/// What is where somebody else would be.
+fn in_the_way(entry: &Entry) -> String {
+    let subnet = entry.lease.subnet;
+    match entry.readable {
+        true => format!("{subnet} is held by {}", entry.lease.attrs.public_ip),
+        false => {
+            format!("the entry of {subnet} cannot be read: whoever wrote it may put it right, or revoke it")
+        }
     }
 }
 
