@@ -38,12 +38,12 @@ const MAX_FILE_BYTES: u64 = 1024 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
     /// A file cannot be read.
-    #[error("cannot read {}: {source}", .path.display())]
+    #[error("cannot read {}: {cause}", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A file does not hold what it should.
     #[error("{} {problem}", .path.display())]
@@ -376,9 +376,9 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustE
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TrustError> {
-    let read_error = |source| TrustError::Read {
+    let read_error = |cause| TrustError::Read {
         path: path.to_owned(),
-        source,
+        cause,
     };
     let bytes = fs::metadata(path).map_err(read_error)?.len();
     if bytes > MAX_FILE_BYTES {

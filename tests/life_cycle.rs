@@ -342,6 +342,23 @@ async fn vanished_peers_linger_for_a_minute() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_vanishes_last_has_the_whole_minute_to_come_back() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    let leases = |peers: std::ops::Range<u8>| peers.map(|i| lease(&format!("10.0.{i}.0-24"), i));
+    let list = |last| LeaseUpdate::Snapshot(leases(2..last).chain([lease(OWN, 1)]).collect());
+    fake.tell(list(12));
+    fake.tell(list(6));
+    sleep(Duration::from_secs(50)).await;
+    // A list that lacks us, too.
+    fake.tell(LeaseUpdate::Snapshot(leases(2..3).collect()));
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(node.published.peers.borrow().len(), 10);
+    sleep(Duration::from_secs(45)).await;
+    assert_eq!(node.published.peers.borrow().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_silent_store_is_waited_for_or_the_cache_is_used() {
     let dir = tempfile::tempdir().unwrap();
     let fake = Fake::new();

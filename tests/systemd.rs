@@ -43,7 +43,7 @@ fn root() -> TempDir {
         )
         .unwrap();
     }
-    for program in ["usr/local/bin/kersey", "bin/kill"] {
+    for program in ["usr/local/bin/kersey", "usr/bin/systemd-tmpfiles", "bin/kill"] {
         let path = root.path().join(program);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, "#!/bin/sh\n").unwrap();
@@ -111,6 +111,14 @@ fn the_unit_starts_again_but_where_that_is_in_vain_and_comes_before_docker() {
         "DeviceAllow=/dev/net/tun rw",
     ] {
         assert!(unit.lines().any(|have| have == line), "{line}");
+    }
+    // Five restarts in ten seconds would otherwise be the last, and take device and sockets along.
+    for unit in UNITS {
+        let text = fs::read_to_string(Path::new("configs/systemd").join(unit)).unwrap();
+        assert!(
+            text.lines().any(|line| line == "StartLimitIntervalSec=0"),
+            "{unit}"
+        );
     }
     let value = |name: &str| {
         unit.lines()

@@ -19,6 +19,7 @@
 
 mod auto;
 mod cleanup;
+mod config;
 mod expiry;
 mod faults;
 mod firewall;

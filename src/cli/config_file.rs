@@ -58,8 +58,8 @@ const COMMA_LISTS: [&str; 5] = ["etcd-endpoints", "remote", "networks", "listen"
 /// Flags that make no sense in a file.
 pub(super) const NOT_IN_A_FILE: [&str; 4] = ["help", "version", "config", "dry-run"];
 
-/// Readable by others than the owner.
-const NOT_PRIVATE: u32 = 0o077;
+/// Open to others than the owner and a group, such as that of the service.
+const NOT_PRIVATE: u32 = 0o007;
 
 /// A file's text, and where it came from.
 #[derive(Debug)]
@@ -186,7 +186,7 @@ impl ConfigFile {
         secret
             .map(|found| {
                 format!(
-                    "{} has a secret, {}, and mode {:04o}: others on this machine may read it; chmod 600 {}",
+                    "{} has a secret, {}, and mode {:04o}: everybody on this machine gets at it; chmod o= {}",
                     self.path.display(),
                     found.setting.name,
                     self.mode & 0o7777,
@@ -413,14 +413,16 @@ mod tests {
         let notes = open.notes(&found);
         assert_eq!(notes.len(), 1);
         assert!(
-            notes[0].contains("chmod 600 f.toml") && notes[0].contains("0644"),
+            notes[0].contains("chmod o= f.toml") && notes[0].contains("0644"),
             "{notes:?}"
         );
-        let closed = ConfigFile {
-            mode: 0o100_600,
-            ..file("f.toml", "etcd-password = 'x'")
-        };
-        assert_eq!(closed.notes(&found), [] as [String; 0]);
+        for mode in [0o100_600, 0o100_640] {
+            let closed = ConfigFile {
+                mode,
+                ..file("f.toml", "etcd-password = 'x'")
+            };
+            assert_eq!(closed.notes(&found), [] as [String; 0], "{mode:o}");
+        }
         let harmless = file("f.toml", "v = 1\netcd-password = ''");
         assert_eq!(
             harmless.notes(&harmless.settings(&grammar()).unwrap()),

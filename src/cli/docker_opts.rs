@@ -118,10 +118,10 @@ pub fn run(options: &DockerOptsOptions) -> ExitCode {
 /// Why there are no options, or why they may not work.
 #[derive(Debug, thiserror::Error)]
 enum DockerOptsError {
-    #[error("cannot read {}: {source}", .path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("cannot write {}: {source}", .path.display())]
-    Write { path: PathBuf, source: io::Error },
+    #[error("cannot read {}: {cause}", .path.display())]
+    Read { path: PathBuf, cause: io::Error },
+    #[error("cannot write {}: {cause}", .path.display())]
+    Write { path: PathBuf, cause: io::Error },
     #[error("FLANNEL_IPMASQ is {0:?}: expected true or false")]
     IpMasq(String),
     #[error("{0} has a control character in its value, {1:?}, which no line of the file can have")]
@@ -139,19 +139,19 @@ fn written(
     let text = match state_file::read(&options.subnet_file, MAX_BYTES) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(source) => {
+        Err(cause) => {
             return Err(DockerOptsError::Read {
                 path: options.subnet_file.clone(),
-                source,
+                cause,
             });
         }
     };
     let mut variables = environment;
     variables.extend(assignments(&text));
     let rendered = render(options, &variables)?;
-    write(&options.output, &rendered).map_err(|source| DockerOptsError::Write {
+    write(&options.output, &rendered).map_err(|cause| DockerOptsError::Write {
         path: options.output.clone(),
-        source,
+        cause,
     })?;
     match variables
         .get("FLANNEL_SUBNET")

@@ -75,20 +75,20 @@ pub fn run(options: &StatusOptions) -> ExitCode {
 #[derive(Debug, thiserror::Error)]
 pub enum StatusError {
     /// Nobody answers.
-    #[error("no daemon answers on {}: {source}", .path.display())]
+    #[error("no daemon answers on {}: {cause}", .path.display())]
     NoDaemon {
         /// The socket.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Not for this user.
-    #[error("cannot open {}: {source}", .path.display())]
+    #[error("cannot open {}: {cause}", .path.display())]
     Forbidden {
         /// The socket.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The daemon hung, or said something else.
     #[error("the daemon on {} gave no status: {cause}", .path.display())]
@@ -118,10 +118,10 @@ pub fn fetch(socket: &Path) -> Result<(String, Status), StatusError> {
     let path = socket.to_owned();
     let mut stream = match UnixStream::connect(socket) {
         Ok(stream) => stream,
-        Err(source) if source.kind() == io::ErrorKind::PermissionDenied => {
-            return Err(StatusError::Forbidden { path, source });
+        Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(StatusError::Forbidden { path, cause });
         }
-        Err(source) => return Err(StatusError::NoDaemon { path, source }),
+        Err(cause) => return Err(StatusError::NoDaemon { path, cause }),
     };
     let mut text = String::new();
     let read = stream

@@ -4,12 +4,14 @@
 //! `Notify`. Both tell the store's health.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
 use futures_util::stream::{Stream, StreamExt};
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use crate::control::cache::Cache;
@@ -54,6 +56,7 @@ pub(super) async fn run(
         disturbed: &disturbed,
         cache,
         cache_due: Some(Instant::now() + CACHE_DELAY),
+        saving: None,
         linger_due: None,
         mends: Mends::default(),
         quarrel_complaints: RateLimit::default(),
@@ -169,6 +172,8 @@ struct Follow<'a> {
     disturbed: &'a Notify,
     cache: Cache,
     cache_due: Option<Instant>,
+    /// A write of the cache that has not ended. The disk may hang; nothing waits for it but the next write.
+    saving: Option<JoinHandle<io::Result<()>>>,
     linger_due: Option<Instant>,
     mends: Mends,
     quarrel_complaints: RateLimit,
@@ -199,7 +204,12 @@ impl Follow<'_> {
                 }
                 Ok(()) = self.own.changed() => self.own_changed(),
                 () = at(self.linger_due) => self.linger_over(),
-                () = at(self.cache_due) => self.save_cache().await,
+                () = at(self.cache_due), if self.saving.is_none() => self.save_cache(),
+                saved = ended(&mut self.saving) => {
+                    if let Err(error) = saved {
+                        super::complain(&self.cache_complaints, &error, "cannot write the cache");
+                    }
+                }
             }
         }
     }
@@ -245,7 +255,8 @@ impl Follow<'_> {
             self.table.apply(&update)
         };
         let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
-        if self.table.held() > 0 && self.linger_due.is_none() {
+        // Whoever is held last has the whole time to come back.
+        if self.table.held() > held {
             // Peers that vanish and come back again and again are told of once a minute.
             if self.linger_complaints.allows() {
                 tracing::warn!(
@@ -300,7 +311,7 @@ impl Follow<'_> {
         }
     }
 
-    async fn save_cache(&mut self) {
+    fn save_cache(&mut self) {
         self.cache_due = None;
         let Some(dir) = self.options.state_dir.clone() else {
             return;
@@ -311,11 +322,18 @@ impl Follow<'_> {
             .map(|(subnet, attrs)| (subnet, attrs.clone()))
             .collect();
         let (cache, place) = (self.cache.clone(), self.store.place());
-        let saved = tokio::task::spawn_blocking(move || cache.save(&dir, &place)).await;
-        if let Err(error) = saved.unwrap_or_else(|error| Err(error.into())) {
-            super::complain(&self.cache_complaints, &error, "cannot write the cache");
-        }
+        self.saving = Some(tokio::task::spawn_blocking(move || cache.save(&dir, &place)));
     }
+}
+
+/// How the task ended; never, if there is none.
+async fn ended(task: &mut Option<JoinHandle<io::Result<()>>>) -> io::Result<()> {
+    let Some(running) = task else {
+        return std::future::pending().await;
+    };
+    let how = running.await;
+    *task = None;
+    how.unwrap_or_else(|error| Err(error.into()))
 }
 
 type Told = Result<WatchItem, StoreError>;

@@ -166,6 +166,7 @@ pub struct Control {
     former: Option<Lease>,
     /// How often somebody else had our lease, as yet.
     conflicts: AtomicU64,
+    config_is_cached: bool,
 }
 
 impl std::fmt::Debug for Control {
@@ -190,6 +191,7 @@ impl Control {
             source: Source::Store,
             former: None,
             conflicts: AtomicU64::new(0),
+            config_is_cached: false,
         }
     }
 
@@ -197,6 +199,19 @@ impl Control {
     pub fn moving(mut self, lease: Option<Lease>) -> Self {
         self.former = lease;
         self
+    }
+
+    /// Lives by a config that was read elsewhere.
+    pub fn live_by(&mut self, text: String) {
+        self.cache.config = Some(text);
+    }
+
+    /// The config this life goes by, as the store had it, and whether the store did not say so itself this time.
+    pub fn config_text(&self) -> (String, bool) {
+        (
+            self.cache.config.clone().unwrap_or_default(),
+            self.config_is_cached,
+        )
     }
 
     /// Gets the network config; waits until there is a usable one.
@@ -238,6 +253,7 @@ impl Control {
             }
             config = fallback(cached, &answered) => {
                 tracing::warn!(store = self.store.place(), "the store is away: starting with the cached config");
+                self.config_is_cached = true;
                 config
             }
         }

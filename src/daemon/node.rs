@@ -23,7 +23,7 @@ use crate::daemon::direct::DirectRoutes;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::network::{self, DataPlane, Repair, Setup};
-use crate::daemon::reload::{self, InUse, Requests};
+use crate::daemon::reload::{self, Chosen, InUse, Requests};
 use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
@@ -66,7 +66,7 @@ pub(super) async fn run(
     claims: Option<(NetworkName, Arc<Claims>)>,
 ) -> Result<()> {
     let mut requests = Requests::new();
-    let in_use = InUse::default();
+    let in_use = InUse::new(None);
     // A config to go by rather than the store's; and the last that could be run, once another came after it.
     let (mut given, mut last_good) = (None, None);
     let mut moving = None;
@@ -87,6 +87,12 @@ pub(super) async fn run(
                 report.not_ready();
                 continue;
             }
+            config = reload::overdue_config(&store, &in_use, &report) => {
+                last_good = reload::in_use(&in_use);
+                given = Some(config);
+                report.not_ready();
+                continue;
+            }
         };
         match ended.map_err(|error| error.downcast::<ChooseAgain>()) {
             Err(Ok(again)) => {
@@ -96,6 +102,8 @@ pub(super) async fn run(
                 if moving.is_some() {
                     store.distrust();
                 }
+                // Addresses change, ports come and go; the config is what it was.
+                given = reload::in_use(&in_use);
             }
             Err(Err(error)) if last_good.is_some() && exit_status(&error) == CONFIG => {
                 tracing::warn!("the new network config cannot be run here, so the last one is: {error:#}");
@@ -169,15 +177,23 @@ async fn live(
     claims: Option<&(NetworkName, Arc<Claims>)>,
     store: Arc<dyn Store>,
     report: Arc<Report>,
-    (given, in_use): (Option<NetworkConfig>, &InUse),
+    (given, in_use): (Option<Chosen>, &InUse),
     moving: Option<Lease>,
 ) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options)).moving(moving);
-    let config = match given {
-        Some(given) => given,
-        None => control.network_config().await,
+    let chosen = match given {
+        Some(given) => {
+            control.live_by(given.text.clone());
+            given
+        }
+        None => {
+            let config = control.network_config().await;
+            let (text, cached) = control.config_text();
+            Chosen { config, text, cached }
+        }
     };
-    reload::set_in_use(in_use, &config);
+    in_use.send_replace(Some(chosen.clone()));
+    let config = chosen.config;
     let identity = Identity {
         mac: identity::mac(&options.data_dir),
         srv6: srv6_node(&options.srv6)?,

@@ -13,7 +13,7 @@
 
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -26,6 +26,7 @@ use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
+use crate::control::{Backoff, RateLimit};
 use crate::daemon::health::{Health, Reload};
 use crate::daemon::report::Report;
 use crate::options::RunOptions;
@@ -33,6 +34,8 @@ use crate::status::Node;
 
 /// How long a network's store may take to give its config.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest pause between two looks for a config that is overdue.
+const OVERDUE_CAP: Duration = Duration::from_secs(10);
 
 /// Reads the options again.
 pub(super) type Reread<'a> = &'a dyn Fn() -> Result<RunOptions, String>;
@@ -139,15 +142,71 @@ fn at_start_only(old: &RunOptions, new: &RunOptions) -> Vec<&'static str> {
     changed
 }
 
-/// The config a network lives by.
-pub(super) type InUse = Mutex<Option<NetworkConfig>>;
-
-pub(super) fn in_use(cell: &InUse) -> Option<NetworkConfig> {
-    cell.lock().unwrap_or_else(PoisonError::into_inner).clone()
+/// A network config a node lives by.
+#[derive(Clone, Debug)]
+pub(super) struct Chosen {
+    pub(super) config: NetworkConfig,
+    /// As the store had it.
+    pub(super) text: String,
+    /// It is of an earlier life: the store has not been heard yet.
+    pub(super) cached: bool,
 }
 
-pub(super) fn set_in_use(cell: &InUse, config: &NetworkConfig) {
-    *cell.lock().unwrap_or_else(PoisonError::into_inner) = Some(config.clone());
+/// The config a network lives by.
+pub(super) type InUse = watch::Sender<Option<Chosen>>;
+
+pub(super) fn in_use(cell: &InUse) -> Option<Chosen> {
+    cell.borrow().clone()
+}
+
+/// Waits until the store has another config than the cached one a node had to start with, one that can be run; gives it.
+pub(super) async fn overdue_config(store: &Arc<dyn Store>, current: &InUse, report: &Report) -> Chosen {
+    let mut changes = current.subscribe();
+    let complaints = RateLimit::default();
+    let mut backoff = Backoff::new(OVERDUE_CAP);
+    loop {
+        let is_cached = |chosen: &Option<Chosen>| chosen.as_ref().is_some_and(|chosen| chosen.cached);
+        if changes.wait_for(is_cached).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        match read(store, report).await {
+            Ok(read) => {
+                let same = in_use(current).is_some_and(|current| current.config == read.config);
+                if !same {
+                    tracing::info!("the network config has changed since this node last heard of it");
+                    return read;
+                }
+                backoff.reset();
+                current.send_replace(Some(read));
+            }
+            Err(why) => {
+                if complaints.allows() {
+                    tracing::warn!(
+                        why,
+                        "cannot tell whether the cached network config still holds; trying on"
+                    );
+                }
+                tokio::time::sleep(backoff.next_pause()).await;
+            }
+        }
+    }
+}
+
+/// Reads a config that this node could run.
+async fn read(store: &Arc<dyn Store>, report: &Report) -> Result<Chosen, String> {
+    match timeout(PATIENCE, store.config()).await {
+        Ok(Ok(text)) => {
+            let (config, backend) = judge(&text)?;
+            has_room(backend, &config, &report.status().node)?;
+            Ok(Chosen {
+                config,
+                text,
+                cached: false,
+            })
+        }
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("the store does not answer".to_owned()),
+    }
 }
 
 /// Waits until a reload finds another config in the store, one that can be run; gives it.
@@ -156,7 +215,7 @@ pub(super) async fn new_config(
     store: &Arc<dyn Store>,
     current: &InUse,
     report: &Report,
-) -> NetworkConfig {
+) -> Chosen {
     loop {
         if requests.0.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -164,23 +223,14 @@ pub(super) async fn new_config(
         let Some(request) = requests.0.borrow_and_update().clone() else {
             continue;
         };
-        let read = timeout(PATIENCE, store.config()).await;
-        let judged = match read {
-            Ok(Ok(text)) => judge(&text).and_then(|(config, backend)| {
-                has_room(backend, &config, &report.status().node)?;
-                Ok(config)
-            }),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("the store does not answer".to_owned()),
-        };
-        match judged {
-            Ok(config) => {
+        match read(store, report).await {
+            Ok(read) => {
                 // A full channel has an answer of another network too many; nobody waits for this one.
                 let _ = request.answers.try_send(Reload::Applied);
                 // One that is still waited for is read by whoever waits.
-                if in_use(current).is_some_and(|current| current != config) {
+                if in_use(current).is_some_and(|current| current.config != read.config) {
                     tracing::info!("the network config is another now");
-                    return config;
+                    return read;
                 }
             }
             Err(why) => {

@@ -100,7 +100,7 @@ fn siocethtool(link: &str, mut value: EthtoolValue) -> io::Result<()> {
     let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?;
     // SAFETY: `request` is a whole `ifreq` whose data pointer is to `value`, the layout the `ETHTOOL_S*` commands of
     // `Offload` read; both live to the end of this function, and the kernel keeps neither.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

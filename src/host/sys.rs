@@ -334,7 +334,7 @@ pub fn recv_datagrams(
                 fd.as_raw_fd(),
                 scratch.headers.as_mut_ptr(),
                 wanted as libc::c_uint,
-                libc::MSG_DONTWAIT,
+                libc::MSG_DONTWAIT as _,
                 ptr::null_mut(),
             )
         };
@@ -470,7 +470,7 @@ where
                 fd.as_raw_fd(),
                 scratch.headers.as_mut_ptr(),
                 scratch.headers.len() as libc::c_uint,
-                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+                (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as _,
             )
         };
         match check(result) {

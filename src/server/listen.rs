@@ -22,20 +22,20 @@ const FIRST_INHERITED: u32 = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The name has no address.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Resolve {
         /// What was asked for.
         address: String,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No address of it can be bound.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {cause}")]
     Bind {
         /// What was asked for.
         address: String,
         /// The cause, for the last address tried.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A socket file cannot be made.
     #[error("cannot listen on unix://{}: {problem}", .path.display())]
@@ -203,9 +203,9 @@ fn take_over(fd: u32, inherit: Inherit) -> Result<Listener, String> {
 
 /// Listens on TCP. An empty host is every address of this machine, of both families where there is IPv6.
 async fn listen_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<TcpListener, ListenError> {
-    let bind_error = |source| ListenError::Bind {
+    let bind_error = |cause| ListenError::Bind {
         address: address.to_string(),
-        source,
+        cause,
     };
     if host.is_empty() {
         return match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
@@ -216,9 +216,9 @@ async fn listen_tcp(host: &str, port: u16, address: &ListenAddress) -> Result<Tc
     }
     let addresses = tokio::net::lookup_host((host, port))
         .await
-        .map_err(|source| ListenError::Resolve {
+        .map_err(|cause| ListenError::Resolve {
             address: address.to_string(),
-            source,
+            cause,
         })?;
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for candidate in addresses {

@@ -32,12 +32,12 @@ pub enum StatusSocketError {
     #[error("{} is in the way: it is not a socket", .0.display())]
     InTheWay(PathBuf),
     /// The system refused.
-    #[error("cannot create the status socket {}: {source}", .path.display())]
+    #[error("cannot create the status socket {}: {cause}", .path.display())]
     Create {
         /// Its path.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -67,9 +67,9 @@ impl StatusSocket {
             Ok(file) => Ok(Self { file }),
             Err(SocketFileError::AlreadyServed) => Err(StatusSocketError::AlreadyServed(path.to_owned())),
             Err(SocketFileError::InTheWay) => Err(StatusSocketError::InTheWay(path.to_owned())),
-            Err(SocketFileError::Create(source)) => Err(StatusSocketError::Create {
+            Err(SocketFileError::Create(cause)) => Err(StatusSocketError::Create {
                 path: path.to_owned(),
-                source,
+                cause,
             }),
         }
     }

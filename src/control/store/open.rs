@@ -29,20 +29,20 @@ pub enum OpenError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The directory of the embedded store cannot be made.
-    #[error("cannot create the data directory {}: {source}", .path.display())]
+    #[error("cannot create the data directory {}: {cause}", .path.display())]
     DataDir {
         /// The directory.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The file given with `--network-config` cannot be read.
-    #[error("cannot read the network config {}: {source}", .path.display())]
+    #[error("cannot read the network config {}: {cause}", .path.display())]
     ReadConfig {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The config given with `--network-config` is not usable.
     #[error(transparent)]
@@ -110,9 +110,9 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
         let text = match source {
             NetworkConfigSource::Inline(text) => text.clone(),
             NetworkConfigSource::File(path) => {
-                state_file::read(path, MAX_CONFIG_BYTES).map_err(|source| OpenError::ReadConfig {
+                state_file::read(path, MAX_CONFIG_BYTES).map_err(|cause| OpenError::ReadConfig {
                     path: path.clone(),
-                    source,
+                    cause,
                 })?
             }
         };
@@ -123,9 +123,9 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
         .recursive(true)
         .mode(0o700)
         .create(&embedded.data_dir)
-        .map_err(|source| OpenError::DataDir {
+        .map_err(|cause| OpenError::DataDir {
             path: embedded.data_dir.clone(),
-            source,
+            cause,
         })?;
     let networks = EmbeddedNetworks::open(&embedded.data_dir.join(FILE), ttl)?;
     for (name, text, given) in &given {

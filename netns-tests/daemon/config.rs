@@ -1,0 +1,79 @@
+//! The network config of a node that runs: which one it goes by after a reload, another address, an outage.
+
+use kersey::lab::topology::INTERFACE;
+use nix::sys::signal::Signal;
+
+use crate::overlay::{Blueprint, Overlay, READY, wait_for};
+use crate::routed::ip;
+use crate::support::require_etcd;
+
+const UDP: &str = r#"{"Network":"10.244.0.0/16"}"#;
+const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+#[test]
+fn a_reloaded_config_outlives_another_address() {
+    if !require_etcd("a_reloaded_config_outlives_another_address") {
+        return;
+    }
+    let mut overlay = Blueprint::new("confmove", 2).start();
+    let subnet = overlay.subnet(2);
+    overlay.put("config", VXLAN);
+    for nth in 1..=2 {
+        overlay.daemon(nth).signal(Signal::SIGHUP).unwrap();
+        runs(&mut overlay, nth, "vxlan");
+    }
+    // Whatever the store says by now, nobody has asked for another reload.
+    overlay.put("config", UDP);
+    for change in ["del 192.0.2.2", "add 192.0.2.77"] {
+        let (verb, address) = change.split_once(' ').unwrap();
+        ip(
+            &overlay,
+            2,
+            &format!("address {verb} {address}/24 dev {INTERFACE}"),
+        );
+    }
+    wait_for(
+        "node 1 sends to the new address by the new backend",
+        READY,
+        || {
+            let peers = overlay.status(1).peers;
+            peers.len() == 1 && peers[0].endpoints == ["192.0.2.77:8472"]
+        },
+    );
+    runs(&mut overlay, 2, "vxlan");
+    assert_eq!(overlay.subnet(2), subnet);
+    overlay.ping_all();
+}
+
+#[test]
+fn a_config_changed_while_a_node_was_down_and_its_store_away_is_taken_when_it_returns() {
+    if !require_etcd("a_config_changed_while_a_node_was_down_and_its_store_away_is_taken_when_it_returns") {
+        return;
+    }
+    let mut overlay = Blueprint::new("confaway", 2).start();
+    let subnet = overlay.subnet(2);
+    wait_for("the cache is written", READY, || {
+        std::fs::read_to_string(overlay.file("2.data/control.json"))
+            .is_ok_and(|text| text.contains("192.0.2.1"))
+    });
+    overlay.terminate(2);
+    overlay.put("config", VXLAN);
+    overlay.etcd_process().signal(Signal::SIGSTOP).unwrap();
+    overlay.restart(2);
+    runs(&mut overlay, 2, "udp");
+    let pid = overlay.daemon(2).pid();
+    overlay.etcd_process().signal(Signal::SIGCONT).unwrap();
+    runs(&mut overlay, 2, "vxlan");
+    overlay.daemon(1).signal(Signal::SIGHUP).unwrap();
+    runs(&mut overlay, 1, "vxlan");
+    for nth in 1..=2 {
+        overlay.wait(nth, READY, |status| status.ready && status.peers.len() == 1);
+    }
+    assert_eq!((overlay.subnet(2), overlay.daemon(2).pid()), (subnet, pid));
+}
+
+fn runs(overlay: &mut Overlay, nth: usize, backend: &str) {
+    overlay.wait(nth, READY, |status| {
+        status.ready && status.backend.name == backend
+    });
+}
