@@ -93,12 +93,12 @@ pub(crate) fn networks<'a>(
     known: BTreeSet<NetworkName>,
     pace: Pace,
 ) -> BoxStream<'a, Result<NetworkUpdate, StoreError>> {
-    let ended = || StoreError::Unavailable {
+    let ended = move || StoreError::Unavailable {
         doing: "watch the networks",
         place: networks.place(),
         cause: "the watch ended".to_owned(),
     };
-    let updates = updates(|| networks.watch(None), ended, pace).boxed();
+    let updates = updates(move || networks.watch(None), ended, pace).boxed();
     let start = (updates, known, Missing::default());
     stream::unfold(start, |(mut updates, mut known, mut missing)| async move {
         let told = tokio::select! {

@@ -436,7 +436,7 @@ impl Mends {
 
 /// The updates of one watch after the other.
 fn updates<'a>(store: &'a dyn Store, options: &ControlOptions) -> impl Stream<Item = Told> + use<'a> {
-    let ended = || StoreError::Unavailable {
+    let ended = move || StoreError::Unavailable {
         doing: "watch the leases",
         place: store.place(),
         cause: "the watch ended".to_owned(),
@@ -445,7 +445,7 @@ fn updates<'a>(store: &'a dyn Store, options: &ControlOptions) -> impl Stream<It
         backoff_cap: options.backoff_cap,
         relist: options.relist,
     };
-    follow::updates(|| store.watch(None), ended, pace)
+    follow::updates(move || store.watch(None), ended, pace)
 }
 
 async fn at(due: Option<Instant>) {

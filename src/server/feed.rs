@@ -88,20 +88,27 @@ impl History {
 
     /// Takes in what the store told. Leases that cannot be read stay what they were.
     pub(super) fn take(&mut self, item: WatchItem) {
-        let is_list = matches!(item.update, LeaseUpdate::Snapshot(_));
+        let listed: Option<BTreeSet<Subnet>> = match &item.update {
+            LeaseUpdate::Snapshot(leases) => Some(leases.iter().map(|lease| lease.subnet).collect()),
+            LeaseUpdate::Events(_) => None,
+        };
         let unreadable = item.unreadable.iter().copied();
         let unknown: BTreeSet<Subnet> = unreadable
             .filter(|subnet| !self.leases.contains_key(subnet))
             .collect();
         let update = item.completed(|subnet| self.leases.get(&subnet).cloned());
-        if is_list && unknown != self.unreadable {
+        if let Some(listed) = listed
+            && unknown != self.unreadable
+        {
             self.snapshot = None;
             // Whoever heard of one that is gone now knew more of it than this server.
-            let gone: Vec<Subnet> = self.unreadable.difference(&unknown).copied().collect();
+            let not_there = self.unreadable.difference(&unknown);
+            let gone: Vec<LeaseEvent> = not_there
+                .filter(|subnet| !listed.contains(subnet))
+                .map(|&subnet| LeaseEvent::Removed(subnet))
+                .collect();
             self.unreadable.extend(unknown);
-            self.apply(LeaseUpdate::Events(
-                gone.into_iter().map(LeaseEvent::Removed).collect(),
-            ));
+            self.apply(LeaseUpdate::Events(gone));
         }
         self.apply(update);
     }

@@ -18,6 +18,7 @@ mod connection;
 mod following;
 mod networks;
 mod presence;
+mod spares;
 mod tls;
 
 use std::net::IpAddr;
@@ -32,11 +33,13 @@ use etcd_client::{
 };
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
+use tokio::time::Instant;
 
 use self::connection::{Connection, Right, refused};
 use self::following::Progress;
 pub use self::networks::EtcdNetworks;
 use self::presence::Presence;
+use self::spares::{Grant, Spares};
 use crate::control::RateLimit;
 use crate::control::identity::Holder;
 use crate::control::store::{
@@ -135,6 +138,7 @@ pub struct EtcdRegistry {
     skipped: AtomicU64,
     complaints: RateLimit,
     presence: Presence,
+    spares: Spares,
 }
 
 impl std::fmt::Debug for EtcdRegistry {
@@ -158,6 +162,7 @@ impl EtcdRegistry {
             expirations: options.expirations,
             skipped: AtomicU64::new(0),
             complaints: RateLimit::default(),
+            spares: Spares::default(),
         })
     }
 
@@ -303,18 +308,26 @@ impl EtcdRegistry {
         let key = self.key(subnet);
         let right = Right::Write(key.clone());
         let mut client = self.connection.client(doing).await?;
-        let grant = match lifetime {
+        let spare = match lifetime {
             Lifetime::Forever => None,
-            Lifetime::Ttl => {
+            Lifetime::Ttl => self.spares.take(attrs),
+        };
+        let grant = match (lifetime, spare) {
+            (Lifetime::Forever, _) => None,
+            (Lifetime::Ttl, Some(spare)) => Some(spare),
+            (Lifetime::Ttl, None) => {
                 let seconds = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
-                Some(
-                    self.connection
-                        .ask(doing, &Right::None, client.lease_grant(seconds, None))
-                        .await?,
-                )
+                let at = Instant::now();
+                let granted = client.lease_grant(seconds, None);
+                let granted = self.connection.ask(doing, &Right::None, granted).await?;
+                Some(Grant {
+                    id: granted.id(),
+                    ttl: Duration::from_secs(granted.ttl().unsigned_abs()),
+                    at,
+                })
             }
         };
-        let id = grant.as_ref().map_or(0, |grant| grant.id());
+        let id = grant.map_or(0, |grant| grant.id);
         // Before the put: its event may be here before its answer.
         self.presence.wrote(subnet, attrs, id);
         let options = PutOptions::new().with_lease(id).with_prev_key();
@@ -323,8 +336,11 @@ impl EtcdRegistry {
         let answer = match self.connection.ask(doing, &right, client.txn(txn)).await {
             Ok(answer) => answer,
             Err(error) => {
-                if !error.is_unavailable() {
-                    self.abandon(&mut client, id).await;
+                match grant {
+                    // The write may have been made. The next one, likely the same, goes with the same etcd lease: one that fails
+                    // again and again leaves one behind, not one each time.
+                    Some(grant) if error.is_unavailable() => self.spares.keep(attrs, grant),
+                    Some(_) | None => self.abandon(&mut client, id).await,
                 }
                 return Err(error);
             }
@@ -349,7 +365,7 @@ impl EtcdRegistry {
         }
         let expiration = match grant {
             None => Expiration::Never,
-            Some(grant) => expires_in(Duration::from_secs(grant.ttl().unsigned_abs())),
+            Some(grant) => expires_in(grant.ttl.saturating_sub(grant.at.elapsed())),
         };
         let created = before.map_or(revision, |before| before.create_revision());
         Ok(Some(Entry {

@@ -86,8 +86,32 @@ impl<R: Registry> LocalStore<R> {
                 cause: error.to_string(),
             }
         })?;
-        let created = self.registry.create(subnet, attrs, Lifetime::Ttl).await?;
-        Ok(created.map(|entry| entry.lease))
+        self.create(subnet, attrs).await
+    }
+
+    /// Creates a lease, unless somebody was faster.
+    async fn create(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<Lease>, StoreError> {
+        let Some(ours) = self.registry.create(subnet, attrs, Lifetime::Ttl).await? else {
+            return Ok(None);
+        };
+        if subnet.ipv4().is_none() || subnet.v6.is_none() {
+            // The key is the subnet: nobody else can have it.
+            return Ok(Some(ours.lease));
+        }
+        // The key is both subnets: somebody may have come by one of them under another key since the leases were listed.
+        let entries = self.registry.list().await?;
+        let is_before_us = |other: &&Entry| {
+            other.lease.subnet != subnet
+                && other.lease.subnet.overlaps(subnet)
+                && !other.lease.attrs.same_node(attrs)
+                // Where it is not told who was first, both make way and choose again.
+                && !matches!((other.lease.created, ours.lease.created), (Some(theirs), Some(ours)) if theirs > ours)
+        };
+        if entries.iter().any(|other| is_before_us(&other)) {
+            self.registry.delete(subnet, ours.revision).await?;
+            return Ok(None);
+        }
+        Ok(Some(ours.lease))
     }
 
     /// `formerly` is who else this node was when it took the lease, if it has other addresses by now.
@@ -128,8 +152,7 @@ impl<R: Registry> LocalStore<R> {
             return Err(lost(entry));
         }
         // A reservation that was deleted is not brought back as one: that is the operator's to decide.
-        let created = self.registry.create(subnet, &lease.attrs, Lifetime::Ttl).await?;
-        Ok(created.map(|entry| entry.lease))
+        self.create(subnet, &lease.attrs).await
     }
 
     /// Fails if another live host has the public address of this process's node.
@@ -399,3 +422,6 @@ fn races_lost(doing: &'static str) -> StoreError {
         cause: format!("others were faster {ATTEMPTS} times in a row"),
     }
 }
+
+#[cfg(test)]
+mod tests;
