@@ -102,9 +102,11 @@ pub fn run(options: RunOptions, reread: impl Fn() -> Result<RunOptions, String>)
 
 /// Runs nodes until there is nothing left to do; one after the other, if a successor asks for everything and then goes away.
 fn live(options: &RunOptions, reread: Reread<'_>) -> Result<()> {
+    // One for all: a signal that comes between two runtimes is not to be missed.
+    let mut signals = None;
     loop {
         let rung = on_runtime(async {
-            let mut stop = StopSignals::new().context("cannot listen for signals")?;
+            let stop = StopSignals::of(&mut signals)?;
             tokio::select! {
                 ended = start(options, reread) => ended,
                 name = stop.wait() => {
@@ -121,8 +123,11 @@ fn live(options: &RunOptions, reread: Reread<'_>) -> Result<()> {
         };
         // Nothing talks to a store or listens any more; the threads are parked.
         let handed = on_runtime(async {
-            let mut stop = StopSignals::new().context("cannot listen for signals")?;
-            Ok(succession::hand_over(successor, version, &mut stop).await)
+            let stop = StopSignals::of(&mut signals)?;
+            tokio::select! {
+                handed = succession::hand_over(successor, version, stop) => Ok(handed),
+                never = watchdog::tend_parked() => match never {},
+            }
         })?;
         if handed == Handed::Over {
             return Ok(());
@@ -181,6 +186,14 @@ impl StopSignals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
         })
+    }
+
+    /// Those there are, or new ones; to be called within a runtime.
+    fn of(signals: &mut Option<Self>) -> Result<&mut Self> {
+        if signals.is_none() {
+            *signals = Some(Self::new().context("cannot listen for signals")?);
+        }
+        signals.as_mut().context("cannot listen for signals")
     }
 
     async fn wait(&mut self) -> &'static str {
@@ -277,4 +290,35 @@ fn sandbox_line() -> String {
         .map(|(part, state)| format!("{part} {state}"))
         .collect();
     parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+
+    use nix::sys::signal::{Signal, raise};
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Between the life of a daemon and its wait for a successor, one runtime ends, which may take [`GRACE`], and another begins.
+    #[test]
+    fn a_signal_between_two_runtimes_is_heard() {
+        let mut signals = None;
+        on_runtime(async {
+            StopSignals::of(&mut signals)?;
+            // Work that keeps the runtime from ending at once.
+            tokio::task::spawn_blocking(|| {
+                sleep(GRACE / 4);
+                raise(Signal::SIGTERM)
+            });
+            Ok(())
+        })
+        .unwrap();
+        let heard = on_runtime(async {
+            let stop = StopSignals::of(&mut signals)?;
+            Ok(timeout(Duration::from_secs(5), stop.wait()).await)
+        });
+        assert_eq!(heard.unwrap(), Ok("SIGTERM"));
+    }
 }

@@ -54,6 +54,31 @@ async fn everything_is_there_after_a_restart() {
     assert!(matches!(item.update, LeaseUpdate::Events(events) if events.len() == 1));
 }
 
+/// F10: the node of this process need not write before packets move.
+#[tokio::test]
+async fn a_look_confirms_our_lease_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    store.set_config(CONFIG).await.unwrap();
+    let lease = store.acquire_as(&holder(1), &node(1), None).await.unwrap();
+    drop(store);
+    let store = EmbeddedStore::open(&path, LEASE_TTL).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let look = async |who: u32| {
+        store
+            .confirm(Some(&holder(who)), lease.subnet, &node(1))
+            .await
+            .unwrap()
+    };
+    assert_eq!(look(2).await, None, "another host's");
+    assert_eq!(
+        look(1).await.map(|seen| (seen.subnet, seen.attrs)),
+        Some((lease.subnet, node(1)))
+    );
+    assert!(std::fs::read(&path).unwrap() == before, "something was written");
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_has_an_address_is_known_after_a_restart_until_it_stays_away() {
     let dir = tempfile::tempdir().unwrap();

@@ -664,7 +664,7 @@ async fn start(etcd: &Etcd, i: u8, ttl: Option<Duration>, options: ControlOption
     let store = Arc::new(EtcdStore::connect(etcd_options).unwrap());
     let mut control = Control::new(store.clone(), options);
     let config = control.network_config().await;
-    let lease = control.acquire(&node(i)).await;
+    let lease = control.acquire(&node(i), &config).await;
     let (publish, published) = control.channels(&config, &lease);
     Node {
         store,

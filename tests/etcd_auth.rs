@@ -43,7 +43,7 @@ async fn the_rights_that_the_documentation_names_suffice() {
     };
     let mut control = Control::new(store.clone(), options);
     let config = control.network_config().await;
-    let own = control.acquire(&node(1)).await;
+    let own = control.acquire(&node(1), &config).await;
     let (publish, published) = control.channels(&config, &own);
     let maintain = tokio::spawn(control.maintain(publish));
     // What others do is seen, renewals and reservations work, and a deleted lease is claimed again.

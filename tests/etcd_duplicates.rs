@@ -212,7 +212,7 @@ async fn a_lease_that_somebody_changes_is_put_right_but_not_for_ever() {
     };
     let mut control = Control::new(store, options);
     let config = control.network_config().await;
-    let lease = control.acquire(&node("192.0.2.1")).await;
+    let lease = control.acquire(&node("192.0.2.1"), &config).await;
     let (publish, published) = control.channels(&config, &lease);
     let maintain = tokio::spawn(control.maintain(publish));
     let (key, ours) = (lease.subnet.to_string(), node("192.0.2.1").to_json());
@@ -236,6 +236,79 @@ async fn a_lease_that_somebody_changes_is_put_right_but_not_for_ever() {
     assert_eq!(value(&etcd, &key).await, theirs);
     assert_eq!(published.lease.borrow().subnet, lease.subnet, "the node moved");
     maintain.abort();
+}
+
+/// F10 and F15: after a restart a look is enough, if nothing is left to doubt. It writes nothing, so it waits for no disk.
+#[tokio::test]
+async fn a_look_confirms_a_lease_without_a_write_while_its_host_is_known_and_it_lasts() {
+    let Some(etcd) = etcd_server::start().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    let (alpha, attrs) = (holder("alpha"), node(VAGRANT));
+    let first = etcd.store();
+    let lease = first.acquire_as(&alpha, &attrs, None).await.unwrap();
+    drop(first);
+    let mut client = etcd.client().await;
+    let revision = client.get("x", None).await.unwrap().header().unwrap().revision();
+    let dump = etcd.dump().await;
+
+    let restarted = etcd.store();
+    let look = |who: Holder| {
+        let (store, subnet, attrs) = (&restarted, lease.subnet, &attrs);
+        async move { store.confirm(Some(&who), subnet, attrs).await.unwrap() }
+    };
+    // Half of the time the host counts as alive is over, and begins anew with the look.
+    let presence = |dump: &[(String, String, i64)]| {
+        let key = dump.iter().find(|(key, ..)| key.contains("/kersey/nodes/"));
+        key.map(|(.., lease)| *lease).unwrap()
+    };
+    let left = async || {
+        let mut client = etcd.client().await;
+        client
+            .lease_time_to_live(presence(&dump), None)
+            .await
+            .unwrap()
+            .ttl()
+    };
+    while left().await > 25 {
+        sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(
+        look(alpha.clone()).await.map(|seen| seen.subnet),
+        Some(lease.subnet)
+    );
+    assert!(left().await > 27, "{}", left().await);
+    let mut copy = alpha.clone();
+    (copy.host, copy.boot) = ("beta".to_owned(), "another".to_owned());
+    for (case, who) in [
+        ("another host", holder("beta")),
+        ("a copy of the data directory", copy),
+    ] {
+        assert_eq!(look(who).await, None, "{case}");
+    }
+    assert_eq!(
+        client.get("x", None).await.unwrap().header().unwrap().revision(),
+        revision
+    );
+    assert_eq!(etcd.dump().await, dump);
+
+    // Whose address it is, nobody knows: that is to be settled first.
+    client.lease_revoke(presence(&dump)).await.unwrap();
+    assert_eq!(look(alpha.clone()).await, None);
+    assert!(restarted.acquire_as(&alpha, &attrs, None).await.is_ok());
+    assert!(look(alpha.clone()).await.is_some());
+    // A flanneld has written it meanwhile, to the same effect but for a key that ends too soon to be relied on.
+    let soon = client.lease_grant(20, None).await.unwrap().id();
+    let options = PutOptions::new().with_lease(soon);
+    let key = format!("{PREFIX}/subnets/{}", lease.subnet);
+    client
+        .put(key.as_str(), attrs.to_json(), Some(options))
+        .await
+        .unwrap();
+    assert_eq!(look(alpha.clone()).await, None);
+    client.delete(key.as_str(), None).await.unwrap();
+    assert_eq!(look(alpha).await, None);
 }
 
 /// Puts a lease as flanneld does: under an etcd lease of its own, whatever is there.

@@ -577,7 +577,7 @@ async fn start_node(urls: &[String], i: u8, ttl: Duration) -> Node {
     };
     let mut control = Control::new(store.clone(), options);
     let config = control.network_config().await;
-    let lease = control.acquire(&node(i)).await;
+    let lease = control.acquire(&node(i), &config).await;
     let (publish, published) = control.channels(&config, &lease);
     Node {
         store,

@@ -148,7 +148,7 @@ impl Watcher {
         let config = control.network_config().await;
         let attrs =
             LeaseAttrs::from_json(format!("{{\"PublicIP\":\"198.51.100.{number}\"}}").as_bytes()).unwrap();
-        let lease = control.acquire(&attrs).await;
+        let lease = control.acquire(&attrs, &config).await;
         let (publish, published) = control.channels(&config, &lease);
         Self {
             published,

@@ -236,7 +236,7 @@ impl Node {
             };
             let mut control = Control::new(Arc::new(LocalStore::new(link)), options);
             let config = control.network_config().await;
-            let lease = control.acquire(&attrs).await;
+            let lease = control.acquire(&attrs, &config).await;
             let (publish, published) = control.channels(&config, &lease);
             (published, tokio::spawn(control.maintain(publish)))
         }));

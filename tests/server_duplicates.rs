@@ -131,14 +131,14 @@ async fn a_client_counts_as_alive_while_it_polls_and_half_a_minute_after() {
         let (alpha, beta) = (start("alpha", &server), start("beta", &server));
         let (_, mut control) = alpha;
         let config = control.network_config().await;
-        let lease = control.acquire(&node(VAGRANT)).await;
+        let lease = control.acquire(&node(VAGRANT), &config).await;
         let (publish, published) = control.channels(&config, &lease);
         let maintain = tokio::spawn(control.maintain(publish));
         let mut health = published.health.clone();
         health.wait_for(|health| health.connected).await.unwrap();
         let (client, mut waiting) = beta;
-        waiting.network_config().await;
-        let waiting = tokio::spawn(async move { waiting.acquire(&node(VAGRANT)).await });
+        let config = waiting.network_config().await;
+        let waiting = tokio::spawn(async move { waiting.acquire(&node(VAGRANT), &config).await });
         sleep(Duration::from_secs(5)).await;
         assert!(!waiting.is_finished(), "{kind}");
         let error = client.acquire_as(&holder("beta"), &node(VAGRANT), None).await;

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use futures_util::stream::{BoxStream, StreamExt};
 use kersey::control::config::NetworkConfig;
+use kersey::control::identity::Holder;
 use kersey::control::store::{
     Cursor, EmbeddedStore, EtcdOptions, EtcdStore, RemoteStore, Store, StoreError, WatchItem,
 };
@@ -37,6 +38,7 @@ macro_rules! contract {
                 a_node_gets_its_subnet_again(CONFIG, HOUR),
                 a_previous_subnet_is_given_if_free(CONFIG, HOUR),
                 thirty_two_claim_thirty_two_subnets(SMALL, HOUR),
+                a_look_confirms_what_is_ours_and_nothing_else(CONFIG, HOUR),
                 a_renewal_keeps_what_is_ours_only(CONFIG, HOUR),
                 a_node_that_moved_keeps_its_subnet_and_nobody_elses(CONFIG, HOUR),
                 a_watch_tells_everything_in_order(CONFIG, HOUR),
@@ -168,6 +170,46 @@ async fn thirty_two_claim_thirty_two_subnets(fixture: Fixture) {
     assert!(error.to_string().contains("out of subnets"), "{error}");
     fixture.store.revoke(*subnets.first().unwrap()).await.unwrap();
     assert_eq!(claim(&*fixture.store, 33).await.subnet, *subnets.first().unwrap());
+}
+
+/// A look confirms a lease only if all is as the node left it, and leaves all as it is. A store that cannot tell confirms nothing.
+async fn a_look_confirms_what_is_ours_and_nothing_else(fixture: Fixture) {
+    let store = &fixture.store;
+    let who = |i: u32| Holder {
+        id: format!("{i:032x}"),
+        host: format!("host-{i}"),
+        boot: format!("boot-{i}"),
+    };
+    let one = who(1);
+    let free = subnet("10.0.99.0-24");
+    assert_eq!(store.confirm(Some(&one), free, &node(1)).await.unwrap(), None);
+    let lease = store.acquire_as(&one, &node(1), None).await.unwrap();
+    let other = store.acquire_as(&who(2), &node(2), None).await.unwrap();
+    let before = leases(store).await;
+    let seen = store.confirm(Some(&one), lease.subnet, &node(1)).await.unwrap();
+    if let Some(seen) = &seen {
+        assert_eq!((seen.subnet, &seen.attrs), (lease.subnet, &lease.attrs));
+        assert!(matches!(seen.expiration, Expiration::At(_)));
+    }
+    let mut changed = node(1);
+    changed.backend_type = "vxlan".to_owned();
+    let another = who(3);
+    for (case, holder, subnet, attrs) in [
+        ("another node's", &one, other.subnet, node(1)),
+        ("free", &one, free, node(1)),
+        ("says something else", &one, lease.subnet, changed),
+        ("under another address", &one, lease.subnet, node(3)),
+        ("another host with the address", &another, lease.subnet, node(1)),
+    ] {
+        let seen = store.confirm(Some(holder), subnet, &attrs).await.unwrap();
+        assert_eq!(seen, None, "{case}");
+    }
+    assert_eq!(leases(store).await, before);
+    store.revoke(lease.subnet).await.unwrap();
+    assert_eq!(
+        store.confirm(Some(&one), lease.subnet, &node(1)).await.unwrap(),
+        None
+    );
 }
 
 async fn a_renewal_keeps_what_is_ours_only(fixture: Fixture) {

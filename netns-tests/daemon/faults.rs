@@ -294,3 +294,49 @@ fn wait_for_line(child: &mut Child, text: &str) {
 fn log(child: &Child) -> String {
     fs::read_to_string(child.log()).unwrap()
 }
+
+/// Hosts have IPv6 off for devices to come (`net.ipv6.conf.default.disable_ipv6` = 1), and may not let it be turned on.
+#[test]
+fn where_ipv6_is_off_by_default_it_is_turned_on_or_done_without() {
+    if !require_root("where_ipv6_is_off_by_default_it_is_turned_on_or_done_without") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("sixoff", 2);
+    blueprint.network = kersey::lab::cluster::ClusterPlan::network("udp", true);
+    let mut overlay = blueprint.build();
+    for nth in 1..=2 {
+        overlay
+            .namespace(nth)
+            .sysctl("ipv6/conf/default/disable_ipv6", "1")
+            .unwrap();
+    }
+    overlay.start_daemons();
+    overlay.ping_all();
+    assert_eq!(overlay.pods(2).len(), 2, "both families");
+    assert_eq!(overlay.device(2).unwrap().1.len(), 2, "an address of each");
+
+    // As in a container: nobody may write there.
+    overlay.terminate(2);
+    let inner = overlay.command(2);
+    let mut command = Command::new("unshare");
+    let prepare = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys";
+    command.args(["--mount", "sh", "-ec", &format!("{prepare}; exec \"$@\""), "sh"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    overlay.nodes[1].child = overlay.run("node 2", 2, command);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    let told = "it carries IPv4 alone";
+    assert_eq!(overlay.log(2).matches(told).count(), 1, "{}", overlay.log(2));
+    assert_eq!(overlay.device(2).unwrap().1.len(), 1);
+    let (one, two) = (overlay.pod(1), overlay.pod(2));
+    let report = kersey::lab::traffic::ping::Ping::default()
+        .run(one, two.addr)
+        .unwrap();
+    assert!(report.received > 0, "{report:?}");
+    // It is put right again as ever, and that comes to an end.
+    crate::routed::ip(&overlay, 2, &format!("address flush dev {}", DEVICE));
+    wait_for("the address is back", READY, || {
+        overlay.device(2).is_some_and(|device| device.1.len() == 1)
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(overlay.log(2).matches(told).count() <= 3, "{}", overlay.log(2));
+}

@@ -24,7 +24,7 @@ use crate::support::sniffer::{Sniffer, Way};
 use crate::support::{require_firewall, require_root};
 
 /// How soon somebody's change must be undone: the period, a second here, and some time for the tools.
-const PUT_RIGHT: Duration = Duration::from_secs(4);
+pub(crate) const PUT_RIGHT: Duration = Duration::from_secs(4);
 /// How long a connection that comes about takes at most.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long a connection that does not is waited for.
@@ -686,7 +686,7 @@ fn cleanup_takes_iptables_chains_and_commented_rules_away_and_leaves_others() {
     assert!(cleanup(&mut overlay, &socket).contains("nothing to clean up"));
 }
 
-fn flags(flags: &[&str]) -> Vec<String> {
+pub(crate) fn flags(flags: &[&str]) -> Vec<String> {
     flags.iter().map(|&flag| flag.to_owned()).collect()
 }
 
@@ -792,7 +792,7 @@ fn nft(overlay: &Overlay, nth: usize, words: &str) -> String {
     run(overlay, nth, "nft", words)
 }
 
-fn run(overlay: &Overlay, nth: usize, program: &str, words: &str) -> String {
+pub(crate) fn run(overlay: &Overlay, nth: usize, program: &str, words: &str) -> String {
     let words: Vec<&str> = words.split_whitespace().collect();
     run_words(overlay, nth, program, &words)
 }

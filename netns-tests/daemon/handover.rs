@@ -1,21 +1,12 @@
 //! Device and sockets go from one process to the next while packets flow (F11).
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use kersey::host::sys;
-use kersey::lab::daemon::Child;
 use kersey::lab::traffic::probe::{Probe, ProbeReport};
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
-use sd_notify::NotifyState;
 
 use crate::overlay::{Blueprint, Conversation, Daemon, Overlay, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
@@ -35,7 +26,7 @@ fn take_over(overlay: &mut Overlay, nth: usize, flags: &[&str]) {
 }
 
 /// Runs the probe beside `change`, and for half a second after it.
-fn under_probe(overlay: &mut Overlay, change: impl FnOnce(&mut Overlay)) -> ProbeReport {
+pub(crate) fn under_probe(overlay: &mut Overlay, change: impl FnOnce(&mut Overlay)) -> ProbeReport {
     let (one, two) = (overlay.pod(1).addr, overlay.pod(2).addr);
     let ends = [(1, one), (2, two)].map(|(nth, addr)| (overlay.namespace(nth).name().to_owned(), addr));
     let spaces = ends
@@ -134,6 +125,11 @@ fn a_successor_that_wants_something_else_starts_cold() {
     );
     overlay.ping_all();
 
+    // Another device: the old one would keep the port.
+    take_over(&mut overlay, 2, &["--device", "tun9"]);
+    assert!(overlay.device(2).is_none(), "the former device stayed");
+    overlay.ping_all();
+
     // Without anybody to take over from, it is a start like any other.
     overlay.terminate(2);
     let mut command = overlay.command(2);
@@ -209,210 +205,6 @@ fn handing_over_can_be_switched_off() {
     let ended = second.wait_end(READY).unwrap();
     assert_eq!(ended.code(), Some(7), "{}", second.log_end());
     overlay.wait(1, READY, |status| status.ready);
-}
-
-/// A service manager as far as a daemon can tell: what it is told, and the descriptors it keeps. It listens all the time.
-struct Manager {
-    heard: Arc<Mutex<Heard>>,
-}
-
-#[derive(Default)]
-struct Heard {
-    kept: BTreeMap<String, OwnedFd>,
-    told: Vec<String>,
-    /// As they came: what belongs together comes together.
-    messages: Vec<String>,
-}
-
-impl Manager {
-    fn listen(overlay: &Overlay) -> Self {
-        let socket = UnixDatagram::bind(overlay.file("notify.sock")).unwrap();
-        let heard = Arc::<Mutex<Heard>>::default();
-        let listening = Arc::clone(&heard);
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            // It ends with the test's process.
-            while let Ok((len, descriptors)) = sys::receive_descriptors(socket.as_fd(), &mut buffer) {
-                let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
-                listening.lock().unwrap().note(&text, descriptors);
-            }
-        });
-        Self { heard }
-    }
-
-    fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap()
-    }
-
-    fn wait_for(&self, line: &str) {
-        wait_for(line, READY, || {
-            self.heard().told.iter().any(|have| have.starts_with(line))
-        });
-    }
-
-    /// Starts node 2's daemon with what is kept, as systemd would.
-    fn start(&self, overlay: &mut Overlay) -> Child {
-        let heard = self.heard();
-        let kersey = overlay.command(2);
-        let mut script = String::new();
-        let mut names = Vec::new();
-        let mut passed = Vec::new();
-        for (at, (name, fd)) in heard.kept.iter().enumerate() {
-            // Out of the way of those passed, and not closed on exec.
-            let high = fcntl(fd, FcntlArg::F_DUPFD(100)).unwrap();
-            passed.push(sys::adopt(high).unwrap());
-            fcntl(
-                passed.last().unwrap(),
-                FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
-            )
-            .unwrap();
-            script += &format!("exec {}<&{high}; ", at + 3);
-            names.push(name.clone());
-        }
-        if !names.is_empty() {
-            script += &format!(
-                "export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; ",
-                names.len(),
-                names.join(":")
-            );
-        }
-        script += "exec \"$@\"";
-        let mut command = Command::new("bash");
-        command.args(["-c", &script, "bash"]);
-        command.arg(kersey.get_program()).args(kersey.get_args());
-        command.env("NOTIFY_SOCKET", overlay.file("notify.sock"));
-        command.env("WATCHDOG_USEC", "600000");
-        let child = overlay.run("under a manager", 2, command);
-        assert!(passed.iter().all(|fd| fd.as_raw_fd() >= 100));
-        child
-    }
-}
-
-impl Heard {
-    fn note(&mut self, text: &str, mut descriptors: Vec<OwnedFd>) {
-        let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
-        if let (Some(name), true) = (name, text.contains("FDSTORE=1")) {
-            assert!(text.contains("FDPOLL=0"), "{text}");
-            self.kept.insert(name.to_owned(), descriptors.remove(0));
-        }
-        if let (Some(name), true) = (name, text.contains("FDSTOREREMOVE=1")) {
-            self.kept.remove(name);
-        }
-        self.told.extend(text.lines().map(str::to_owned));
-        self.messages.push(text.to_owned());
-    }
-}
-
-#[test]
-fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
-    if !require_etcd("a_service_manager_keeps_device_and_sockets_through_stop_and_crash") {
-        return;
-    }
-    let mut overlay = Blueprint::new("fdstore", 2).start();
-    overlay.terminate(2);
-    let manager = Manager::listen(&overlay);
-    overlay.nodes[1].child = manager.start(&mut overlay);
-    manager.wait_for("READY=1");
-    overlay.wait_all();
-    // The subnet file is there before READY is said, and the line for `systemctl status` tells of the node.
-    assert!(overlay.file("2.env").exists());
-    manager.wait_for("WATCHDOG=1");
-    manager.wait_for("STATUS=10.244.");
-    let (subnet, device) = (overlay.subnet(2), overlay.device(2).unwrap().0.index);
-    let mut conversation = Conversation::start(overlay.pod(1), overlay.pod(2));
-    conversation.exchange();
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        assert!(manager.heard().kept.len() >= 2, "{:?}", manager.heard().kept);
-        let report = under_probe(&mut overlay, |overlay| {
-            overlay.daemon(2).signal(signal).unwrap();
-            overlay
-                .daemon(2)
-                .wait_end(within(Duration::from_secs(2)))
-                .unwrap();
-            assert_eq!(overlay.device(2).unwrap().0.index, device, "the manager keeps it");
-            overlay.nodes[1].child = manager.start(overlay);
-            overlay.wait(2, READY, |status| {
-                status.ready && status.store.connected && status.peers.len() == 1
-            });
-        });
-        figure(
-            &format!("{signal} under a manager that keeps descriptors: lost, longest gap"),
-            (report.lost(), report.longest_gap()),
-        );
-        // What comes in the meantime waits in the kernel: 500 packets in the device, 16 MiB in the socket.
-        assert!(report.lost() <= 3, "{report:?}");
-        assert!(
-            report.longest_gap() <= within(Duration::from_secs(1)),
-            "{report:?}"
-        );
-        assert_eq!(overlay.device(2).unwrap().0.index, device);
-        assert_eq!(overlay.subnet(2), subnet);
-        conversation.exchange();
-        overlay.ping_all();
-    }
-}
-
-/// What a unit of `Type=notify-reload` waits for (sd_notify(3)): RELOADING=1 and the time by the monotonic clock in one message, after the
-/// signal; then READY=1. A reload that is refused ends like any other, or the unit would hang in "reloading".
-#[test]
-fn a_manager_is_told_when_a_reload_begins_and_when_it_has_ended() {
-    if !require_etcd("a_manager_is_told_when_a_reload_begins_and_when_it_has_ended") {
-        return;
-    }
-    let mut overlay = Blueprint::new("notifyreload", 2).start();
-    overlay.terminate(2);
-    let manager = Manager::listen(&overlay);
-    overlay.nodes[1].child = manager.start(&mut overlay);
-    manager.wait_for("READY=1");
-    for (config, outcome) in [
-        (
-            kersey::lab::cluster::ClusterPlan::network("udp", false),
-            "Applied",
-        ),
-        ("junk".to_owned(), "Refused"),
-    ] {
-        overlay.put("config", config);
-        manager.heard().messages.clear();
-        let before = monotonic_usec();
-        overlay.daemon(2).signal(Signal::SIGHUP).unwrap();
-        wait_for("the reload has ended", READY, || {
-            let heard = manager.heard();
-            let told = heard.messages.iter().flat_map(|message| message.lines());
-            told.skip_while(|line| *line != "RELOADING=1")
-                .any(|line| line == "READY=1")
-        });
-        let after = monotonic_usec();
-        let heard = manager.heard();
-        let mut of_reload = heard.messages.iter().filter(|message| {
-            let mut lines = message.lines();
-            lines
-                .any(|line| ["RELOADING=1", "READY=1"].contains(&line) || line.starts_with("MONOTONIC_USEC="))
-        });
-        let began: Vec<_> = of_reload.next().unwrap().lines().collect();
-        assert!(began.contains(&"RELOADING=1"), "{began:?}");
-        let at = began.iter().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
-        let at: u64 = at
-            .unwrap_or_else(|| panic!("no time: {began:?}"))
-            .parse()
-            .unwrap();
-        assert!((before..=after).contains(&at), "{before} {at} {after}");
-        assert_eq!(of_reload.collect::<Vec<_>>(), ["READY=1\n"], "{outcome}");
-        drop(heard);
-        let ended = format!("outcome={outcome}");
-        wait_for("the log says how it ended", READY, || {
-            overlay.log(2).contains(&ended)
-        });
-    }
-    overlay.wait_all();
-    overlay.ping_all();
-}
-
-/// The clock that systemd compares with, microseconds.
-fn monotonic_usec() -> u64 {
-    match NotifyState::monotonic_usec_now() {
-        Ok(NotifyState::MonotonicUsec(now)) => now.try_into().unwrap(),
-        other => panic!("{other:?}"),
-    }
 }
 
 /// SIGHUP: another config in the store is taken without a restart, and a wrong one is not.

@@ -328,7 +328,27 @@ impl Overlay {
 
     /// Starts etcd in the hub, on the data of the one before.
     pub(crate) fn start_etcd(&mut self) {
-        let mut command = Command::new("etcd");
+        self.start_etcd_by(Command::new("etcd"));
+    }
+
+    /// Ends etcd and starts it again on a disk that takes so long for each write that is to last.
+    #[allow(dead_code, reason = "the fault tests slow etcd down, and share this file")]
+    pub(crate) fn slow_etcd_down(&mut self, write: Duration) {
+        self.etcd_process().signal(Signal::SIGTERM).unwrap();
+        self.etcd_process().wait_end(Duration::from_secs(10)).unwrap();
+        let mut command = Command::new("strace");
+        // The tracer stands beside, so that the process we start and end is etcd.
+        command.args(["-D", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null"]);
+        command.args(["-e", "trace=fdatasync,fsync", "-e"]);
+        command.arg(format!(
+            "inject=fdatasync,fsync:delay_enter={}ms",
+            write.as_millis()
+        ));
+        command.arg("etcd");
+        self.start_etcd_by(command);
+    }
+
+    fn start_etcd_by(&mut self, mut command: Command) {
         command.arg("--data-dir").arg(self.file("etcd"));
         command.args(["--listen-client-urls", "http://[::]:2379"]);
         command.args(["--advertise-client-urls", &self.etcd_place()]);

@@ -99,6 +99,7 @@ fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
         (format!("{nth}.env"), 0o644),
         (format!("{nth}.sock"), 0o660),
         (format!("{nth}.sock.takeover"), 0o600),
+        (format!("{nth}.sock.lock"), 0o600),
     ] {
         let meta = fs::symlink_metadata(overlay.file(&name)).unwrap();
         assert_eq!(meta.permissions().mode() & 0o777, mode, "{name}");
@@ -107,7 +108,7 @@ fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
 }
 
 /// The command where everybody may use `/dev/net/tun`, as udev has it on most machines.
-fn with_open_tun(inner: &Command) -> Command {
+pub(crate) fn with_open_tun(inner: &Command) -> Command {
     let prepare = "mount -t tmpfs none /dev/net; mknod -m 666 /dev/net/tun c 10 200";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", &format!("{prepare}; exec \"$@\""), "sh"]);

@@ -60,6 +60,69 @@ pub(crate) fn lives(tag: &str, kills: u64) {
     assert_eq!(overlay.log(1).lines().count(), untouched, "{}", overlay.log(1));
 }
 
+/// Where a restart spends its time is the store's disk: every write to etcd waits for it. A node whose lease is there and says what it
+/// would say has nothing to write before packets move.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test measures")]
+fn f10_a_restart_does_not_wait_for_the_disk_of_the_store() {
+    const WRITE: Duration = Duration::from_millis(150);
+    if !require_etcd("f10_a_restart_does_not_wait_for_the_disk_of_the_store") {
+        return;
+    }
+    let mut overlay = Blueprint::new("slowdisk", 2).start();
+    warm(&overlay, 1, 2);
+    overlay.slow_etcd_down(WRITE);
+    overlay.wait(2, READY, |status| status.store.connected);
+    let subnet = overlay.subnet(2);
+    let write = Instant::now();
+    overlay.put("no-lease", "x");
+    figure("a write of the store, ms", write.elapsed().as_millis());
+    assert!(
+        write.elapsed() >= WRITE,
+        "the disk is not slow: {:?}",
+        write.elapsed()
+    );
+    let (mut gaps, mut stages) = (Vec::new(), Vec::new());
+    for _ in 0..6 {
+        let probe = probe(&overlay, 1, 2);
+        overlay.kill(2);
+        overlay.restart(2);
+        flows(&probe);
+        gaps.push(probe.stop().unwrap().longest_gap().as_millis());
+        overlay.wait(2, READY, |status| status.ready && status.store.connected);
+        assert_eq!(overlay.subnet(2), subnet);
+        stages.push(stages_of(&overlay.log(2)));
+        // Until the one before is written down: a node that starts while the last life's request is under way is another case.
+        std::thread::sleep(WRITE * 8);
+    }
+    gaps.sort_unstable();
+    figure("ms from the start to store, lease, device, routes", &stages);
+    figure("kill -9 with a slow disk: gaps, ms", &gaps);
+    let limit = within(Duration::from_secs(1)).as_millis();
+    assert!(gaps.iter().all(|gap| *gap <= limit), "{gaps:?}");
+}
+
+/// Milliseconds from a daemon's first line to those that tell of a stage of its start.
+fn stages_of(log: &str) -> Vec<u64> {
+    let at = |line: &str| {
+        // 2026-01-02T03:04:05.678901Z: within a minute is near enough.
+        let seconds: f64 = line.get(17..26).unwrap_or_default().parse().unwrap();
+        (seconds * 1000.0) as u64
+    };
+    let of = |stage: &str| {
+        let line = log.lines().find(|line| line.contains(stage));
+        at(line.unwrap_or_else(|| panic!("no {stage:?} in {log}")))
+    };
+    let first = of("kersey starts");
+    let stages = [
+        "store opened",
+        "lease acquired",
+        "data plane up",
+        "routes published",
+    ];
+    stages.map(|stage| (of(stage) + 60_000 - first) % 60_000).to_vec()
+}
+
 /// The Ethernet address a node keeps for backends that have one.
 fn mac(overlay: &Overlay) -> Vec<u8> {
     std::fs::read(overlay.file("2.data").join("vtep-mac")).unwrap_or_default()

@@ -20,6 +20,7 @@ use crate::addr::{Ipv6Prefix, Prefix};
 use crate::host::firewall;
 use crate::host::netlink::{Gateway, Link, Netlink, NetlinkError, Route, VxlanDevice};
 use crate::options::{CleanupMode, CleanupOptions};
+use crate::server::status::{Locked, SocketLock};
 
 /// Undo what Kersey or flannel did to this machine: vxlan devices, routes, firewall rules, a dead status socket
 ///
@@ -98,7 +99,7 @@ impl fmt::Display for Leftover {
 /// Why nothing, or not all, was removed.
 #[derive(Debug, thiserror::Error)]
 enum CleanupError {
-    #[error("a daemon is running: it answers on {}; stop it first", .0.display())]
+    #[error("a daemon is running: it has {}; stop it first", .0.display())]
     DaemonRuns(PathBuf),
     #[error("cannot ask whether a daemon runs: {}: {source}", .path.display())]
     Socket { path: PathBuf, source: io::Error },
@@ -151,6 +152,9 @@ pub fn run(options: &CleanupOptions) -> ExitCode {
 
 /// Removes or lists; gives what could not be removed.
 async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupError> {
+    // Until all is done: a daemon that starts meanwhile would lose its rules.
+    let _lock = SocketLock::take_left(&options.socket)
+        .map_err(|Locked| CleanupError::DaemonRuns(options.socket.clone()))?;
     let socket = dead_socket(&options.socket)?;
     let netlink = Netlink::open().map_err(CleanupError::Look)?;
     let mut found = leftovers(&netlink).await.map_err(CleanupError::Look)?;
@@ -313,6 +317,22 @@ mod tests {
         ] {
             assert_eq!(leftover.to_string(), line);
         }
+    }
+
+    /// A daemon that has its place and does not answer yet.
+    #[test]
+    fn nothing_is_cleaned_up_while_a_daemon_starts() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("status.sock");
+        let lock = fs::File::create(dir.path().join("status.sock.lock")).unwrap();
+        lock.lock().unwrap();
+        let options = CleanupOptions {
+            socket: socket.clone(),
+            mode: CleanupMode::DryRun,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let refused = runtime.unwrap().block_on(clean(&options)).unwrap_err();
+        assert!(matches!(refused, CleanupError::DaemonRuns(path) if path == socket));
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub(super) fn as_script(program: &str, words: &[String]) -> Result<Parsed, Stop>
     let matches = command
         .clone()
         .try_get_matches_from(words)
-        .map_err(|error| usage(super::first_line(&error)))?;
+        .map_err(|error| usage(super::flags::first_line(&error)))?;
     let options = DockerOptsOptions::from_arg_matches(&matches).map_err(Stop::Clap)?;
     Ok(Parsed {
         command: Command::DockerOpts(options),

@@ -15,8 +15,10 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
 
+use super::flags::{Entry, subcommand};
+use super::help::whole;
 use super::run::RunArgs;
-use super::{Entry, SUBCOMMANDS, config_file, exit, subcommand, whole};
+use super::{SUBCOMMANDS, config_file, exit};
 
 /// System administration commands.
 const COMMANDS: &str = "8";

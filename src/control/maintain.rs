@@ -85,7 +85,7 @@ impl Keep<'_> {
         let mut refused = Backoff::new(super::REFUSED_CAP.max(self.options.backoff_cap));
         let mut due = match start.source {
             Source::Store => self.renewal_due(&self.lease.borrow()),
-            Source::Cache => Instant::now(),
+            Source::Look | Source::Cache => Instant::now(),
         };
         loop {
             tokio::select! {

@@ -14,6 +14,8 @@
 //!                             cache file
 //! ```
 //!
+//! - *Acquire* takes a lease at the mere sight of it if the store shows it to be ours, word for word and for a while yet, and us to be the one
+//!   host with our address: a restart then waits for no disk. *Keep* renews it at once.
 //! - *Keep* renews at expiry less the margin, by the monotonic clock, and at once when *follow* sees our lease gone or
 //!   in other hands. A lease that somebody else holds is given up, never overwritten; another is acquired and published.
 //! - *Follow* applies each update to a [`PeerTable`] and publishes a new table if anything changed. Every watch begins
@@ -144,7 +146,10 @@ pub struct Published {
 /// Whether the store has confirmed what we go by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
+    /// It has written it down.
     Store,
+    /// It has been looked at, and is to be renewed.
+    Look,
     Cache,
 }
 
@@ -260,21 +265,35 @@ impl Control {
     }
 
     /// Acquires a lease for the node `attrs` describes; waits until there is one.
-    pub async fn acquire(&mut self, attrs: &LeaseAttrs) -> Lease {
+    ///
+    /// One that the store shows to be ours as it is, as after a restart, is taken at the sight of it; [`maintain`](Self::maintain) renews it at
+    /// once.
+    pub async fn acquire(&mut self, attrs: &LeaseAttrs, config: &NetworkConfig) -> Lease {
         if let Some(lease) = self.take_along(attrs).await {
             self.cache.own = Some((lease.subnet, lease.attrs.clone()));
             return lease;
         }
+        let remembered = self.remembered(attrs, config);
         let cached = self.cached_subnet(attrs);
         let previous = subnet_file::previous(&self.options.subnet_file).or(cached);
         let answered = AtomicBool::new(false);
         let fetch = async {
+            if let Some(subnet) = remembered {
+                let looked = self
+                    .store
+                    .confirm(self.options.holder.as_ref(), subnet, attrs)
+                    .await;
+                // What a look does not tell, a request will, errors included.
+                if let Ok(Some(lease)) = looked {
+                    return (lease, Source::Look);
+                }
+            }
             let complaints = RateLimit::default();
             let mut backoff = Backoff::new(self.options.backoff_cap);
             let mut refused = Backoff::new(REFUSED_CAP.max(self.options.backoff_cap));
             loop {
                 let pause = match acquire(&*self.store, &self.options, attrs, previous).await {
-                    Ok(lease) => return lease,
+                    Ok(lease) => return (lease, Source::Store),
                     Err(error) => {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
                         self.conflicts
@@ -291,8 +310,8 @@ impl Control {
             }
         };
         let lease = tokio::select! {
-            lease = fetch => {
-                self.source = Source::Store;
+            (lease, source) = fetch => {
+                self.source = source;
                 lease
             }
             subnet = fallback(cached, &answered) => {
@@ -386,7 +405,7 @@ impl Control {
         });
         table.apply(&LeaseUpdate::Snapshot(cached.collect()));
         let health = StoreHealth {
-            connected: self.source == Source::Store,
+            connected: self.source != Source::Cache,
             since: Instant::now(),
             last_error: None,
             errors: 0,

@@ -10,7 +10,7 @@
 //! Flannel's kernel vxlan devices share a port among VNIs. Here a port has one socket that hands out each packet once, so every network needs a
 //! `Port` of its own, vxlan's too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -126,16 +126,23 @@ impl Claims {
         self.held().keys().cloned().collect()
     }
 
+    /// The devices that networks have from before and keep, where `like` is the name of the first.
+    pub(super) fn devices(&self, like: &str) -> BTreeSet<String> {
+        let held = self.held();
+        let devices = held.values().map(|held| &held.device);
+        devices.filter(|device| is_like(device, like)).cloned().collect()
+    }
+
     /// The device of a network: the one it had before, else the first of `flannel0`, `flannel1`, … that neither another network has nor `exists`
     /// on this host, where `like` is the name of the first.
     pub(super) fn device(&self, name: &NetworkName, like: &str, exists: impl Fn(&str) -> bool) -> String {
-        let stem = like.trim_end_matches(|c: char| c.is_ascii_digit());
+        let stem = stem(like);
         let first = like
             .get(stem.len()..)
             .and_then(|digits| digits.parse::<u32>().ok());
         let mut held = self.held();
         if let Some(known) = held.get(name)
-            && known.device.trim_end_matches(|c: char| c.is_ascii_digit()) == stem_within(stem, 0)
+            && is_like(&known.device, like)
         {
             return known.device.clone();
         }
@@ -222,6 +229,16 @@ fn parse_prefix(text: &str) -> Option<Prefix> {
     v4.or_else(|| text.parse().map(Prefix::V6).ok())
 }
 
+/// A device's name without its number.
+fn stem(device: &str) -> &str {
+    device.trim_end_matches(|c: char| c.is_ascii_digit())
+}
+
+/// Whether a device has a name as one made after `like` has.
+fn is_like(device: &str, like: &str) -> bool {
+    stem(device) == stem_within(stem(like), 0)
+}
+
 /// As much of a device's stem as leaves room for its number.
 fn stem_within(stem: &str, number: u32) -> &str {
     let digits = number.checked_ilog10().unwrap_or(0) as usize + 1;
@@ -278,7 +295,10 @@ mod tests {
         assert_eq!(claims.device(&name("b"), "flannel0", nothing), "flannel0");
         claims.release(&name("b"));
         assert_eq!(claims.device(&name("c"), "flannel0", nothing), "flannel0");
+        let devices = |like: &str| Vec::from_iter(claims.devices(like));
+        assert_eq!(devices("flannel0"), ["flannel0", "flannel1"]);
         // Another --device means other names.
+        assert_eq!(devices("over5"), [""; 0]);
         assert_eq!(claims.device(&name("c"), "over5", nothing), "over5");
         assert_eq!(Claims::load(dir.path()).names(), [name("a"), name("c")]);
     }

@@ -16,7 +16,8 @@ use crate::options::{
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
-/// replaced as networks come and go.
+/// replaced as networks come and go; and where that leads, see [`resolver_folder`].
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 const RESOLVER: [&str; 8] = [
     "/etc",
     "/run/systemd/resolve",
@@ -111,6 +112,9 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     if resolves_names(options) {
         for path in RESOLVER {
             plan.read(path);
+        }
+        if let Some(folder) = resolver_folder(Path::new(RESOLV_CONF)) {
+            plan.read(folder);
         }
     }
     if speaks_tls(options) {
@@ -221,6 +225,37 @@ fn resolves_names(options: &RunOptions) -> bool {
         })
 }
 
+/// The folder of the file that `link` leads to, which whoever looks after it replaces, or makes after we have started; then as much
+/// of the way to it as there is. `None` where that is nothing but the root.
+fn resolver_folder(link: &Path) -> Option<PathBuf> {
+    /// As many links as the kernel follows.
+    const MOST: usize = 40;
+    let mut file = link.to_owned();
+    for _ in 0..MOST {
+        let Ok(next) = fs::read_link(&file) else { break };
+        file = folder_of(&file).join(next);
+    }
+    let wanted = folder_of(&file);
+    let there = wanted.ancestors().find_map(|folder| folder.canonicalize().ok());
+    let there = there.filter(|folder| folder.parent().is_some());
+    if !wanted.exists() {
+        match &there {
+            Some(folder) => tracing::info!(
+                file = %file.display(),
+                reads = %folder.display(),
+                "what {} leads to is not there yet; all of this may be read, to find it later",
+                link.display()
+            ),
+            None => tracing::warn!(
+                file = %file.display(),
+                "what {} leads to is not there yet, and will not be found: names are not resolved until the next start",
+                link.display()
+            ),
+        }
+    }
+    there
+}
+
 /// The host of a URL, or of `host:port`.
 fn host_of(endpoint: &str) -> &str {
     let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
@@ -273,6 +308,38 @@ fn prepare(folder: &Path, mode: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Which of the services that write it has started by now is chance.
+    #[test]
+    fn names_are_resolved_by_what_resolv_conf_leads_to_even_if_it_comes_later() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let conf = root.join("resolv.conf");
+        let folder = |path: &str| Some(root.join(path));
+        fs::write(&conf, "").unwrap();
+        assert_eq!(resolver_folder(&conf), folder(""));
+        for name in ["run/connman", "run/other", "etc"] {
+            fs::create_dir_all(root.join(name)).unwrap();
+        }
+        fs::remove_file(&conf).unwrap();
+        // By a link that leads to a link; the file is not there, then it is.
+        symlink("etc/resolv.conf", &conf).unwrap();
+        symlink("../run/connman/resolv.conf", root.join("etc/resolv.conf")).unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run/connman"));
+        fs::write(root.join("run/connman/resolv.conf"), "").unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run/connman"));
+        // Not even the folder is there.
+        fs::remove_dir_all(root.join("run/connman")).unwrap();
+        assert_eq!(resolver_folder(&conf), folder("run"));
+        // A link that leads nowhere.
+        fs::remove_file(&conf).unwrap();
+        symlink("/nowhere/resolv.conf", &conf).unwrap();
+        assert_eq!(resolver_folder(&conf), None);
+        fs::remove_file(&conf).unwrap();
+        symlink(&conf, &conf).unwrap();
+        assert_eq!(resolver_folder(&conf), folder(""));
+    }
 
     #[test]
     fn a_host_is_found_in_every_form_of_endpoint() {

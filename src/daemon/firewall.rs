@@ -13,10 +13,15 @@
 //! The node waits for the first look before it says it is ready, but no longer than [`PATIENCE`], and whatever came of it: a host without a
 //! firewall tool, or whose kernel cannot masquerade, still has its overlay. What came of it is in the log once, and in the status.
 //!
-//! When the thread ends, everything stays, as flannel's does: packets flow while the daemon restarts.
+//! When the thread ends, everything stays, as flannel's does: packets flow while the daemon restarts. It may be in the middle of a look when
+//! its handle is dropped, and makes rules until that is done; so whoever comes next to the rules of a network, be it to take them away or to
+//! look after them anew, waits for its turn ([`turn`]).
+//!
+//! `subnet.env` says that masquerading is done once it is: not before the first look that went well, and no more when the tool is gone. The
+//! node writes the file again whenever that changes.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -58,11 +63,21 @@ struct Wanted {
 
 /// Whether there are rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// They are made, or will be.
+pub(super) enum State {
+    /// They are made. That a later look fails takes none away.
     Kept,
-    /// There is nothing to make them with, or nobody wants any.
+    /// They were not made yet, there is nothing to make them with, or nobody wants any.
     None,
+}
+
+/// Held by whoever changes the rules of a network.
+type Turn = Arc<tokio::sync::Mutex<()>>;
+
+/// The turn of a network, by the name in its rules.
+fn turn(network: &str) -> Turn {
+    static TURNS: Mutex<BTreeMap<String, Turn>> = Mutex::new(BTreeMap::new());
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(turns.entry(network.to_owned()).or_default())
 }
 
 /// The thread's handle; it ends when this is dropped.
@@ -73,13 +88,19 @@ pub(super) struct Keeper {
     state: watch::Receiver<State>,
 }
 
-/// Takes the rules of a network away that was removed; its keeper has ended.
+/// Takes the rules of a network away that was removed; its keeper's handle is dropped, and its thread is waited for.
 pub(super) async fn withdraw(options: FirewallOptions, network: String) {
     let Some(choice) = choice(options.tool) else {
         return;
     };
+    let turn = turn(&network).lock_owned().await;
     let rules = RuleSet::nothing(&network);
-    let removed = tokio::task::spawn_blocking(move || Firewall::new(choice).keep(&rules)).await;
+    let remove = move || {
+        // Over when the tools are done, whether or not anybody waits for that.
+        let _turn = turn;
+        Firewall::new(choice).keep(&rules)
+    };
+    let removed = tokio::task::spawn_blocking(remove).await;
     match removed {
         Ok(Ok(_) | Err(FirewallError::NoTool(_))) => {}
         Ok(Err(error)) => {
@@ -102,13 +123,17 @@ impl Keeper {
     /// Starts the thread for the network called `network`; it touches nothing until it is told what is wanted.
     pub(super) fn start(options: FirewallOptions, network: &str, report: Arc<Report>) -> Result<Self> {
         let (orders, received) = mpsc::channel(4);
-        let (told, state) = watch::channel(State::Kept);
+        let (told, state) = watch::channel(State::None);
+        let turn = turn(network);
         std::thread::Builder::new()
             .name("firewall".to_owned())
             .spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 match runtime {
-                    Ok(runtime) => runtime.block_on(Thread::new(options, report, told).run(received)),
+                    Ok(runtime) => runtime.block_on(async {
+                        let _turn = turn.lock_owned().await;
+                        Thread::new(options, report, told).run(received).await;
+                    }),
                     Err(error) => tracing::error!(%error, "cannot look after firewall rules"),
                 }
             })
@@ -140,6 +165,13 @@ impl Keeper {
         if self.orders.send(wanted).await.is_ok() && timeout(PATIENCE, done).await.is_err() {
             tracing::warn!("firewall tools do not answer; going on");
         }
+    }
+
+    /// Changes from now on, after each of which [`ip_masq`](Self::ip_masq) may say something else.
+    pub(super) fn states(&self) -> watch::Receiver<State> {
+        let mut states = self.state.clone();
+        states.mark_unchanged();
+        states
     }
 
     /// What `subnet.env` says of masquerading: with nothing to do it with, the container runtime had better.
@@ -210,6 +242,10 @@ impl Thread {
             }
         };
         loop {
+            // What was wanted by who has gone is wanted no more.
+            if orders.is_closed() {
+                return;
+            }
             let pause = self.look(&wanted, &netlink).await;
             let (nobody, _) = oneshot::channel();
             // Nobody may be waiting any more.
@@ -237,7 +273,7 @@ impl Thread {
 
     async fn rules(&mut self, wanted: &Wanted, netlink: &Netlink) -> Option<Duration> {
         let Some(firewall) = &mut self.firewall else {
-            self.state.send_replace(State::None);
+            self.set(State::None);
             self.report.set_firewall("off");
             return None;
         };
@@ -252,14 +288,14 @@ impl Thread {
         let asked = rules.masquerade != Masquerade::Off;
         match firewall.keep(&rules) {
             Ok(look) => {
-                self.state.send_replace(State::Kept);
+                self.set(State::Kept);
                 self.report.set_firewall(look.mode.name());
                 self.tell(&look, &rules);
                 self.made = Some(rules);
                 Some(self.options.resync)
             }
             Err(error @ FirewallError::NoTool(_)) => {
-                self.state.send_replace(State::None);
+                self.set(State::None);
                 self.report.set_firewall(&format!("none: {error}"));
                 if asked {
                     self.tell_once(format!("{error}: nothing is masqueraded and no rules are made; install nftables, or leave masquerading to the container runtime (FLANNEL_IPMASQ=false)"));
@@ -275,6 +311,11 @@ impl Thread {
                 Some(RETRY.max(self.options.resync / 5))
             }
         }
+    }
+
+    fn set(&self, new: State) {
+        self.state
+            .send_if_modified(|state| std::mem::replace(state, new) != new);
     }
 
     fn tell(&mut self, look: &Look, rules: &RuleSet) {
@@ -400,6 +441,66 @@ mod tests {
     use netlink_packet_route::link::LinkFlags;
 
     use super::*;
+
+    fn options(tool: FirewallTool) -> FirewallOptions {
+        FirewallOptions {
+            tool,
+            masquerade: options::Masquerade::Random,
+            forward_rules: Enabled::Yes,
+            resync: Duration::from_secs(60),
+            tunnel_guard: Enabled::Yes,
+            blackhole: Enabled::No,
+        }
+    }
+
+    fn config() -> NetworkConfig {
+        NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap()
+    }
+
+    fn own() -> Subnet {
+        "10.244.7.0-24".parse().unwrap()
+    }
+
+    fn keeper(options: FirewallOptions, network: &str) -> Keeper {
+        Keeper::start(options, network, Arc::new(Report::for_tests())).unwrap()
+    }
+
+    const SHORTLY: Duration = Duration::from_millis(200);
+
+    #[tokio::test]
+    async fn who_changes_rules_waits_until_the_thread_before_has_ended() {
+        let held = turn("waits").lock_owned().await;
+        let keeper = keeper(options(FirewallTool::Off), "waits");
+        let config = config();
+        let mut want = Box::pin(keeper.want(&config, own(), None, Vec::new()));
+        assert!(timeout(SHORTLY, &mut want).await.is_err(), "a thread waits");
+        let withdraw = withdraw(options(FirewallTool::Nft), "waits".to_owned());
+        assert!(timeout(SHORTLY, withdraw).await.is_err(), "removal waits");
+        drop(held);
+        want.as_mut().await;
+        drop(want);
+        // It has its turn for as long as it lives.
+        assert!(turn("waits").try_lock().is_err());
+        assert!(turn("another").try_lock().is_ok());
+        drop(keeper);
+        let ended = timeout(Duration::from_secs(10), async {
+            drop(turn("waits").lock().await)
+        });
+        ended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn masquerading_is_told_of_once_rules_are_made_and_not_before() {
+        let keeper = keeper(options(FirewallTool::Off), "told");
+        assert_eq!(keeper.ip_masq(), IpMasq::Off, "nothing is made yet");
+        let (sender, state) = watch::channel(State::None);
+        let keeper = Keeper { state, ..keeper };
+        let mut states = keeper.states();
+        sender.send_replace(State::Kept);
+        timeout(SHORTLY, states.changed()).await.unwrap().unwrap();
+        assert_eq!(keeper.ip_masq(), IpMasq::On);
+        assert!(timeout(SHORTLY, states.changed()).await.is_err(), "told once");
+    }
 
     #[test]
     fn pods_are_behind_links_with_addresses_of_the_subnet_that_are_not_ours() {

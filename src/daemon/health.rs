@@ -5,7 +5,7 @@
 //! A store that is away, a lease still waited for or a device in use elsewhere are no illness: nothing would be better after a restart.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -210,25 +210,32 @@ fn listeners(options: &MonitorOptions) -> Vec<(SocketAddr, Audience)> {
     let probes = options
         .healthz_port
         .map(|port| SocketAddr::new(options.healthz_ip, port.get()));
-    let mut listeners: Vec<_> = probes
-        .map(|address| (address, Audience::ThisMachine))
-        .into_iter()
-        .collect();
-    if let Some(metrics) = options.metrics_address {
-        // One listener has a port for every address; a second for one of them could not be had.
-        let covered = |probes: &SocketAddr| {
-            probes.port() == metrics.port()
-                && (probes.ip() == metrics.ip() || probes.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED))
-        };
-        match listeners.iter_mut().find(|(address, _)| covered(address)) {
-            Some((address, audience)) if *address == metrics => *audience = Audience::Everybody,
-            // The port for probes answers this machine as it is.
-            Some(_) if metrics.ip().is_loopback() => {}
-            Some((_, audience)) => *audience = Audience::Everybody,
-            None => listeners.push((metrics, Audience::Everybody)),
+    let probes = probes.map(|address| (address, Audience::ThisMachine));
+    let metrics = options
+        .metrics_address
+        .map(|address| (address, Audience::Everybody));
+    match (probes, metrics) {
+        (Some((probes, _)), Some((metrics, everybody))) => {
+            // One listener has a port for every address; a second for one of them could not be had.
+            if covers(metrics, probes) {
+                vec![(metrics, everybody)]
+            } else if covers(probes, metrics) {
+                vec![(probes, Audience::At(metrics.ip()))]
+            } else {
+                vec![(probes, Audience::ThisMachine), (metrics, everybody)]
+            }
         }
+        (probes, metrics) => probes.into_iter().chain(metrics).collect(),
     }
-    listeners
+}
+
+/// Whether a listener at `wide` hears what comes to `narrow`. One at `::` hears IPv4 as well (`net.ipv6.bindv6only` = 0), the other way
+/// round not.
+fn covers(wide: SocketAddr, narrow: SocketAddr) -> bool {
+    wide == narrow
+        || (wide.port() == narrow.port()
+            && wide.ip().is_unspecified()
+            && (wide.is_ipv6() || narrow.is_ipv4()))
 }
 
 #[cfg(test)]
@@ -323,13 +330,34 @@ mod tests {
                 listen("127.0.0.1:9100", Everybody)
             ]
         );
+        let at = |text: &str| Audience::At(text.parse().unwrap());
+        for (ip, metrics, expected) in [
+            (
+                "0.0.0.0",
+                "127.0.0.1:8081",
+                listen("0.0.0.0:8081", at("127.0.0.1")),
+            ),
+            ("0.0.0.0", "0.0.0.0:8081", listen("0.0.0.0:8081", Everybody)),
+            ("10.0.0.1", "10.0.0.1:8081", listen("10.0.0.1:8081", Everybody)),
+            // Not on every address for having been asked for on one.
+            ("0.0.0.0", "10.0.0.1:8081", listen("0.0.0.0:8081", at("10.0.0.1"))),
+            ("::", "10.0.0.1:8081", listen("[::]:8081", at("10.0.0.1"))),
+            ("10.0.0.1", "0.0.0.0:8081", listen("0.0.0.0:8081", Everybody)),
+            ("0.0.0.0", "[::]:8081", listen("[::]:8081", Everybody)),
+        ] {
+            assert_eq!(
+                listeners(&options(ip, 8081, Some(metrics))),
+                [expected],
+                "{ip} {metrics}"
+            );
+        }
+        // The IPv4 wildcard hears no IPv6.
         assert_eq!(
-            listeners(&options("0.0.0.0", 8081, Some("127.0.0.1:8081"))),
-            [listen("0.0.0.0:8081", ThisMachine)]
-        );
-        assert_eq!(
-            listeners(&options("0.0.0.0", 8081, Some("0.0.0.0:8081"))),
-            [listen("0.0.0.0:8081", Everybody)]
+            listeners(&options("0.0.0.0", 8081, Some("[::1]:8081"))),
+            [
+                listen("0.0.0.0:8081", ThisMachine),
+                listen("[::1]:8081", Everybody)
+            ]
         );
     }
 }

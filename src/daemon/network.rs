@@ -35,7 +35,7 @@ use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
 use crate::host::raw::{RawError, RawOptions, RawUnderlay};
 use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
-use crate::host::sysctl::{self, Forwarding};
+use crate::host::sysctl::{self, Forwarding, SysctlError};
 use crate::host::tun::{Tun, TunError, TunOffloads, TunOptions};
 use crate::host::underlay::AnyUnderlay;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -197,7 +197,10 @@ impl<B: Backend> DataPlane<B> {
             ThreadLayout::Joined => Layout::Joined,
             ThreadLayout::Split => Layout::Split,
         };
-        let mut bundle = succession::held().take(&options.device);
+        // Until this plane is launched it stays held: what fails from here on is tried again with the same.
+        let mut bundle = succession::held()
+            .lend(&options.device)
+            .context("cannot take the device and sockets of an earlier life")?;
         let (tun, is_adopted) = make_tun(
             &TunOptions {
                 name: options.device.clone(),
@@ -575,6 +578,7 @@ fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), Tu
             }
             // Its sockets go with it, and so does who still has the device.
             *bundle = Bundle::default();
+            succession::held().release(&options.name);
             succession::held().tell_stop();
             Ok((Tun::create(options)?, false))
         }
@@ -660,10 +664,17 @@ fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, mut bundle: B
                 },
                 v6_oversize: setup.backend.oversize().v6,
             };
-            let underlays = match adopt_underlays(&wanted, &mut bundle) {
+            let has_sockets = bundle.has_sockets();
+            let adopted = adopt_underlays(&wanted, &mut bundle);
+            drop(bundle);
+            let underlays = match adopted {
                 Some(underlays) => underlays,
                 None => {
-                    drop(bundle);
+                    // Whoever still has one of them has its port.
+                    if has_sockets {
+                        succession::held().release_sockets(&options.device);
+                        succession::held().tell_stop();
+                    }
                     (0..queues)
                         .map(|_| UdpUnderlay::open(&wanted))
                         .collect::<Result<Vec<_>, _>>()?
@@ -895,7 +906,24 @@ pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> + Clone {
         .chain(subnet.v6.map(Prefix::V6))
 }
 
-/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it.
+/// Turns IPv6 on on the device if the network has it, for a host may have it off by default; whether the device has it.
+///
+/// # Errors
+/// The network has it, and the device cannot.
+fn device_v6<B: Backend>(setup: &Setup<'_, B>) -> Result<bool, SysctlError> {
+    if setup.config.v6.is_none() {
+        return Ok(false);
+    }
+    sysctl::enable_ipv6(&setup.options.device).map(|()| true)
+}
+
+/// Which of these the device can have, where not both families.
+fn carried(prefixes: impl Iterator<Item = Prefix> + Clone, v6: bool) -> impl Iterator<Item = Prefix> + Clone {
+    prefixes.filter(move |prefix| v6 || matches!(prefix, Prefix::V4(_)))
+}
+
+/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it. Where
+/// it can have no IPv6, IPv4 must do.
 async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<u32> {
     let name = &setup.options.device;
     let netlink = &setup.netlink;
@@ -911,10 +939,26 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
     if let Err(error) = sysctl::believe_nobody(name) {
         tracing::warn!(%error, "the kernel may believe router advertisements that come in by the device; peers could send some");
     }
+    let v6 = match device_v6(setup) {
+        Ok(v6) => v6,
+        Err(error) if own.ipv4().is_some() => {
+            tracing::warn!(
+                device = name,
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "IPv6 is off on the device and cannot be turned on, so it carries IPv4 alone; where /proc/sys is read-only, set net.ipv6.conf.default.disable_ipv6=0 outside, before the start"
+            );
+            false
+        }
+        Err(error) => {
+            return Err(anyhow::Error::from(error).context(
+                "IPv6 is off on the device and the network has nothing else; where /proc/sys is read-only, set net.ipv6.conf.default.disable_ipv6=0 outside, before the start",
+            ));
+        }
+    };
     let index = netlink.link(name).await?.index;
     netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;
     netlink.set_up(index).await?;
-    for prefix in prefixes(own) {
+    for prefix in carried(prefixes(own), v6) {
         let host_len = match prefix {
             Prefix::V4(_) => 32,
             Prefix::V6(_) => 128,
@@ -922,7 +966,7 @@ async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Resu
         let addr: IpAddr = prefix.addr();
         netlink.add_address(index, addr, host_len).await?;
     }
-    for network in networks(setup.config) {
+    for network in carried(networks(setup.config), v6) {
         netlink.replace_route(&Route::direct(network, index)).await?;
     }
     Ok(index)
@@ -976,12 +1020,14 @@ pub(super) async fn repair_device<B: Backend>(
     };
     let held = netlink.addresses().await?;
     let routes = netlink.own_routes().await?;
-    let has_addresses = prefixes(own).all(|prefix| {
+    // Without it on the device there is nothing to put right.
+    let v6 = device_v6(setup).unwrap_or(false);
+    let has_addresses = carried(prefixes(own), v6).all(|prefix| {
         held.iter()
             .any(|held| held.index == link.index && held.addr == prefix.addr())
     });
-    let has_routes =
-        networks(setup.config).all(|network| routes.contains(&Route::direct(network, link.index)));
+    let has_routes = carried(networks(setup.config), v6)
+        .all(|network| routes.contains(&Route::direct(network, link.index)));
     let as_it_should_be = link.flags.contains(LinkFlags::Up)
         && link.mtu_bytes == u32::from(setup.inner_mtu.bytes())
         && has_addresses
@@ -1015,7 +1061,7 @@ async fn repair_outer<B: Backend>(setup: &Setup<'_, B>, index: u32) -> Result<Re
 }
 
 /// The overlay's networks, one a family.
-pub(super) fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> {
+pub(super) fn networks(config: &NetworkConfig) -> impl Iterator<Item = Prefix> + Clone {
     let v4 = config.v4.map(|range| Prefix::V4(range.network));
     let v6 = config.v6.map(|range| Prefix::V6(range.network));
     v4.into_iter().chain(v6)

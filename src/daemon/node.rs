@@ -28,7 +28,7 @@ use crate::daemon::report::Report;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
+use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession, watchdog};
 use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{LinkChange, Netlink};
 use crate::host::socket::{self, UnderlayError};
@@ -314,7 +314,7 @@ async fn join<B: Backend>(
         tracing::info!(backend = backend.name(), "{note}");
     }
     let asked = lease_attrs(&backend, &config, &interface);
-    let mut lease = control.acquire(&asked).await;
+    let mut lease = control.acquire(&asked, &config).await;
     place.subnet = Some(config.number(lease.subnet));
     let backend = backend.placed(&place)?;
     // What the lease says may depend on which one it is.
@@ -408,6 +408,7 @@ async fn stay<B: Backend>(
         }
         report.set_plane(&plane);
         setup.want_firewall(lease.subnet).await;
+        let mut masquerading = setup.firewall.states();
         let (mtu, ip_masq) = (setup.inner_mtu, setup.firewall.ip_masq());
         let mut announce_due = announce(options, setup.config, lease.subnet, mtu, ip_masq, report);
         let mut look_due = None;
@@ -427,6 +428,9 @@ async fn stay<B: Backend>(
                 }
                 () = at(announce_due) => {
                     announce_due = announce(options, setup.config, lease.subnet, mtu, setup.firewall.ip_masq(), report);
+                }
+                Ok(()) = masquerading.changed() => {
+                    announce_due.get_or_insert_with(Instant::now);
                 }
                 () = at(retry_port) => {
                     if let Some(port) = setup.backend.wanted_port().filter(|&port| !socket::port_is_taken(port)) {
@@ -521,9 +525,9 @@ pub(super) fn announce(
         return Some(Instant::now() + RETRY);
     }
     report.set_ready();
-    // Of several networks, the supervisor tells when all are up. Without systemd there is nobody to notify.
+    // Of several networks, the supervisor tells when all are up.
     if options.network.is_none() {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        watchdog::tell_ready();
     }
     None
 }

@@ -77,7 +77,7 @@ pub(super) async fn join<B: NoTunnel>(
         backend_data: None,
         backend_v6_data: None,
     };
-    let lease = control.acquire(&attrs).await;
+    let lease = control.acquire(&attrs, &config).await;
     tracing::info!(
         subnet = %lease.subnet,
         interface = interface.name,
@@ -135,6 +135,7 @@ impl<B: NoTunnel> Node<'_, B> {
         let mut own = lease.subnet;
         let mut changes = Netlink::watch()?;
         let mut announced = None;
+        let mut masquerading = self.firewall.states();
         let mut announce_due = None;
         loop {
             let table = published.peers.borrow_and_update().clone();
@@ -142,6 +143,7 @@ impl<B: NoTunnel> Node<'_, B> {
             if announced != Some(own) {
                 let devices = vec![self.interface.name.clone()];
                 self.firewall.want(self.config, own, None, devices).await;
+                masquerading = self.firewall.states();
                 announce_due = self.announce(own, report);
                 announced = Some(own);
             }
@@ -175,6 +177,9 @@ impl<B: NoTunnel> Node<'_, B> {
                     Some(change) = changes.next() => {
                         underlay.note(&change);
                         self.routes.note(&change, &self.interface.name);
+                    }
+                    Ok(()) = masquerading.changed() => {
+                        announce_due.get_or_insert_with(Instant::now);
                     }
                     () = at(announce_due) => {
                         announce_due = self.announce(own, report);

@@ -5,8 +5,11 @@
 //!                       └─▶ every network: its config read again ─▶ the same: nothing │ another: backend chosen again,
 //!                                                                    on the same device where that fits
 //!                                                                 └▶ wrong: refused, told, all stays
-//!         ◀─ READY=1 when every network has answered
+//!         ◀─ READY=1 when every network has answered, or has had its time for it, and is up again
 //! ```
+//!
+//! A network that does not come up again, or was not up, keeps nobody waiting: `systemctl reload` ends in any case. Before the daemon was up for
+//! the first time neither is said, for that would be taken for the end of the start.
 //!
 //! A config that reads well and then cannot be run (a link too small for it, a public address that is not the interface's) is given up for
 //! the last one that could. Options that are read at the start only are named in the log.
@@ -19,7 +22,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::signal::unix::Signal;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::addr::Mtu;
 use crate::backend::srv6::Srv6Node;
@@ -29,11 +32,15 @@ use crate::control::store::Store;
 use crate::control::{Backoff, RateLimit};
 use crate::daemon::health::{Health, Reload};
 use crate::daemon::report::Report;
+use crate::daemon::watchdog;
 use crate::options::RunOptions;
+use crate::server::monitor::Monitored;
 use crate::status::Node;
 
 /// How long a network's store may take to give its config.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked whether the networks are up again.
+const LOOK: Duration = Duration::from_millis(20);
 /// The longest pause between two looks for a config that is overdue.
 const OVERDUE_CAP: Duration = Duration::from_secs(10);
 
@@ -74,14 +81,27 @@ pub(super) async fn serve(
         if hangup.recv().await.is_none() {
             std::future::pending::<()>().await;
         }
-        let began = NotifyState::monotonic_usec_now().unwrap_or(NotifyState::MonotonicUsec(0));
-        let _ = sd_notify::notify(&[NotifyState::Reloading, began]);
+        let told = watchdog::has_told_ready();
+        if told {
+            let began = NotifyState::monotonic_usec_now().unwrap_or(NotifyState::MonotonicUsec(0));
+            let _ = sd_notify::notify(&[NotifyState::Reloading, began]);
+        }
+        let were_up = health.ready();
         let outcome = reload(options, reread, health.count()).await;
         health.count_reload(outcome);
         tracing::info!(?outcome, "reloaded");
-        if crate::server::monitor::Monitored::ready(health) {
-            let _ = sd_notify::notify(&[NotifyState::Ready]);
+        if told {
+            if were_up {
+                let _ = timeout(PATIENCE, until_up(health)).await;
+            }
+            watchdog::tell_ready();
         }
+    }
+}
+
+async fn until_up(health: &Health) {
+    while !health.ready() {
+        sleep(LOOK).await;
     }
 }
 
@@ -101,16 +121,34 @@ async fn reload(options: &RunOptions, reread: Reread<'_>, networks: usize) -> Re
             return Reload::Refused;
         }
     }
-    let (answers, mut answered) = mpsc::channel(networks.max(1));
+    let (answers, answered) = mpsc::channel(networks.max(1));
     requests().send_replace(Some(Request { answers }));
+    gather(networks, answered).await
+}
+
+/// Takes the networks' answers, until all are there or their time is over.
+async fn gather(networks: usize, mut answered: mpsc::Receiver<Reload>) -> Reload {
+    let deadline = Instant::now() + PATIENCE * 2;
     let mut outcome = Reload::Applied;
     for _ in 0..networks {
-        match timeout(PATIENCE * 2, answered.recv()).await {
+        match timeout_at(deadline, answered.recv()).await {
             Ok(Some(Reload::Applied)) => {}
             Ok(Some(Reload::Refused) | None) | Err(_) => outcome = Reload::Refused,
         }
     }
     outcome
+}
+
+/// Waits for a reload while there is no node that could take part in it, and says that this is in order: whoever calls will read all anew.
+pub(super) async fn take_note() {
+    let mut requests = Requests::new();
+    if requests.0.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    if let Some(request) = requests.0.borrow_and_update().as_ref() {
+        // As in `new_config`.
+        let _ = request.answers.try_send(Reload::Applied);
+    }
 }
 
 /// The groups of options that differ, but for what changed at once.
@@ -285,6 +323,29 @@ fn has_room(backend: AnyBackend, config: &NetworkConfig, node: &Node) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn networks_that_do_not_answer_are_waited_for_together() {
+        let start = Instant::now();
+        let (answers, answered) = mpsc::channel(4);
+        answers.try_send(Reload::Applied).unwrap();
+        assert_eq!(gather(4, answered).await, Reload::Refused);
+        assert_eq!(start.elapsed(), PATIENCE * 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_network_in_a_pause_answers_as_well() {
+        let waiting = [tokio::spawn(take_note()), tokio::spawn(take_note())];
+        tokio::task::yield_now().await;
+        let start = Instant::now();
+        let (answers, answered) = mpsc::channel(2);
+        requests().send_replace(Some(Request { answers }));
+        assert_eq!(gather(2, answered).await, Reload::Applied);
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        for task in waiting {
+            task.await.unwrap();
+        }
+    }
 
     #[test]
     fn a_config_that_leaves_too_little_inside_is_refused() {

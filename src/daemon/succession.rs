@@ -13,6 +13,7 @@
 //!
 //! What the process holds is one for all networks, by the name of the device; so it is a value of the process.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -27,6 +28,7 @@ use tokio::net::UnixListener;
 use tokio::time::sleep;
 
 use crate::daemon::StopSignals;
+use crate::daemon::claims::Claims;
 use crate::daemon::health::Health;
 use crate::host::handover::{self, Given, Handover, Wish};
 use crate::options::{self, Predecessor, RunOptions};
@@ -52,35 +54,60 @@ fn socket_path(status_socket: &Path) -> PathBuf {
 /// The daemon that runs does not hand over.
 pub(super) fn arrive(options: &RunOptions) -> io::Result<()> {
     let process = &options.process;
-    let mut inherited = handover::from_service_manager();
+    let kept = handover::from_service_manager();
     if process.handover == options::Handover::Off {
         // What was kept is closed; the device goes.
-        drop(inherited);
-        let _ = HELD.set(Handover::off());
+        let _ = HELD.set(Handover::off(kept));
         return Ok(());
     }
-    if !inherited.is_empty() {
+    if !kept.bundles.is_empty() {
         tracing::info!(
-            networks = inherited.len(),
+            networks = kept.bundles.len(),
             "the service manager kept device and sockets"
         );
     }
-    let mut predecessor = None;
+    let (mut given, mut predecessor) = (BTreeMap::new(), None);
     if process.predecessor == Predecessor::Replace {
         match handover::ask(&socket_path(&options.status_socket))? {
             Given::Nobody => tracing::info!("no daemon runs whose place could be taken"),
             Given::Nothing(why) => {
                 tracing::warn!(why, "the daemon that ran has ended; starting without what it had")
             }
-            Given::Everything(given, stream) => {
-                tracing::info!(devices = given.len(), "taking the place of the daemon that runs");
-                inherited.extend(given);
+            Given::Everything(bundles, stream) => {
+                tracing::info!(
+                    devices = bundles.len(),
+                    "taking the place of the daemon that runs"
+                );
+                given = bundles;
                 predecessor = Some(stream);
             }
         }
     }
-    let _ = HELD.set(Handover::new(inherited, predecessor));
+    let devices = devices(options);
+    // What no network here will take stays busy for as long as somebody has it, be it the daemon whose place is taken.
+    let gives_too_much = given.keys().any(|device| !devices.contains(device));
+    let held = Handover::new(kept, given, predecessor);
+    let unwanted = held.retain(|device| devices.contains(device));
+    if !unwanted.is_empty() {
+        tracing::info!(
+            devices = unwanted.join(" "),
+            "these devices are no network's any more"
+        );
+    }
+    if gives_too_much {
+        held.tell_stop();
+    }
+    let _ = HELD.set(held);
     Ok(())
+}
+
+/// The devices that networks here may have from before.
+fn devices(options: &RunOptions) -> BTreeSet<String> {
+    let like = &options.packet_path.device;
+    match &options.networks {
+        None => [like.clone()].into(),
+        Some(_) => Claims::load(&options.data_dir).devices(like),
+    }
 }
 
 /// Tells the predecessor, once all is ready, that it may go.

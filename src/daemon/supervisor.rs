@@ -39,8 +39,10 @@ use crate::daemon::claims::Claims;
 use crate::daemon::firewall;
 use crate::daemon::node;
 use crate::daemon::node::rules_name;
+use crate::daemon::reload;
 use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession;
+use crate::daemon::watchdog;
 use crate::daemon::withdraw::withdraw;
 use crate::host::netlink::Netlink;
 use crate::options::{NetworkChoice, RunOptions};
@@ -98,8 +100,6 @@ struct Supervisor<'a> {
 /// A network that runs; dropping it ends it.
 struct Running {
     task: JoinHandle<()>,
-    /// Its device.
-    device: String,
     /// Its config changed: what failed may go.
     changed: Arc<Notify>,
 }
@@ -198,7 +198,7 @@ impl Supervisor<'_> {
             }
             let device = self.device(name).await;
             tracing::info!(network = %name, device, "network started");
-            let options = self.options.of_network(name, self.choice, device.clone());
+            let options = self.options.of_network(name, self.choice, device);
             let report = Arc::new(Report::new(&options));
             self.reports.add(name, Arc::clone(&report));
             let changed = Arc::new(Notify::new());
@@ -213,14 +213,7 @@ impl Supervisor<'_> {
             // Shown at every level, or a line would not say which network it is about.
             let span = tracing::error_span!("network", %name);
             let task = tokio::spawn(node.instrument(span));
-            self.running.insert(
-                name.clone(),
-                Running {
-                    task,
-                    device,
-                    changed,
-                },
-            );
+            self.running.insert(name.clone(), Running { task, changed });
         }
     }
 
@@ -241,7 +234,6 @@ impl Supervisor<'_> {
                 running.task.abort();
                 // Its device goes while it ends.
                 let _ = (&mut running.task).await;
-                succession::held().release(&running.device);
             }
             None if self.claims.names().contains(name) => {}
             // Somebody else's.
@@ -251,6 +243,8 @@ impl Supervisor<'_> {
         let device = self
             .claims
             .device(name, &self.options.packet_path.device, |_| false);
+        // Also when it was removed before this life began: the service manager, or the daemon whose place this one takes, had it.
+        succession::held().release(&device);
         let options = self.options.of_network(name, self.choice, device);
         firewall::withdraw(options.firewall, rules_name(&options).to_owned()).await;
         let ranges = self.claims.release(name);
@@ -317,6 +311,8 @@ async fn keep(
         tokio::select! {
             () = sleep(backoff.next_pause()) => {}
             () = changed.notified() => {}
+            // It reads its config in a moment, as if it were new.
+            () = reload::take_note() => {}
         }
     }
 }
@@ -336,8 +332,7 @@ async fn tell_when_up(networks: Vec<(NetworkName, Arc<Report>)>) {
     if !late.is_empty() {
         tracing::warn!(networks = join(&late), "not waited for any longer");
     }
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    watchdog::tell_ready();
 }
 
 /// Waits until all of `networks` are up, or after [`SETTLE`] one of them; gives those that are not.

@@ -2,13 +2,16 @@
 //!
 //! The watchdog is fed only while [`Health`] finds nothing wrong, so a stuck loop or a dead thread ends in a restart. This runs on the
 //! control loop's own thread: if that hangs, nobody feeds. Without a service manager only the log tells.
+//!
+//! A daemon that has given everything to a successor waits for that one as long as it lives, and is fed meanwhile ([`tend_parked`]).
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::daemon::health::Health;
 use crate::server::monitor::Monitored;
@@ -16,13 +19,49 @@ use crate::server::monitor::Monitored;
 /// How often the line is looked at, if there is no watchdog to feed sooner.
 const STATUS: Duration = Duration::from_secs(5);
 
-/// Tells of the daemon for as long as it runs.
-pub(super) async fn tend(health: Arc<Health>) -> Infallible {
-    let watchdog = sd_notify::watchdog_enabled().filter(|period| !period.is_zero());
-    // Thrice in a period: one of them may be late.
+static TOLD_READY: AtomicBool = AtomicBool::new(false);
+
+/// Tells that the daemon is up, or has done with a reload. Without a service manager there is nobody to tell.
+pub(super) fn tell_ready() {
+    TOLD_READY.store(true, Ordering::Relaxed);
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+}
+
+/// Whether [`tell_ready`] was called.
+pub(super) fn has_told_ready() -> bool {
+    TOLD_READY.load(Ordering::Relaxed)
+}
+
+/// How often the watchdog must be fed, if there is one.
+fn period() -> Option<Duration> {
+    sd_notify::watchdog_enabled().filter(|period| !period.is_zero())
+}
+
+/// Thrice in a period: one of them may be late.
+fn ticks(watchdog: Option<Duration>) -> Interval {
     let every = watchdog.map_or(STATUS, |period| (period / 3).min(STATUS));
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Feeds the watchdog of a daemon that does nothing but wait for its successor.
+pub(super) async fn tend_parked() -> Infallible {
+    let watchdog = period();
+    let mut ticks = ticks(watchdog);
+    let _ = sd_notify::notify(&[NotifyState::Status("waiting for a successor to be ready")]);
+    loop {
+        ticks.tick().await;
+        if watchdog.is_some() {
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// Tells of the daemon for as long as it runs.
+pub(super) async fn tend(health: Arc<Health>) -> Infallible {
+    let watchdog = period();
+    let mut ticks = ticks(watchdog);
     let mut told = String::new();
     let mut ill = false;
     loop {

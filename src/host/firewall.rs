@@ -19,6 +19,9 @@
 //! The first time, what an earlier life or a flannel made with the other tool is removed, and so are rules of flannels that had no chains
 //! of their own. [`leftovers`] lists all of it, of all networks, for `kersey cleanup`.
 //!
+//! **Rules of the old iptables.** Which tables it has is in a file that only root reads. Others ask the program itself, which wants its lock,
+//! root's as well; where neither does, a note says that those rules are not seen.
+//!
 //! Limits: firewalld drops by rules, not by a policy, which is not noticed. Two daemons must not look after one network.
 
 pub mod helper;
@@ -192,9 +195,23 @@ impl Firewall {
         }
         for family in [Family::V4, Family::V6] {
             for flavour in [Flavour::Nft, Flavour::Legacy] {
-                if let Err(error) = self.beside_nft(rules, family, flavour, &chains, &mut look) {
-                    look.notes
-                        .insert(format!("iptables' own chains are not looked after: {error}"));
+                match self.beside_nft(rules, family, flavour, &chains, &mut look) {
+                    Ok(()) => {}
+                    Err(error) if flavour == Flavour::Legacy => {
+                        let list = Tool::LegacyTables(family).name();
+                        // Without anything to be forwarded, what it may drop is no matter.
+                        if rules.forward && rules.overlay(family).is_some() {
+                            look.notes.insert(format!(
+                                "the chains of iptables-legacy are not looked after: {error} (only root reads {list}, which says \
+                                 whether there are any); where its FORWARD drops, packets of pods are dropped, and no rule \
+                                 elsewhere can overrule it"
+                            ));
+                        }
+                    }
+                    Err(error) => {
+                        look.notes
+                            .insert(format!("iptables' own chains are not looked after: {error}"));
+                    }
                 }
             }
             if let (true, Some(part)) = (rules.forward, rules.overlay(family)) {
@@ -354,7 +371,16 @@ fn clear_others(
         Flavour::Legacy => Flavour::Nft,
         Flavour::Default | Flavour::Nft => Flavour::Legacy,
     };
-    let present = present_tables(family, other, has_nft)?;
+    let present = match present_tables(family, other, has_nft) {
+        Ok(present) => present,
+        Err(error) => {
+            look.notes.insert(format!(
+                "what {} holds is not seen: {error}",
+                Tool::Iptables(family, other).name()
+            ));
+            return Ok(());
+        }
+    };
     if let (Some(program), false) = (program(family, other), present.is_empty())
         && program != Flavour::Default
     {
@@ -403,11 +429,31 @@ fn present_tables(
         }
         Flavour::Legacy => {
             // Not there: nobody has used that iptables since the kernel started.
-            let names = Invocation::new(Tool::LegacyTables(family), &[]).execute()?.text;
-            let has = |table: &&str| names.lines().any(|line| line == *table);
+            let listed = Invocation::new(Tool::LegacyTables(family), &[]).execute()?;
+            if !listed.success {
+                return legacy_tables_asked_for(family, &TABLES);
+            }
+            let has = |table: &&str| listed.text.lines().any(|line| line == *table);
             Ok(TABLES.into_iter().filter(has).collect())
         }
     }
+}
+
+/// The same for who may not read the list, and asks the program: a table that holds nothing is as good as none. There are old tables in
+/// the kernel, or there would be no list; so asking loads nothing, but may make an empty table in this namespace.
+fn legacy_tables_asked_for(
+    family: Family,
+    tables: &[&'static str],
+) -> Result<BTreeSet<&'static str>, ToolError> {
+    let program = program(family, Flavour::Legacy)
+        .ok_or_else(|| ToolError::Missing(Tool::Iptables(family, Flavour::Legacy).name()))?;
+    let mut present = BTreeSet::new();
+    for &table in tables {
+        if xtables::holds_anything(family, program, table)? {
+            present.insert(table);
+        }
+    }
+    Ok(present)
 }
 
 /// Which of the two the program called `iptables` is.

@@ -7,7 +7,7 @@
 //! than make it anew:
 //!
 //! ```text
-//!  a data plane up ──hold──▶ held ──take──▶ the next data plane: of this process, or of the next
+//!  a data plane up ──hold──▶ held ──lend──▶ the next data plane: of this process, or of the next
 //!                             │  ▲
 //!            systemd's store ◀┘  └── LISTEN_FDS at start; or the daemon that runs, asked over a unix socket
 //! ```
@@ -39,24 +39,25 @@
 //! Sockets that only send are made anew: flows may leave by other source ports. So are raw sockets (`srv6`). Anything that does not fit what
 //! the successor wants (name, queues, headers, address, port) is closed, and made anew.
 
+mod fd_store;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr as StdAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
+use self::fd_store::FdStore;
+pub use self::fd_store::{Kept, from_service_manager};
 use crate::host::sys;
 
 /// The forms of `give` understood here, best first.
@@ -142,9 +143,30 @@ impl Bundle {
         self.0.is_empty()
     }
 
-    /// Puts a descriptor in.
+    /// Puts a descriptor in, unless its place is taken: what comes first is the newest.
     pub fn insert(&mut self, kind: Kind, queue: usize, fd: OwnedFd) {
-        self.0.insert((kind, queue), fd);
+        self.0.entry((kind, queue)).or_insert(fd);
+    }
+
+    /// Whether there is a socket.
+    pub fn has_sockets(&self) -> bool {
+        self.0.keys().any(|(kind, _)| *kind != Kind::Tun)
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        let clones = self.0.iter().map(|(place, fd)| Ok((*place, fd.try_clone()?)));
+        clones.collect::<io::Result<_>>().map(Self)
+    }
+
+    fn labelled<'a>(&'a self, network: &'a str) -> impl Iterator<Item = (Label, &'a OwnedFd)> {
+        self.0.iter().map(move |((kind, queue), fd)| {
+            let label = Label {
+                kind: *kind,
+                network: network.to_owned(),
+                queue: *queue,
+            };
+            (label, fd)
+        })
     }
 
     /// Takes all of a kind, by queue; none unless there is one for each of `queues` and no other.
@@ -178,6 +200,7 @@ type Threads = Box<dyn Send>;
 pub struct Handover {
     switched_off: bool,
     held: Mutex<BTreeMap<String, Bundle>>,
+    store: FdStore,
     /// Some while threads are parked rather than ended.
     parked: Mutex<Option<Vec<(String, Threads)>>>,
     /// The daemon whose place this process takes, until it was told how that went.
@@ -185,26 +208,38 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Holds what a service manager kept and a predecessor gave.
-    pub fn new(inherited: BTreeMap<String, Bundle>, predecessor: Option<UnixStream>) -> Self {
+    /// Holds what a service manager kept and, in its place where there are both, what a predecessor gave.
+    pub fn new(kept: Kept, given: BTreeMap<String, Bundle>, predecessor: Option<UnixStream>) -> Self {
+        let mut held = kept.bundles;
+        held.extend(given);
         Self {
-            held: Mutex::new(inherited),
+            held: Mutex::new(held),
+            store: kept.store,
             predecessor: Mutex::new(predecessor),
             ..Self::default()
         }
     }
 
-    /// One that never holds anything.
-    pub fn off() -> Self {
+    /// One that never holds anything, nor leaves anything with the service manager.
+    pub fn off(kept: Kept) -> Self {
+        drop(kept.bundles);
+        kept.store.remove(|_| true);
         Self {
             switched_off: true,
             ..Self::default()
         }
     }
 
-    /// Takes what is held for a network.
-    pub fn take(&self, network: &str) -> Bundle {
-        lock(&self.held).remove(network).unwrap_or_default()
+    /// Second descriptors of what is held for a network. It stays held until something else is, or it is released: who gets this far may
+    /// still fail, and try again.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn lend(&self, network: &str) -> io::Result<Bundle> {
+        match lock(&self.held).get(network) {
+            Some(bundle) => bundle.try_clone(),
+            None => Ok(Bundle::default()),
+        }
     }
 
     /// Whether a socket with this port is held for a network: then it is not somebody else's.
@@ -219,16 +254,34 @@ impl Handover {
         if self.switched_off {
             return;
         }
-        let old = lock(&self.held).remove(network);
-        store_removed(network, old.as_ref());
-        store_kept(network, &bundle);
+        self.store.replace(network, &bundle);
         lock(&self.held).insert(network.to_owned(), bundle);
     }
 
-    /// Lets go of what a network had: it has no data plane any more.
+    /// Lets go of what a network had: it has no data plane any more, or that has no use for it.
     pub fn release(&self, network: &str) {
         let old = lock(&self.held).remove(network);
-        store_removed(network, old.as_ref());
+        drop(old);
+        self.store.remove(|label| label.network == network);
+    }
+
+    /// Lets go of a network's sockets, of which its data plane has no use.
+    pub fn release_sockets(&self, network: &str) {
+        if let Some(bundle) = lock(&self.held).get_mut(network) {
+            bundle.0.retain(|(kind, _), _| *kind == Kind::Tun);
+        }
+        self.store
+            .remove(|label| label.network == network && label.kind != Kind::Tun);
+    }
+
+    /// Lets go of what networks had that are not `wanted`; gives their names.
+    pub fn retain(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut held = lock(&self.held);
+        let unwanted = held.extract_if(.., |network, _| !wanted(network));
+        let unwanted: Vec<String> = unwanted.map(|(network, _)| network).collect();
+        drop(held);
+        self.store.remove(|label| !wanted(&label.network));
+        unwanted
     }
 
     /// From here on threads are parked when their data plane goes.
@@ -300,12 +353,7 @@ impl Handover {
         let mut names = Vec::new();
         let mut descriptors = Vec::new();
         for (network, bundle) in &*held {
-            for ((kind, queue), fd) in &bundle.0 {
-                let label = Label {
-                    kind: *kind,
-                    network: network.clone(),
-                    queue: *queue,
-                };
+            for (label, fd) in bundle.labelled(network) {
                 names.push(label.to_string());
                 descriptors.push(fd.as_raw_fd());
             }
@@ -327,77 +375,6 @@ impl Handover {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn labels<'a>(network: &'a str, bundle: &'a Bundle) -> impl Iterator<Item = (String, &'a OwnedFd)> {
-    bundle.0.iter().map(move |((kind, queue), fd)| {
-        let label = Label {
-            kind: *kind,
-            network: network.to_owned(),
-            queue: *queue,
-        };
-        (label.to_string(), fd)
-    })
-}
-
-/// Puts descriptors into the service manager's store, if there is one.
-fn store_kept(network: &str, bundle: &Bundle) {
-    for (name, fd) in labels(network, bundle) {
-        // A socket with an error pending, as after an ICMP message, must not fall out of the store.
-        let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
-        if let Err(error) = notify_with(&message, fd.as_fd()) {
-            tracing::debug!(%error, name, "the service manager does not keep a descriptor");
-        }
-    }
-}
-
-fn store_removed(network: &str, bundle: Option<&Bundle>) {
-    for (name, _) in bundle.into_iter().flat_map(|bundle| labels(network, bundle)) {
-        let name = format!("FDNAME={name}");
-        let _ = sd_notify::notify(&[NotifyState::Custom("FDSTOREREMOVE=1"), NotifyState::Custom(&name)]);
-    }
-}
-
-/// Tells the service manager something, with a descriptor.
-fn notify_with(message: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let Some(place) = std::env::var_os("NOTIFY_SOCKET") else {
-        return Ok(());
-    };
-    let socket = UnixDatagram::unbound()?;
-    match place.as_bytes().strip_prefix(b"@") {
-        Some(name) => socket.connect_addr(&StdAddr::from_abstract_name(name)?)?,
-        None => socket.connect(&place)?,
-    }
-    let numbers = [fd.as_raw_fd()];
-    sendmsg::<()>(
-        socket.as_raw_fd(),
-        &[IoSlice::new(message.as_bytes())],
-        &[ControlMessage::ScmRights(&numbers)],
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    Ok(())
-}
-
-/// Takes what a service manager kept for us (`LISTEN_FDS`); descriptors of other names are left where they are.
-pub fn from_service_manager() -> BTreeMap<String, Bundle> {
-    let mut inherited = BTreeMap::<String, Bundle>::new();
-    let Ok(passed) = sd_notify::listen_fds_with_names() else {
-        return inherited;
-    };
-    for (number, name) in passed {
-        let Ok(label) = name.parse::<Label>() else {
-            continue;
-        };
-        match sys::adopt(number) {
-            Ok(fd) => inherited
-                .entry(label.network)
-                .or_default()
-                .insert(label.kind, label.queue, fd),
-            Err(error) => tracing::warn!(%error, name, "a descriptor was named and not passed"),
-        }
-    }
-    inherited
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -689,12 +666,12 @@ mod tests {
             panic!("nothing was given");
         };
         let mut blue = given.remove("blue").unwrap();
-        let mine = handover.take("blue").take(Kind::Udp4, 1).unwrap();
+        let mine = handover.lend("blue").unwrap().take(Kind::Udp4, 1).unwrap();
         let theirs = blue.take(Kind::Udp4, 1).unwrap();
         let port = |fd: &OwnedFd| SockRef::from(fd).local_addr().unwrap().as_socket().unwrap();
         assert_eq!(port(&mine[0]), port(&theirs[0]));
         assert_eq!(given["_"].count(Kind::Tun), 40);
-        let next = Handover::new(given, Some(predecessor));
+        let next = Handover::new(Kept::default(), given, Some(predecessor));
         next.tell_done();
         assert_eq!(hear(&mut successor).unwrap(), Wish::End);
         assert!(!next.has_predecessor());
@@ -765,8 +742,42 @@ mod tests {
 
     #[test]
     fn one_that_is_switched_off_holds_nothing() {
-        let handover = Handover::off();
+        let handover = Handover::off(Kept::default());
         handover.hold("_", bundle(1));
-        assert!(handover.take("_").is_empty());
+        assert!(handover.lend("_").unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_lent_stays_held_until_it_is_released_or_replaced() {
+        let handover = Handover::default();
+        handover.hold("_", bundle(2));
+        // A data plane that fails after it has taken everything.
+        for _ in 0..2 {
+            let mut lent = handover.lend("_").unwrap();
+            assert_eq!(lent.take(Kind::Tun, 2).unwrap().len(), 2);
+            assert_eq!(lent.take(Kind::Udp4, 2).unwrap().len(), 2);
+        }
+        handover.release_sockets("_");
+        let mut lent = handover.lend("_").unwrap();
+        assert!(!lent.has_sockets());
+        assert_eq!(lent.take(Kind::Tun, 2).unwrap().len(), 2);
+        handover.hold("_", bundle(1));
+        handover.hold("gone", bundle(1));
+        assert_eq!(handover.retain(|network| network == "_"), ["gone"]);
+        assert!(handover.lend("gone").unwrap().is_empty());
+        assert!(handover.lend("_").unwrap().has_sockets());
+        handover.release("_");
+        assert!(handover.lend("_").unwrap().is_empty());
+    }
+
+    #[test]
+    fn of_two_with_one_name_the_first_counts() {
+        let mut bundle = Bundle::default();
+        let (newest, older) = (descriptor(), descriptor());
+        let port = |fd: &OwnedFd| SockRef::from(fd).local_addr().unwrap().as_socket().unwrap();
+        let expected = port(&newest);
+        bundle.insert(Kind::Udp4, 0, newest);
+        bundle.insert(Kind::Udp4, 0, older);
+        assert_eq!(port(&bundle.take(Kind::Udp4, 1).unwrap()[0]), expected);
     }
 }

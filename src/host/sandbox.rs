@@ -33,6 +33,7 @@ mod syscalls;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -216,10 +217,28 @@ pub fn enter(plan: &Plan) -> Result<(), SandboxError> {
 
 /// What the tools of a firewall and their libraries lie below.
 const PROGRAMS: [&str; 7] = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libexec"];
-/// What they read besides: names of protocols and the loader's cache; what the kernel tells; what it lets itself be told.
-const TOOLS_READ: [&str; 2] = ["/etc", "/proc"];
-/// What they write: the lock of iptables.
-const TOOLS_WRITE: [&str; 2] = ["/run", "/dev/null"];
+/// What they read besides: the loader's and the C library's, names of protocols, of marks and tables; which old tables there are, and what
+/// would load a module.
+const TOOLS_READ: [&str; 14] = [
+    "/etc/ld.so.cache",
+    "/etc/ld.so.preload",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/nsswitch.conf",
+    "/etc/host.conf",
+    "/etc/protocols",
+    "/etc/services",
+    "/etc/ethertypes",
+    "/etc/iproute2",
+    "/etc/xtables",
+    "/etc/xtables.conf",
+    "/proc/self/net",
+    "/proc/sys/kernel/modprobe",
+];
+/// The lock that all who use the old iptables share.
+const TOOLS_LOCK: &str = "/run/xtables.lock";
+/// What they write.
+const TOOLS_WRITE: [&str; 2] = [TOOLS_LOCK, "/dev/null"];
 
 /// Gives up what firewall tools do not need, for a process that does nothing but run them; of `parts`, system calls are not filtered.
 ///
@@ -236,6 +255,14 @@ pub fn enter_for_tools(parts: &[Part]) -> Result<(), SandboxError> {
     prctl::set_no_new_privs().map_err(|error| SandboxError::new("set no_new_privs", error))?;
     prctl::set_dumpable(false).map_err(|error| SandboxError::new("forbid core dumps", error))?;
     if parts.contains(&Part::Landlock) {
+        // Afterwards nobody here can. Who is not root finds one of root's, or none: then the old iptables will say so.
+        let _ = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(TOOLS_LOCK);
         filesystem::restrict_to_programs(&PROGRAMS, &TOOLS_READ, &TOOLS_WRITE)?;
     }
     Ok(())

@@ -60,6 +60,8 @@ pub trait Monitored: Send + Sync + 'static {
 pub enum Audience {
     /// Whoever asks: the address was given for them.
     Everybody,
+    /// Whoever asks this address, and this machine: others of the listener's addresses were given for probes.
+    At(IpAddr),
     /// This machine only: the address was given for probes.
     ThisMachine,
 }
@@ -163,13 +165,13 @@ struct Client<'a> {
 /// Whether the client may see `/metrics`.
 fn may_have_metrics(audience: Audience, client: &Client<'_>) -> bool {
     let local = client.from.is_loopback() || Some(client.from) == client.to;
-    match audience {
-        Audience::ThisMachine if !local => false,
-        Audience::ThisMachine | Audience::Everybody => {
-            // DNS rebinding: a page's own name leads here, and the browser would let the page read the answer.
-            !client.to.is_some_and(|to| to.is_loopback()) || names_this_machine(client.host)
-        }
-    }
+    let meant = match audience {
+        Audience::ThisMachine => local,
+        Audience::At(address) => local || client.to == Some(address.to_canonical()),
+        Audience::Everybody => true,
+    };
+    // DNS rebinding: a page's own name leads here, and the browser would let the page read the answer.
+    meant && (!client.to.is_some_and(|to| to.is_loopback()) || names_this_machine(client.host))
 }
 
 /// Whether the `Host` of a request over loopback is loopback's, or absent as in HTTP/1.0.
@@ -181,7 +183,10 @@ fn names_this_machine(host: Option<&HeaderValue>) -> bool {
         Some(_) | None => host,
     };
     let bare = name.trim_start_matches('[').trim_end_matches(']');
-    bare.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok_and(|addr| addr.is_loopback())
+    bare.eq_ignore_ascii_case("localhost")
+        || bare
+            .parse::<IpAddr>()
+            .is_ok_and(|addr| addr.to_canonical().is_loopback())
 }
 
 /// The answer to a request; `told` is whether the client may see metrics.
@@ -311,7 +316,13 @@ mod tests {
     #[tokio::test]
     async fn metrics_are_read_not_written_and_not_under_a_foreign_name() {
         let (address, _) = started().await;
-        for host in ["localhost", "127.0.0.1:9100", "[::1]:9100", "LocalHost:1"] {
+        for host in [
+            "localhost",
+            "127.0.0.1:9100",
+            "[::1]:9100",
+            "LocalHost:1",
+            "[::ffff:127.0.0.1]:9100",
+        ] {
             let told = ask(address, &request("GET", "/metrics", host)).await;
             assert_eq!(told, (200, "# EOF\n".to_owned()), "{host}");
         }
@@ -320,7 +331,13 @@ mod tests {
             ask(address, &request("POST", "/metrics", "localhost")).await.0,
             405
         );
-        for host in ["rebound.example", "192.0.2.1:80", "localhost.example", ""] {
+        for host in [
+            "rebound.example",
+            "192.0.2.1:80",
+            "localhost.example",
+            "[::ffff:192.0.2.1]:80",
+            "",
+        ] {
             let refused = ask(address, &request("GET", "/metrics", host)).await;
             assert_eq!(refused.0, 403, "{host}");
         }
@@ -336,6 +353,13 @@ mod tests {
         let other = client("192.0.2.9", "192.0.2.1");
         assert!(!may_have_metrics(Audience::ThisMachine, &other));
         assert!(may_have_metrics(Audience::Everybody, &other));
+        let at = |text: &str| Audience::At(text.parse().unwrap());
+        assert!(may_have_metrics(at("192.0.2.1"), &other));
+        assert!(!may_have_metrics(at("192.0.2.7"), &other));
+        assert!(may_have_metrics(
+            at("192.0.2.7"),
+            &client("192.0.2.1", "192.0.2.1")
+        ));
         assert!(may_have_metrics(
             Audience::ThisMachine,
             &client("192.0.2.1", "192.0.2.1")

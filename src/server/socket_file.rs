@@ -1,12 +1,14 @@
 //! A unix socket in the file system, made and removed with care.
 //!
-//! Start: if something answers on the socket, its owner lives and the path is left to it; a socket that nobody answers on is
-//! left over from a process that was killed, and is replaced. The new socket is made under a name of its own and renamed into
-//! place, so that the path is at no moment without its permissions. Anything that is no socket is left alone.
+//! Start: whoever makes a socket, or removes what is left of one, first locks the file beside it (`PATH.lock`), which stays locked while the
+//! socket is served: of two that start at once, one finds out before it has touched anything. The file stays. Then, if something answers on
+//! the socket, its owner lives and the path is left to it; a socket that nobody answers on is left over from a process that was killed, and is
+//! replaced. The new socket is made under a name of its own and renamed into place, so that the path is at no moment without its
+//! permissions. Anything that is no socket is left alone.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -33,6 +35,56 @@ pub struct SocketFile {
     path: PathBuf,
     /// Device and inode of our file, so that a successor's is not removed.
     identity: (u64, u64),
+    /// Given up after the file is removed.
+    _lock: SocketLock,
+}
+
+/// Somebody else has the lock of a socket: it is served, or what is left of it is being removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Locked;
+
+/// The right to make or remove the socket at a path, until this is dropped.
+#[derive(Debug)]
+pub struct SocketLock(#[expect(dead_code, reason = "the lock goes when the file is closed")] Option<File>);
+
+impl SocketLock {
+    /// Takes the lock for one who serves. Where none can be had, as on a file system that is read-only, the socket itself must tell.
+    fn take(socket: &Path) -> Result<Self, Locked> {
+        Self::open(
+            socket,
+            OpenOptions::new().write(true).create(true).truncate(false),
+        )
+    }
+
+    /// Takes the lock if anybody has ever served there.
+    ///
+    /// # Errors
+    /// Somebody does.
+    pub fn take_left(socket: &Path) -> Result<Self, Locked> {
+        Self::open(socket, OpenOptions::new().write(true))
+    }
+
+    fn open(socket: &Path, how: &mut OpenOptions) -> Result<Self, Locked> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let opened = how
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(&path);
+        let locked = match opened {
+            Ok(file) => file.try_lock().map(|()| file),
+            Err(error) => Err(TryLockError::Error(error)),
+        };
+        match locked {
+            Ok(file) => Ok(Self(Some(file))),
+            Err(TryLockError::WouldBlock) => Err(Locked),
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::NotFound => Ok(Self(None)),
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!(%error, file = %Path::new(&path).display(), "cannot lock the place of a socket");
+                Ok(Self(None))
+            }
+        }
+    }
 }
 
 impl SocketFile {
@@ -47,6 +99,7 @@ impl SocketFile {
                 .create(parent)
                 .map_err(Create)?;
         }
+        let lock = SocketLock::take(path).map_err(|Locked| SocketFileError::AlreadyServed)?;
         match fs::symlink_metadata(path) {
             Ok(meta) if !meta.file_type().is_socket() => return Err(SocketFileError::InTheWay),
             Ok(_) if UnixStream::connect(path).is_ok() => return Err(SocketFileError::AlreadyServed),
@@ -68,6 +121,7 @@ impl SocketFile {
                 listener,
                 path: path.to_owned(),
                 identity: (meta.dev(), meta.ino()),
+                _lock: lock,
             }),
             Err(error) => {
                 let _ = fs::remove_file(&temporary);

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 
+pub use super::socket_file::{Locked, SocketLock};
 use super::socket_file::{SocketFile, SocketFileError};
 use crate::status::Status;
 
@@ -26,7 +27,7 @@ const READER_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum StatusSocketError {
     /// Another daemon serves it.
-    #[error("another daemon is running: it answers on {}", .0.display())]
+    #[error("another daemon is running: it has {}", .0.display())]
     AlreadyServed(PathBuf),
     /// Something that is no socket stands there.
     #[error("{} is in the way: it is not a socket", .0.display())]
@@ -157,6 +158,35 @@ mod tests {
         drop(first);
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "a std listener leaves its file behind");
+        StatusSocket::bind(&path).unwrap();
+    }
+
+    /// A daemon that has locked its place and not made its socket yet is seen, too: by another one, and by who removes what is left.
+    #[tokio::test]
+    async fn of_two_that_start_at_once_one_is_refused_before_it_touches_the_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("status.sock");
+        assert!(SocketLock::take_left(&path).is_ok(), "nobody has been there");
+        let first = StatusSocket::bind(&path).unwrap();
+        let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+        let before = inode(&path);
+        // As good as one that has not got so far: nobody answers.
+        fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        assert!(matches!(
+            StatusSocket::bind(&path),
+            Err(StatusSocketError::AlreadyServed(_))
+        ));
+        assert_eq!(SocketLock::take_left(&path).unwrap_err(), Locked);
+        fs::rename(dir.path().join("elsewhere"), &path).unwrap();
+        assert_eq!(inode(&path), before);
+        drop(first);
+        assert!(!path.exists());
+        let removing = SocketLock::take_left(&path).unwrap();
+        assert!(matches!(
+            StatusSocket::bind(&path),
+            Err(StatusSocketError::AlreadyServed(_))
+        ));
+        drop(removing);
         StatusSocket::bind(&path).unwrap();
     }
 

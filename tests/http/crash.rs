@@ -225,7 +225,7 @@ impl Node {
         };
         let mut control = Control::new(Arc::new(store), options);
         let config = control.network_config().await;
-        let lease = control.acquire(&node(i)).await;
+        let lease = control.acquire(&node(i), &config).await;
         let (publish, published) = control.channels(&config, &lease);
         Self {
             subnet: lease.subnet,

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::super::{Entry as EntryName, RunArgs, ServerArgs, file_grammar, subcommand};
+use super::super::flags::{Entry as EntryName, file_grammar, subcommand};
+use super::super::{RunArgs, ServerArgs};
 use super::*;
 
 const EXAMPLE: &str = include_str!("../../../configs/kersey.toml");

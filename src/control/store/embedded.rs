@@ -641,6 +641,18 @@ impl Registry for EmbeddedRegistry {
         })
     }
 
+    fn is_at<'a>(&'a self, holder: &'a Holder, address: IpAddr) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            // Nobody lets anybody else have it before this process has claimed it: it is the one that would be asked.
+            let now = Instant::now();
+            let state = self.inner.state();
+            let there = state
+                .network(self.network.as_ref())
+                .and_then(|network| network.hosts.get(&address));
+            Ok(there.is_some_and(|there| there.lives(now) && there.holder == *holder))
+        })
+    }
+
     fn who_has(&self, address: IpAddr) -> BoxFuture<'_, Result<Option<Rival>, StoreError>> {
         Box::pin(async move {
             let now = Instant::now();

@@ -226,6 +226,19 @@ impl EtcdRegistry {
         ))
     }
 
+    /// The entry of a subnet, with the id of its etcd lease.
+    async fn found(&self, subnet: Subnet) -> Result<Option<(Entry, i64)>, StoreError> {
+        const DOING: &str = "look at a lease";
+        let key = self.key(subnet);
+        let right = Right::Read(key.clone());
+        let mut client = self.connection.client(DOING).await?;
+        let answer = self
+            .connection
+            .ask(DOING, &right, client.get(key.as_str(), None))
+            .await?;
+        Ok(answer.kvs().first().and_then(|kv| self.entry(kv)))
+    }
+
     /// The entry a key and its value are, with the id of its etcd lease.
     fn entry(&self, kv: &KeyValue) -> Option<(Entry, i64)> {
         let subnet = self.subnet(kv)?;
@@ -432,20 +445,15 @@ impl Registry for EtcdRegistry {
     }
 
     fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
-        const DOING: &str = "look at a lease";
+        Box::pin(async move { Ok(self.found(subnet).await?.map(|(entry, _)| entry)) })
+    }
+
+    fn look(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
         Box::pin(async move {
-            let key = self.key(subnet);
-            let right = Right::Read(key.clone());
-            let mut client = self.connection.client(DOING).await?;
-            let answer = self
-                .connection
-                .ask(DOING, &right, client.get(key.as_str(), None))
-                .await?;
-            Ok(answer
-                .kvs()
-                .first()
-                .and_then(|kv| self.entry(kv))
-                .map(|(entry, _)| entry))
+            match self.found(subnet).await? {
+                Some(found) => Ok(Some(self.with_expiration(found).await.0)),
+                None => Ok(None),
+            }
         })
     }
 
@@ -490,6 +498,10 @@ impl Registry for EtcdRegistry {
         life: Life,
     ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
         Box::pin(self.presence.claim(holder, address, life))
+    }
+
+    fn is_at<'a>(&'a self, holder: &'a Holder, address: IpAddr) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(self.presence.is_at(holder, address))
     }
 
     fn who_has(&self, address: IpAddr) -> BoxFuture<'_, Result<Option<Rival>, StoreError>> {

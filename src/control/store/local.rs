@@ -15,12 +15,15 @@ use futures_util::stream::BoxStream;
 use crate::control::allocate::{self, OwnLease};
 use crate::control::config::NetworkConfig;
 use crate::control::identity::Holder;
-use crate::control::store::{Cursor, Entry, Life, Lifetime, Registry, Store, StoreError, WatchItem};
+use crate::control::store::{Cursor, Entry, Life, Lifetime, Registry, Store, StoreError, WatchItem, lasts};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
 /// How often a lost race is run again, as flannel means to. With 32 nodes on the last 32 subnets about a third win
 /// each time, so ten rounds are ample; what still loses is tried again by the caller.
 const ATTEMPTS: usize = 10;
+
+/// A lease that ends sooner is not relied on before it is renewed: that takes some writes, each with the patience of a request.
+const RENEWAL: Duration = Duration::from_secs(30);
 
 /// A [`Store`] over a [`Registry`].
 #[derive(Debug)]
@@ -334,6 +337,25 @@ impl<R: Registry> Store for LocalStore<R> {
         Box::pin(async move {
             self.be_the_only("renew a lease", holder, &lease.attrs).await?;
             self.renew(lease).await
+        })
+    }
+
+    fn confirm<'a>(
+        &'a self,
+        holder: Option<&'a Holder>,
+        subnet: Subnet,
+        attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        let alone = async move {
+            match (holder, attrs.address()) {
+                (Some(holder), Some(address)) => self.registry.is_at(holder, address).await,
+                (None, _) | (_, None) => Ok(true),
+            }
+        };
+        Box::pin(async move {
+            let (found, alone) = tokio::try_join!(self.registry.look(subnet), alone)?;
+            let lease = found.map(|entry| entry.lease);
+            Ok(lease.filter(|lease| alone && lease.attrs == *attrs && lasts(lease.expiration, RENEWAL)))
         })
     }
 

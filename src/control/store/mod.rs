@@ -164,6 +164,18 @@ pub trait Store: Send + Sync {
         self.renew(lease)
     }
 
+    /// Looks whether `subnet` is leased to the very node `attrs` describes, saying just that, for long enough yet, and `holder` is known
+    /// as the one host with its public address. It writes nothing, so that it waits for no disk. `None` says that a look is not enough:
+    /// [`acquire`](Self::acquire) finds out.
+    fn confirm<'a>(
+        &'a self,
+        _holder: Option<&'a Holder>,
+        _subnet: Subnet,
+        _attrs: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        Box::pin(async { Ok(None) })
+    }
+
     /// Notes for `life` that `holder`, the node of a server's client, is alive and has the public address `address`; refused
     /// while another live host has it and the store can tell. `doing` is what the node is doing. Of a client that does not say
     /// who it is, nothing is noted; it is refused while anybody known has the address.
@@ -257,6 +269,11 @@ pub trait Registry: Send + Sync {
         })
     }
 
+    /// As [`get`](Self::get), but how long a lease lasts yet is asked where it takes asking. It writes nothing.
+    fn look(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
+        self.get(subnet)
+    }
+
     /// Creates an entry unless there is one already; `None` if there is.
     fn create<'a>(
         &'a self,
@@ -302,6 +319,12 @@ pub trait Registry: Send + Sync {
         _life: Life,
     ) -> BoxFuture<'a, Result<Option<Rival>, StoreError>> {
         Box::pin(async { Ok(None) })
+    }
+
+    /// Whether `holder` is known as the live host with the public address `address`, and will be for a while yet. It writes nothing; where it
+    /// cannot be told, it is not so.
+    fn is_at<'a>(&'a self, _holder: &'a Holder, _address: IpAddr) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async { Ok(false) })
     }
 
     /// Which live host has the public address `address`, where that can be told.
@@ -353,6 +376,18 @@ pub async fn leases(store: &dyn Store) -> Result<Vec<Lease>, StoreError> {
 )]
 pub(crate) fn expires_in(ttl: Duration) -> Expiration {
     Expiration::At(SystemTime::now() + ttl)
+}
+
+/// Whether a lease lasts so long from now.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a store gives the end of a lease as wall-clock time"
+)]
+fn lasts(expiration: Expiration, time: Duration) -> bool {
+    match expiration {
+        Expiration::Never => true,
+        Expiration::At(end) => end > SystemTime::now() + time,
+    }
 }
 
 fn unsupported<'a>(doing: &'static str, subnet: Subnet) -> BoxFuture<'a, Result<(), StoreError>> {

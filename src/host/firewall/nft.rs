@@ -46,19 +46,29 @@ pub(super) fn keyword(family: Family) -> &'static str {
     }
 }
 
-/// Writes the tables of a network.
+/// Writes the tables of a network, and removes those that it has no use for.
 pub(super) fn write(rules: &RuleSet, masquerade: Masquerade) -> Result<(), ToolError> {
-    let text: String = [Family::V4, Family::V6]
-        .into_iter()
-        .map(|family| match table(rules, family, masquerade) {
-            Some(table) => table,
-            None => removal(&rules.names.table(family), family),
-        })
-        .collect();
+    let text = script(rules, masquerade, &tables()?);
+    if text.is_empty() {
+        return Ok(());
+    }
     Invocation::new(Tool::Nft, &["-f", "-"])
         .reading(text)
         .demand()
         .map(drop)
+}
+
+/// The text for both families. A family without a table, of ours or at all, is not mentioned: a kernel may have nf_tables for one only, and
+/// would refuse all of it.
+fn script(rules: &RuleSet, masquerade: Masquerade, present: &[(Family, String)]) -> String {
+    let of = |family| {
+        table(rules, family, masquerade).or_else(|| {
+            let name = rules.names.table(family);
+            let is_there = present.iter().any(|(of, table)| *of == family && *table == name);
+            is_there.then(|| removal(&name, family))
+        })
+    };
+    [Family::V4, Family::V6].into_iter().filter_map(of).collect()
 }
 
 /// What the kernel shows of the network's tables; nothing of one that is not there.
@@ -277,6 +287,22 @@ table ip flannel-ipv4 {
         assert_eq!(table(&rules(), Family::V6, Masquerade::Plain), None);
         let nothing = RuleSet::nothing("");
         assert_eq!(table(&nothing, Family::V4, Masquerade::Plain), None);
+    }
+
+    /// A kernel without nf_tables for IPv6 refuses a text that as much as mentions such a table, and with it the rules of IPv4.
+    #[test]
+    fn a_family_without_a_table_is_not_mentioned() {
+        let text = script(&rules(), Masquerade::Plain, &[]);
+        assert!(text.contains("table ip flannel-ipv4 {"), "{text}");
+        assert!(!text.contains("ip6"), "{text}");
+        let left = [
+            (Family::V6, "flannel-ipv6".to_owned()),
+            (Family::V6, "flannel-ipv6-blue".to_owned()),
+        ];
+        let text = script(&rules(), Masquerade::Plain, &left);
+        assert!(text.contains("delete table ip6 flannel-ipv6\n"), "{text}");
+        assert!(!text.contains("blue"), "another network's: {text}");
+        assert_eq!(script(&RuleSet::nothing(""), Masquerade::Off, &[]), "");
     }
 
     #[test]

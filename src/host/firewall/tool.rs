@@ -53,7 +53,8 @@ pub enum Tool {
     Iptables(Family, Flavour),
     /// `iptables-restore` or `ip6tables-restore`, of a flavour.
     Restore(Family, Flavour),
-    /// No program, but a file that only root reads: which tables the old iptables has in this namespace, a line each.
+    /// No program, but a file that only root reads: which tables the old iptables has in this namespace, a line each. It is not there until
+    /// the kernel has such tables at all.
     LegacyTables(Family),
 }
 
@@ -210,11 +211,17 @@ impl Invocation {
     pub(super) fn execute_here(&self) -> Result<Output, ToolError> {
         let program = self.tool.name();
         if let Tool::LegacyTables(_) = self.tool {
-            let read = std::fs::read_to_string(program);
-            return Ok(Output {
-                success: read.is_ok(),
-                text: read.unwrap_or_default(),
-                error: String::new(),
+            return Ok(match std::fs::read_to_string(program) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Output {
+                    success: false,
+                    text: String::new(),
+                    error: error.to_string(),
+                },
+                read => Output {
+                    success: true,
+                    text: read.unwrap_or_default(),
+                    error: String::new(),
+                },
             });
         }
         let path = self.tool.path().ok_or(ToolError::Missing(program))?;

@@ -9,6 +9,8 @@
 //! 3. What is wanted is written, all of a table in one transaction (`iptables-restore --noflush`): old jumps and old rules of flannel's
 //!    are deleted, chains are emptied, and filled again.
 //!
+//! The jump to the guard comes first, and anything before it that may let a packet pass, as the ACCEPT that Docker puts there, is amiss.
+//!
 //! The jump to the forward rules is appended, as flannel's: rules of others decide first, and those may be network policies. But a rule
 //! that drops or rejects all that came so far is a policy in another dress, and the jump goes before it; flannel's comes too late there.
 //!
@@ -148,6 +150,25 @@ pub(super) fn forward_may_drop(
     Ok(builtin.drops || others)
 }
 
+/// Whether a table has rules, chains, or a policy that drops.
+pub(super) fn holds_anything(
+    family: Family,
+    flavour: Flavour,
+    table: &'static str,
+) -> Result<bool, ToolError> {
+    let (list, output) = Program { family, flavour }.rules(table, None)?;
+    if !output.success {
+        return Err(list.refused(&output));
+    }
+    Ok(lists_anything(&output.text))
+}
+
+fn lists_anything(text: &str) -> bool {
+    let is_default = |line: &str| line.starts_with("-P ") && line.ends_with(" ACCEPT");
+    text.lines()
+        .any(|line| line.starts_with('-') && !is_default(line))
+}
+
 /// What of flannel's and ours there is, whatever the network: lines for people, and a script for each table that removes it.
 pub(super) fn leftovers(
     family: Family,
@@ -205,14 +226,18 @@ pub(super) fn remove(family: Family, flavour: Flavour, script: &str) -> Result<(
 
 fn is_own_chain(chain: &str) -> bool {
     // FLANNEL alone: v0.5.
-    chain == "FLANNEL"
-        || ["FLANNEL-POSTRTG", "FLANNEL-FWD", "KERSEY-GUARD"]
-            .iter()
-            .any(|stem| {
-                chain
-                    .strip_prefix(stem)
-                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-            })
+    let ours = chain == "FLANNEL" || is_of("FLANNEL-POSTRTG", chain) || is_of("FLANNEL-FWD", chain);
+    ours || is_guard(chain)
+}
+
+/// Whether a chain is the guard's, of any network.
+fn is_guard(chain: &str) -> bool {
+    is_of("KERSEY-GUARD", chain)
+}
+
+fn is_of(stem: &str, chain: &str) -> bool {
+    let rest = chain.strip_prefix(stem);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
 }
 
 fn is_own_comment(comment: &str) -> bool {
@@ -349,8 +374,17 @@ fn jump_is_right(chain: &str, jump: &Jump, builtin: &BuiltIn) -> bool {
         return false;
     }
     match jump.place {
-        Place::First => true,
+        Place::First => !builtin.rules.iter().take(at).any(may_let_pass),
         Place::BeforeTheEnd => !builtin.rules.iter().take(at).any(Rule::ends_all),
+    }
+}
+
+/// Whether packets may get past what comes behind a rule: it accepts them, or goes somewhere that may. Guards of other networks' drop or do
+/// nothing, and each has to come first.
+fn may_let_pass(rule: &Rule) -> bool {
+    match rule.target.as_deref() {
+        None | Some("DROP" | "REJECT" | "LOG" | "NFLOG" | "TRACE") => false,
+        Some(chain) => !is_guard(chain),
     }
 }
 
@@ -580,6 +614,43 @@ COMMIT
         assert!(!right(&[user, eth1, reject, ours]), "too late");
         assert!(!right(&[user, ours, ours]), "twice");
         assert!(!right(&[user]), "missing");
+    }
+
+    #[test]
+    fn the_guard_is_wrong_behind_anything_that_may_let_packets_pass() {
+        let guard = "-A FORWARD -m comment --comment \"kersey tunnel guard\" -j KERSEY-GUARD";
+        let jump = Jump {
+            from: "FORWARD",
+            place: Place::First,
+        };
+        for (before, right) in [
+            ("-A FORWARD -i eth0 -j DROP", true),
+            ("-A FORWARD -j LOG --log-prefix x", true),
+            ("-A FORWARD -m comment --comment \"counts only\"", true),
+            // Each network has a guard, and all want to be first.
+            ("-A FORWARD -j KERSEY-GUARD-blue", true),
+            ("-A FORWARD -i docker0 -j ACCEPT", false),
+            ("-A FORWARD -j DOCKER-USER", false),
+            ("-A FORWARD -g somewhere", false),
+            ("-A FORWARD -j KERSEY-GUARDIAN", false),
+        ] {
+            let lines = [before.to_owned(), guard.to_owned()];
+            let builtin = BuiltIn::read("FORWARD", &lines);
+            assert_eq!(jump_is_right("KERSEY-GUARD", &jump, &builtin), right, "{before}");
+        }
+    }
+
+    #[test]
+    fn a_table_with_nothing_but_policies_that_accept_holds_nothing() {
+        for (text, holds) in [
+            ("-P INPUT ACCEPT\n-P FORWARD ACCEPT\n", false),
+            ("# Warning: tables of the other kind\n-P INPUT ACCEPT\n", false),
+            ("-P INPUT ACCEPT\n-P FORWARD DROP\n", true),
+            ("-P INPUT ACCEPT\n-N DOCKER\n", true),
+            ("-P INPUT ACCEPT\n-A INPUT -j ACCEPT\n", true),
+        ] {
+            assert_eq!(lists_anything(text), holds, "{text}");
+        }
     }
 
     #[test]

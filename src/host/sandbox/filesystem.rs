@@ -1,7 +1,9 @@
 //! Landlock: which files can be reached.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
@@ -25,7 +27,7 @@ pub(super) fn restrict(
     let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
     let made = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
-        .and_then(|rules| rules.scope(Scope::Signal))
+        .and_then(|rules| rules.scope(scopes(std::env::var_os("NOTIFY_SOCKET").as_deref())))
         .and_then(Ruleset::create);
     let mut rules = match made {
         Ok(rules) => rules,
@@ -58,7 +60,7 @@ pub(super) fn restrict(
 }
 
 /// Restricts this thread, and those and programs it starts, to running what lies below `programs`, reading that and `reads`, and
-/// writing `writes`.
+/// writing the files `writes`.
 pub(super) fn restrict_to_programs(
     programs: &[&str],
     reads: &[&str],
@@ -67,10 +69,11 @@ pub(super) fn restrict_to_programs(
     let failed = |error: landlock::RulesetError| SandboxError::new("use Landlock", io::Error::other(error));
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(|rules| rules.scope(scopes(None)))
         .and_then(Ruleset::create)
         .map_err(failed)?;
     let reading = AccessFs::ReadFile | AccessFs::ReadDir;
-    let writing = reading | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::Truncate;
+    let writing = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
     let granted = programs
         .iter()
         .map(|path| (path, reading | AccessFs::Execute))
@@ -85,6 +88,17 @@ pub(super) fn restrict_to_programs(
     rules.restrict_self().map(drop).map_err(failed)
 }
 
+/// What ends at the sandbox: signals to processes outside, and sockets of theirs that have a name without a file. A service manager that is
+/// spoken to by such a name has to be reached, and with it all others.
+fn scopes(notify_socket: Option<&OsStr>) -> BitFlags<Scope> {
+    let is_abstract = notify_socket.is_some_and(|name| name.as_bytes().starts_with(b"@"));
+    if is_abstract {
+        Scope::Signal.into()
+    } else {
+        Scope::Signal | Scope::AbstractUnixSocket
+    }
+}
+
 /// Access below a path; a file has no access of folders.
 fn rule(path: &Path, access: BitFlags<AccessFs>) -> Option<PathBeneath<PathFd>> {
     let access = if path.is_dir() {
@@ -94,4 +108,26 @@ fn rule(path: &Path, access: BitFlags<AccessFs>) -> Option<PathBeneath<PathFd>> 
     };
     let opened = PathFd::new(path).ok()?;
     Some(PathBeneath::new(opened, access))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_without_files_end_at_the_sandbox_unless_the_service_manager_has_one() {
+        for (notify_socket, closed) in [
+            (None, true),
+            (Some("/run/systemd/notify"), true),
+            (Some("@/org/freedesktop/systemd1/notify"), false),
+        ] {
+            let scopes = scopes(notify_socket.map(OsStr::new));
+            assert!(scopes.contains(Scope::Signal));
+            assert_eq!(
+                scopes.contains(Scope::AbstractUnixSocket),
+                closed,
+                "{notify_socket:?}"
+            );
+        }
+    }
 }

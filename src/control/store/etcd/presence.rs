@@ -195,6 +195,33 @@ impl Presence {
         }
     }
 
+    /// Whether `holder` is known as the host with a public address, and will be for [`ALIVE`] from now on: the sign of life that sees to
+    /// it goes to etcd's leader and is not written down.
+    pub(super) async fn is_at(&self, holder: &Holder, address: IpAddr) -> Result<bool, StoreError> {
+        const DOING: &str = "look whether a node's address is its own";
+        let key = format!("{}{address}", self.prefix);
+        let right = Right::Read(key.clone());
+        let mut client = self.connection.client(DOING).await?;
+        let found = match self
+            .connection
+            .ask(DOING, &right, client.get(key.as_str(), None))
+            .await
+        {
+            Ok(mut found) => found.take_kvs().into_iter().next(),
+            Err(error) if error.is_unavailable() => return Err(error),
+            // Without the right to look.
+            Err(_) => None,
+        };
+        let Some(found) = found else {
+            return Ok(false);
+        };
+        let ours = read(found.value()).is_some_and(|record| record.id == holder.id);
+        if !ours || theirs(found.value(), holder).is_some() || found.lease() == 0 {
+            return Ok(false);
+        }
+        sign(&self.connection, found.lease()).await
+    }
+
     /// Which live host has a public address.
     pub(super) async fn who_has(&self, address: IpAddr) -> Result<Option<Rival>, StoreError> {
         const DOING: &str = "look who has an address";
