@@ -188,6 +188,17 @@ impl LeaseAttrs {
         out
     }
 
+    /// What stands for attributes that cannot be read: no node's.
+    pub fn of_nobody() -> Self {
+        Self {
+            public_ip: Ipv4Addr::UNSPECIFIED,
+            public_ipv6: None,
+            backend_type: String::new(),
+            backend_data: None,
+            backend_v6_data: None,
+        }
+    }
+
     /// How long the texts in it are together; the rest has a size of its own.
     pub fn data_bytes(&self) -> usize {
         let data = |data: &Option<String>| data.as_deref().map_or(0, str::len);

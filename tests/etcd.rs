@@ -295,6 +295,24 @@ async fn rotten_keys_touch_no_peer() {
     etcd.put("subnets/10.0.31.0-24", self::node(31).to_json()).await;
     wait(&node.published.peers, "the 30th peer", |peers| peers.len() == 30).await;
     assert!(peers.borrow_and_update().get(subnet("10.0.5.0-24")).is_some());
+    // The peer whose value went bad is still one after the next list; for who never knew it, its subnet is taken.
+    let listed = node.store.watch(None).next().await.unwrap().unwrap();
+    assert!(
+        listed.unreadable.contains(&subnet("10.0.5.0-24")),
+        "{:?}",
+        listed.unreadable
+    );
+    let lease = etcd
+        .store()
+        .acquire(&self::node(91), Some(subnet("10.0.5.0-24")))
+        .await
+        .unwrap();
+    assert_ne!(lease.subnet, subnet("10.0.5.0-24"));
+    etcd.delete(&format!("subnets/{}", lease.subnet)).await;
+    wait(&node.published.peers, "the 30 peers again", |peers| {
+        peers.len() == 30
+    })
+    .await;
     // A second node lists what the first one watched.
     let second = start_node(&etcd, 90, None).await;
     wait(&second.published.peers, "all readable peers", |peers| {

@@ -92,6 +92,33 @@ async fn a_lease_that_says_something_else_is_put_right_thrice_and_then_left_unti
     assert_eq!(fake.script().renewals, 4);
 }
 
+/// A bad entry is no removal, and no reason to take the store for one that was wiped.
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_cannot_be_read_any_more_leaves_its_peer_as_it_was() {
+    let fake = Fake::new();
+    let node = start(&fake, options(None)).await;
+    fake.tell(LeaseUpdate::Snapshot(vec![
+        lease(OWN, 1),
+        lease("10.0.2.0-24", 2),
+        lease("10.0.3.0-24", 3),
+    ]));
+    sleep(Duration::from_secs(1)).await;
+    fake.tell_of_rot(
+        vec![lease(OWN, 1), lease("10.0.3.0-24", 3)],
+        &["10.0.2.0-24", "10.0.9.0-24"],
+    );
+    sleep(HOUR).await;
+    let peers = node.published.peers.borrow().clone();
+    assert_eq!(peers.get(subnet("10.0.2.0-24")), Some(&attrs(2)));
+    assert_eq!((peers.len(), peers.held(), fake.script().renewals), (2, 0, 0));
+    // Ours is looked after at once.
+    fake.tell_of_rot(vec![lease("10.0.3.0-24", 3)], &[OWN, "10.0.2.0-24"]);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 1);
+    let peers = node.published.peers.borrow().clone();
+    assert_eq!((peers.len(), peers.held()), (2, 0));
+}
+
 /// B6 and B7 of the list of upstream bugs: a first look that fails ends flannel's renewals, and its view of the peers.
 #[tokio::test(start_paused = true)]
 async fn a_first_look_that_fails_stops_neither_renewals_nor_the_watch() {
@@ -637,7 +664,7 @@ enum Mood {
 }
 
 enum Told {
-    Update(LeaseUpdate),
+    Update(LeaseUpdate, Vec<Subnet>),
     Failure,
     End,
 }
@@ -665,7 +692,15 @@ impl Fake {
     }
 
     fn tell(&self, update: LeaseUpdate) {
-        self.script().told.push_back(Told::Update(update));
+        self.script().told.push_back(Told::Update(update, Vec::new()));
+        self.wake.notify_one();
+    }
+
+    /// A list in which some leases cannot be read.
+    fn tell_of_rot(&self, leases: Vec<Lease>, rotten: &[&str]) {
+        let unreadable = rotten.iter().map(|key| subnet(key)).collect();
+        let told = Told::Update(LeaseUpdate::Snapshot(leases), unreadable);
+        self.script().told.push_back(told);
         self.wake.notify_one();
     }
 
@@ -764,9 +799,13 @@ impl Store for Fake {
             loop {
                 let next = self.script().told.pop_front();
                 match next {
-                    Some(Told::Update(update)) => {
-                        let cursor = Cursor("1".to_owned());
-                        return Some((Ok(WatchItem { update, cursor }), ()));
+                    Some(Told::Update(update, unreadable)) => {
+                        let item = WatchItem {
+                            update,
+                            unreadable,
+                            cursor: Cursor("1".to_owned()),
+                        };
+                        return Some((Ok(item), ()));
                     }
                     Some(Told::Failure) => return Some((Err(away()), ())),
                     Some(Told::End) => return None,

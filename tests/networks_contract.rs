@@ -326,6 +326,34 @@ async fn a_compacted_history_gives_a_snapshot_of_networks() {
     assert_eq!(item.update, NetworkUpdate::Snapshot(names(["a", "b"])));
 }
 
+/// F7, for a store of several networks.
+#[tokio::test]
+async fn a_wiped_etcd_is_noticed_by_the_list_of_networks() {
+    let Some(mut etcd) = etcd_server::start().await else {
+        return;
+    };
+    for i in 0..20 {
+        etcd.put("a/config", CONFIG).await;
+        etcd.put("unrelated", format!("{i}")).await;
+    }
+    let networks: Arc<dyn Networks> = Arc::new(EtcdNetworks::connect(etcd.options()).unwrap());
+    assert_eq!(all(&networks).await, names(["a"]));
+    assert_eq!(networks.resets(), 0);
+    etcd.crash();
+    etcd.wipe();
+    etcd.restart().await;
+    let listed = async {
+        loop {
+            match networks.watch(None).next().await {
+                Some(Ok(item)) => return item.update,
+                Some(Err(_)) | None => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    };
+    assert_eq!(listed.await, NetworkUpdate::Snapshot(names([])));
+    assert!(networks.resets() >= 1, "nobody noticed");
+}
+
 #[tokio::test]
 async fn an_embedded_file_keeps_all_its_networks() {
     let dir = tempfile::tempdir().unwrap();

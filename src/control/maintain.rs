@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
-use futures_util::stream::{self, BoxStream, Stream, StreamExt};
-use rand::RngExt;
+use futures_util::stream::{Stream, StreamExt};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use crate::control::cache::Cache;
+use crate::control::follow::{self, Pace};
 use crate::control::peers::{PeerChanges, PeerTable};
 use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
 use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, Start, StoreHealth};
@@ -216,8 +216,8 @@ impl Follow<'_> {
 
     fn take(&mut self, update: Result<WatchItem, StoreError>) {
         StoreHealth::note(self.health, update.as_ref().map(|_| ()));
-        let update = match update {
-            Ok(item) => item.update,
+        let item = match update {
+            Ok(item) => item,
             Err(error) => {
                 super::complain(
                     &self.complaints,
@@ -227,7 +227,12 @@ impl Follow<'_> {
                 return;
             }
         };
-        let disturbance = disturbance(&self.own.borrow(), &update);
+        let spoilt = item.unreadable.contains(&self.own.borrow().subnet);
+        let update = item.completed(|subnet| self.table.known(subnet));
+        let disturbance = match spoilt {
+            true => Disturbance::Altered,
+            false => disturbance(&self.own.borrow(), &update),
+        };
         if disturbance == Disturbance::Altered {
             StoreHealth::note_conflict(self.health);
         }
@@ -339,16 +344,23 @@ fn joined(first: Told, second: Told) -> (Option<Told>, Told) {
         (
             Ok(WatchItem {
                 update: LeaseUpdate::Events(mut events),
+                unreadable,
                 ..
             }),
             Ok(WatchItem {
                 update: LeaseUpdate::Events(more),
                 cursor,
+                ..
             }),
         ) => {
             events.extend(more);
             let update = LeaseUpdate::Events(events);
-            (None, Ok(WatchItem { update, cursor }))
+            let item = WatchItem {
+                update,
+                unreadable,
+                cursor,
+            };
+            (None, Ok(item))
         }
         (first, second) => (Some(first), second),
     }
@@ -422,60 +434,18 @@ impl Mends {
     }
 }
 
-/// The updates of one watch after the other, each from a snapshot; errors between them, with pauses after.
-fn updates<'a>(
-    store: &'a dyn Store,
-    options: &'a ControlOptions,
-) -> impl Stream<Item = Result<WatchItem, StoreError>> + 'a {
-    struct Watching<'a> {
-        stream: Option<BoxStream<'a, Result<WatchItem, StoreError>>>,
-        opened: Instant,
-        relist: Instant,
-        resume: Instant,
-        backoff: Backoff,
-    }
-    let start = Instant::now();
-    let watching = Watching {
-        stream: None,
-        opened: start,
-        relist: start,
-        resume: start,
-        backoff: Backoff::new(options.backoff_cap),
+/// The updates of one watch after the other.
+fn updates<'a>(store: &'a dyn Store, options: &ControlOptions) -> impl Stream<Item = Told> + use<'a> {
+    let ended = move || StoreError::Unavailable {
+        doing: "watch the leases",
+        place: store.place(),
+        cause: "the watch ended".to_owned(),
     };
-    stream::unfold(watching, move |mut watching| async move {
-        loop {
-            let stream = match &mut watching.stream {
-                Some(stream) => stream,
-                none @ None => {
-                    sleep_until(watching.resume).await;
-                    watching.opened = Instant::now();
-                    let relist = options.relist.mul_f64(rand::rng().random_range(0.9..=1.1));
-                    watching.relist = watching.opened + relist;
-                    none.insert(store.watch(None))
-                }
-            };
-            match timeout_at(watching.relist, stream.next()).await {
-                Ok(Some(Ok(item))) => return Some((Ok(item), watching)),
-                Err(_) => watching.stream = None,
-                Ok(ended) => {
-                    watching.stream = None;
-                    // A watch that breaks as soon as it is made must not reset the pauses.
-                    if watching.opened.elapsed() > options.backoff_cap * 2 {
-                        watching.backoff.reset();
-                    }
-                    watching.resume = Instant::now() + watching.backoff.next_pause();
-                    let error = ended
-                        .and_then(Result::err)
-                        .unwrap_or_else(|| StoreError::Unavailable {
-                            doing: "watch the leases",
-                            place: store.place(),
-                            cause: "the watch ended".to_owned(),
-                        });
-                    return Some((Err(error), watching));
-                }
-            }
-        }
-    })
+    let pace = Pace {
+        backoff_cap: options.backoff_cap,
+        relist: options.relist,
+    };
+    follow::updates(move || store.watch(None), ended, pace)
 }
 
 async fn at(due: Option<Instant>) {

@@ -36,6 +36,7 @@
 pub mod allocate;
 pub mod cache;
 pub mod config;
+pub(crate) mod follow;
 pub mod identity;
 mod maintain;
 pub mod peers;
@@ -99,7 +100,7 @@ impl Default for ControlOptions {
             backoff_cap: Duration::from_secs(2),
             // Nodes register anew within 10 s of a wiped store's return.
             linger: Duration::from_secs(60),
-            relist: Duration::from_secs(5 * 60),
+            relist: follow::RELIST,
             holder: None,
         }
     }

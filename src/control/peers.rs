@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use crate::addr::{Ipv4Prefix, Ipv6Prefix};
 use crate::control::config::{NetworkConfig, Prefixed};
-use crate::lease::{Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 
 /// How many leases are kept. A /8 cut into /24s has 65,536 subnets; more than this is no network but an attack.
 pub const MAX_LEASES: usize = 100_000;
@@ -202,6 +202,18 @@ impl PeerTable {
     /// One peer.
     pub fn get(&self, subnet: Subnet) -> Option<&LeaseAttrs> {
         self.peers.get(&subnet).map(|attrs| &**attrs)
+    }
+
+    /// What is known of a lease, refused or not: what the store told last, or what is held.
+    pub fn known(&self, subnet: Subnet) -> Option<Lease> {
+        let told = self.told.get(&subnet).map(|told| (&told.attrs, told.created));
+        let held = || self.held.get(&subnet).map(|attrs| (attrs, None));
+        told.or_else(held).map(|(attrs, created)| Lease {
+            subnet,
+            attrs: LeaseAttrs::clone(attrs),
+            expiration: Expiration::Never,
+            created,
+        })
     }
 
     /// How many peers there are.
@@ -432,7 +444,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::lease::Expiration;
 
     const CONFIG: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
 

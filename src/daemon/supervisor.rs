@@ -10,7 +10,8 @@
 //! an error that ends it, even one that would end a process with one network, has it started anew after a pause.
 //! What the host has but once is dealt out by [`claims`](super::claims).
 //!
-//! A watch that breaks is begun anew, and its snapshot says who went meanwhile; a store that is away removes nobody. One that is away at
+//! A watch that breaks is begun anew, as it is every five minutes in any case, and its snapshot says who may have gone meanwhile: a network
+//! that runs and is not in it stays for a minute, since a store that was wiped lists none. A store that is away removes nobody. One that is away at
 //! start leaves the networks of the last life, which start from their caches. A store that refuses to list its networks (a flannel server
 //! before v0.5.6, an etcd role for some networks only) leaves the allow-list: all of it is taken to exist, and each waits for its config.
 //!
@@ -31,6 +32,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use crate::addr::NetworkName;
+use crate::control::follow::{self, Pace, RELIST};
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, StoreError};
 use crate::control::{Backoff, PATIENCE, RateLimit, cache};
 use crate::daemon::claims::Claims;
@@ -70,24 +72,21 @@ pub(super) async fn run(
     supervisor.begin().await;
     tokio::spawn(tell_when_up(supervisor.reports.all()));
     let complaints = RateLimit::default();
-    let mut backoff = Backoff::new(options.store.backoff_cap);
-    loop {
-        let mut watch = networks.watch(None);
-        while let Some(told) = watch.next().await {
-            match told {
-                Ok(item) => {
-                    backoff.reset();
-                    supervisor.follow(item.update).await;
-                }
-                Err(error) => {
-                    if complaints.allows() {
-                        tracing::warn!(%error, "cannot watch the networks; trying on");
-                    }
-                    break;
+    let pace = Pace {
+        backoff_cap: options.store.backoff_cap,
+        relist: RELIST,
+    };
+    let running = supervisor.running.keys().cloned().collect();
+    let mut updates = follow::networks(&*networks, running, pace);
+    while let Some(told) = updates.next().await {
+        match told {
+            Ok(update) => supervisor.follow(update).await,
+            Err(error) => {
+                if complaints.allows() {
+                    tracing::warn!(%error, "cannot watch the networks; trying on");
                 }
             }
         }
-        sleep(backoff.next_pause()).await;
     }
 }
 

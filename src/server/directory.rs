@@ -1,7 +1,7 @@
 //! The networks a server has, and which there are.
 //!
 //! The network without a name is there from the start. Those with a name are followed in the store as they come and go
-//! ([`Networks::watch`]); of each, config and leases are looked at once somebody asks for it. When a network's config is removed,
+//! ([`Networks::watch`], a list every five minutes); of each, config and leases are looked at once somebody asks for it. When a network's config is removed,
 //! the network is gone: polls that wait for its leases end with an error, as every other question about it does.
 //!
 //! A network that nobody has asked for in [`IDLE`] is no longer looked at, and where [`MAX_NETWORKS`] are, the one that nobody has
@@ -20,13 +20,13 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::access::{Grants, Right, UNNAMED};
-use super::feed::Feed;
+use super::feed::{Feed, PACE};
 use super::presence::Presence;
 use super::quota::Quota;
 use crate::addr::NetworkName;
 use crate::control::store::remote::networks::{network_events_json, networks_json};
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, Store, StoreError};
-use crate::control::{Backoff, RateLimit};
+use crate::control::{RateLimit, follow};
 
 /// Changes kept: more than anybody makes between two polls.
 const MAX_EVENTS_KEPT: usize = 1024;
@@ -34,8 +34,6 @@ const MAX_EVENTS_KEPT: usize = 1024;
 const MAX_NETWORKS: usize = 1024;
 /// How long one is looked at after the last question: longer than a poll of one that is in use takes to come again.
 const IDLE: Duration = Duration::from_secs(600);
-/// Longest pause before a lost store is watched again.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// One network: its store, and what is known of its leases.
 pub(super) struct Network {
@@ -224,26 +222,20 @@ impl Directory {
         let Some(networks) = &self.networks else {
             return std::future::pending().await;
         };
-        let mut backoff = Backoff::new(LONGEST_PAUSE);
         let complaints = RateLimit::default();
-        loop {
-            let mut updates = networks.watch(None);
-            while let Some(item) = updates.next().await {
-                match item {
-                    Ok(item) => {
-                        backoff.reset();
-                        self.names().apply(item.update);
-                        self.changed.send_replace(());
-                    }
-                    Err(error) => {
-                        if complaints.allows() {
-                            tracing::warn!(%error, "cannot follow which networks there are; those known stay");
-                        }
-                        break;
+        let mut updates = follow::networks(&**networks, BTreeSet::new(), PACE);
+        while let Some(told) = updates.next().await {
+            match told {
+                Ok(update) => {
+                    self.names().apply(update);
+                    self.changed.send_replace(());
+                }
+                Err(error) => {
+                    if complaints.allows() {
+                        tracing::warn!(%error, "cannot follow which networks there are; those known stay");
                     }
                 }
             }
-            tokio::time::sleep(backoff.next_pause()).await;
         }
     }
 

@@ -17,7 +17,7 @@
 //! While the store is away, polls wait and snapshots show the last known leases: stale routes carry packets, none do
 //! not.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,9 +25,10 @@ use axum::body::Bytes;
 use futures_util::StreamExt;
 use tokio::sync::watch;
 
-use crate::control::store::Store;
+use crate::control::RateLimit;
+use crate::control::follow::{self, Pace};
 use crate::control::store::remote::objects::{event_json, join_events, snapshot_json};
-use crate::control::{Backoff, RateLimit};
+use crate::control::store::{Store, StoreError, WatchItem};
 use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate, Subnet};
 
 /// Changes kept: a whole cluster of a thousand nodes renewing four times.
@@ -40,14 +41,19 @@ const MAX_EVENTS_PER_ANSWER: usize = 256;
 const MAX_BYTES_PER_ANSWER: usize = 128 << 10;
 /// Snapshots compute an expiration from a remaining time in whole seconds; less than this apart is the same moment.
 const SAME_MOMENT: Duration = Duration::from_secs(5);
-/// Longest pause before a lost store is watched again: flannel's.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The longest pause before a lost store is watched again is flannel's.
+pub(super) const PACE: Pace = Pace {
+    backoff_cap: Duration::from_secs(5),
+    relist: follow::RELIST,
+};
 
 /// The leases as they are, and how they came to be so.
 #[derive(Debug)]
 pub(super) struct History {
     epoch: String,
     leases: BTreeMap<Subnet, Lease>,
+    /// Leases that are there, of which nothing was ever known that could be read.
+    unreadable: BTreeSet<Subnet>,
     /// The last changes; the newest has the number `last`.
     events: VecDeque<Told>,
     /// How long their texts are together.
@@ -88,12 +94,40 @@ impl History {
         Self {
             epoch,
             leases: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             events: VecDeque::new(),
             events_bytes: 0,
             last: 0,
             snapshot: None,
             known: Knowledge::Nothing,
         }
+    }
+
+    /// Takes in what the store told. Leases that cannot be read stay what they were.
+    pub(super) fn take(&mut self, item: WatchItem) {
+        let listed: Option<BTreeSet<Subnet>> = match &item.update {
+            LeaseUpdate::Snapshot(leases) => Some(leases.iter().map(|lease| lease.subnet).collect()),
+            LeaseUpdate::Events(_) => None,
+        };
+        let unreadable = item.unreadable.iter().copied();
+        let unknown: BTreeSet<Subnet> = unreadable
+            .filter(|subnet| !self.leases.contains_key(subnet))
+            .collect();
+        let update = item.completed(|subnet| self.leases.get(&subnet).cloned());
+        if let Some(listed) = listed
+            && unknown != self.unreadable
+        {
+            self.snapshot = None;
+            // Whoever heard of one that is gone now knew more of it than this server.
+            let not_there = self.unreadable.difference(&unknown);
+            let gone: Vec<LeaseEvent> = not_there
+                .filter(|subnet| !listed.contains(subnet))
+                .map(|&subnet| LeaseEvent::Removed(subnet))
+                .collect();
+            self.unreadable.extend(unknown);
+            self.apply(LeaseUpdate::Events(gone));
+        }
+        self.apply(update);
     }
 
     /// Takes in what the store told. Snapshots are turned into the changes they amount to.
@@ -119,11 +153,13 @@ impl History {
             let subnet = match event {
                 LeaseEvent::Added(lease) => {
                     let subnet = lease.subnet;
+                    self.unreadable.remove(&subnet);
                     self.leases.insert(subnet, lease);
                     subnet
                 }
                 LeaseEvent::Removed(subnet) => {
-                    if self.leases.remove(&subnet).is_none() {
+                    let spoilt = self.unreadable.remove(&subnet);
+                    if self.leases.remove(&subnet).is_none() && !spoilt {
                         continue;
                     }
                     subnet
@@ -189,7 +225,9 @@ impl History {
             ));
         }
         Some(match (self.lease(key), next) {
-            (Some(lease), _) => Answer::Body(snapshot_json([lease].into_iter(), &cursor).into()),
+            (Some(lease), _) => {
+                Answer::Body(snapshot_json([lease].into_iter(), &BTreeSet::new(), &cursor).into())
+            }
             (None, None) => Answer::NoSuchLease,
             // Its holder knew it once: tell that it went, so that a new one is acquired.
             (None, Some(_)) => {
@@ -229,9 +267,9 @@ impl History {
 
     fn snapshot_body(&mut self) -> Bytes {
         let cursor = self.cursor(self.last);
-        let leases = &self.leases;
+        let (leases, unreadable) = (&self.leases, &self.unreadable);
         self.snapshot
-            .get_or_insert_with(|| snapshot_json(leases.values(), &cursor).into())
+            .get_or_insert_with(|| snapshot_json(leases.values(), unreadable, &cursor).into())
             .clone()
     }
 
@@ -258,26 +296,25 @@ impl Feed {
 
     /// Follows the store for ever.
     pub(super) async fn follow(&self, store: &dyn Store) {
-        let mut backoff = Backoff::new(LONGEST_PAUSE);
+        let ended = || StoreError::Unavailable {
+            doing: "watch the leases",
+            place: store.place(),
+            cause: "the watch ended".to_owned(),
+        };
         let complaints = RateLimit::default();
-        loop {
-            let mut updates = store.watch(None);
-            while let Some(item) = updates.next().await {
-                match item {
-                    Ok(item) => {
-                        backoff.reset();
-                        self.history().apply(item.update);
-                        self.changed.send_replace(());
-                    }
-                    Err(error) => {
-                        if complaints.allows() {
-                            tracing::warn!(%error, "the store does not answer; polls get what was last known");
-                        }
-                        break;
+        let mut updates = Box::pin(follow::updates(|| store.watch(None), ended, PACE));
+        while let Some(told) = updates.next().await {
+            match told {
+                Ok(item) => {
+                    self.history().take(item);
+                    self.changed.send_replace(());
+                }
+                Err(error) => {
+                    if complaints.allows() {
+                        tracing::warn!(%error, "the store does not answer; polls get what was last known");
                     }
                 }
             }
-            tokio::time::sleep(backoff.next_pause()).await;
         }
     }
 
@@ -334,6 +371,7 @@ fn count_u64(count: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::store::Cursor;
     use crate::lease::LeaseAttrs;
 
     #[test]
@@ -436,6 +474,36 @@ mod tests {
         assert!(body(history.answer_one(mine, Some(&seen))).contains("removed"));
         // After a restart of the server the holder learns the same.
         assert!(body(history.answer_one(mine, Some("other.3"))).contains("removed"));
+    }
+
+    #[test]
+    fn a_lease_that_cannot_be_read_stays_what_it_was_known_as() {
+        let list = |leases: &[u8], unreadable: &[u8]| WatchItem {
+            update: LeaseUpdate::Snapshot(leases.iter().map(|&n| lease(n)).collect()),
+            unreadable: unreadable.iter().map(|&n| lease(n).subnet).collect(),
+            cursor: Cursor("1".to_owned()),
+        };
+        let mut history = History::new("e".into());
+        history.take(list(&[1, 2], &[3]));
+        // Of the third nothing was ever known here; a client may know better.
+        let text = body(history.answer(None));
+        assert!(
+            text.contains("],\"unreadable\":[\"10.3.0.0-24\"],\"cursor\""),
+            "{text}"
+        );
+        let seen = newest(&history);
+        history.take(list(&[1], &[2, 3]));
+        assert_eq!(history.answer(Some(&seen)), None, "a bad entry is no removal");
+        assert!(history.lease(key("10.2.0.0-24")).is_some());
+        history.take(list(&[1], &[2]));
+        let text = body(history.answer(Some(&seen)));
+        assert!(text.contains("removed") && text.contains("10.3.0.0/24"), "{text}");
+        let seen = newest(&history);
+        history.take(list(&[1, 3], &[2]));
+        history.take(list(&[1, 3], &[]));
+        let text = body(history.answer(Some(&seen)));
+        assert!(text.contains("added") && text.contains("removed"), "{text}");
+        assert!(!body(history.answer(None)).contains("unreadable"));
     }
 
     #[test]

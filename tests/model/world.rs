@@ -229,6 +229,7 @@ impl Record {
                 created: Some(self.created),
             },
             revision: self.modified,
+            readable: true,
         }
     }
 }
@@ -387,7 +388,12 @@ impl Link {
                 }
                 position.revision = Some(revision);
                 let cursor = Cursor(revision.to_string());
-                return Ok((WatchItem { update, cursor }, position));
+                let item = WatchItem {
+                    update,
+                    unreadable: Vec::new(),
+                    cursor,
+                };
+                return Ok((item, position));
             }
             tokio::select! {
                 _ = changed.changed() => {}

@@ -358,6 +358,7 @@ impl EmbeddedRegistry {
         Ok(written.await?.map(|revision| Entry {
             lease: self.inner.lease(subnet, &record),
             revision,
+            readable: true,
         }))
     }
 
@@ -398,6 +399,7 @@ impl EmbeddedRegistry {
         let (events, last) = network.log.after(revision)?;
         Some(WatchItem {
             update: LeaseUpdate::Events(events),
+            unreadable: Vec::new(),
             cursor: cursor(state.file, last),
         })
     }
@@ -594,6 +596,7 @@ impl Registry for EmbeddedRegistry {
             let entries = leases.map(|(subnet, record)| Entry {
                 lease: self.inner.lease(*subnet, record),
                 revision: record.revision,
+                readable: true,
             });
             Ok(entries.collect())
         })
@@ -742,6 +745,7 @@ const RETRY: Duration = Duration::from_millis(200);
 fn snapshot(state: &State, leases: Vec<Lease>) -> WatchItem {
     WatchItem {
         update: LeaseUpdate::Snapshot(leases),
+        unreadable: Vec::new(),
         cursor: cursor(state.file, state.revision),
     }
 }

@@ -8,8 +8,8 @@
 //! `following` is the watch, `connection` the way to etcd and what its refusals mean, `tls` the certificates, and
 //! `presence` how two hosts with one public address find out, with keys under `PREFIX/kersey`.
 //!
-//! A key or value that cannot be read is skipped, counted and told once a minute. It stands for nothing, not for a
-//! removal.
+//! A key or value that cannot be read is counted and told once a minute. It stands for nothing, not for a removal; but a lease's
+//! key with a value that cannot be read is there, and so its subnet is taken.
 //!
 //! Limits: how much time other nodes' leases have left is asked for only with [`Expirations::Ask`], one round trip per
 //! lease; otherwise `expiration` of a listed lease is an upper bound.
@@ -18,6 +18,7 @@ mod connection;
 mod following;
 mod networks;
 mod presence;
+mod spares;
 mod tls;
 
 use std::net::IpAddr;
@@ -32,11 +33,13 @@ use etcd_client::{
 };
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
+use tokio::time::Instant;
 
 use self::connection::{Connection, Right, refused};
 use self::following::Progress;
 pub use self::networks::EtcdNetworks;
 use self::presence::Presence;
+use self::spares::{Grant, Spares};
 use crate::control::RateLimit;
 use crate::control::identity::Holder;
 use crate::control::store::{
@@ -135,6 +138,7 @@ pub struct EtcdRegistry {
     skipped: AtomicU64,
     complaints: RateLimit,
     presence: Presence,
+    spares: Spares,
 }
 
 impl std::fmt::Debug for EtcdRegistry {
@@ -158,6 +162,7 @@ impl EtcdRegistry {
             expirations: options.expirations,
             skipped: AtomicU64::new(0),
             complaints: RateLimit::default(),
+            spares: Spares::default(),
         })
     }
 
@@ -237,11 +242,11 @@ impl EtcdRegistry {
     /// The entry a key and its value are, with the id of its etcd lease.
     fn entry(&self, kv: &KeyValue) -> Option<(Entry, i64)> {
         let subnet = self.subnet(kv)?;
-        let attrs = match LeaseAttrs::from_json(kv.value()) {
-            Ok(attrs) => attrs,
+        let (attrs, readable) = match LeaseAttrs::from_json(kv.value()) {
+            Ok(attrs) => (attrs, true),
             Err(error) => {
                 self.skip(kv, &error.to_string());
-                return None;
+                (LeaseAttrs::of_nobody(), false)
             }
         };
         let expiration = match kv.lease() {
@@ -255,7 +260,12 @@ impl EtcdRegistry {
             created: Some(kv.create_revision().unsigned_abs()),
         };
         let revision = kv.mod_revision().unsigned_abs();
-        Some((Entry { lease, revision }, kv.lease()))
+        let entry = Entry {
+            lease,
+            revision,
+            readable,
+        };
+        Some((entry, kv.lease()))
     }
 
     fn subnet(&self, kv: &KeyValue) -> Option<Subnet> {
@@ -311,18 +321,26 @@ impl EtcdRegistry {
         let key = self.key(subnet);
         let right = Right::Write(key.clone());
         let mut client = self.connection.client(doing).await?;
-        let grant = match lifetime {
+        let spare = match lifetime {
             Lifetime::Forever => None,
-            Lifetime::Ttl => {
+            Lifetime::Ttl => self.spares.take(attrs),
+        };
+        let grant = match (lifetime, spare) {
+            (Lifetime::Forever, _) => None,
+            (Lifetime::Ttl, Some(spare)) => Some(spare),
+            (Lifetime::Ttl, None) => {
                 let seconds = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
-                Some(
-                    self.connection
-                        .ask(doing, &Right::None, client.lease_grant(seconds, None))
-                        .await?,
-                )
+                let at = Instant::now();
+                let granted = client.lease_grant(seconds, None);
+                let granted = self.connection.ask(doing, &Right::None, granted).await?;
+                Some(Grant {
+                    id: granted.id(),
+                    ttl: Duration::from_secs(granted.ttl().unsigned_abs()),
+                    at,
+                })
             }
         };
-        let id = grant.as_ref().map_or(0, |grant| grant.id());
+        let id = grant.map_or(0, |grant| grant.id);
         // Before the put: its event may be here before its answer.
         self.presence.wrote(subnet, attrs, id);
         let options = PutOptions::new().with_lease(id).with_prev_key();
@@ -331,8 +349,11 @@ impl EtcdRegistry {
         let answer = match self.connection.ask(doing, &right, client.txn(txn)).await {
             Ok(answer) => answer,
             Err(error) => {
-                if !error.is_unavailable() {
-                    self.abandon(&mut client, id).await;
+                match grant {
+                    // The write may have been made. The next one, likely the same, goes with the same etcd lease: one that fails
+                    // again and again leaves one behind, not one each time.
+                    Some(grant) if error.is_unavailable() => self.spares.keep(attrs, grant),
+                    Some(_) | None => self.abandon(&mut client, id).await,
                 }
                 return Err(error);
             }
@@ -357,7 +378,7 @@ impl EtcdRegistry {
         }
         let expiration = match grant {
             None => Expiration::Never,
-            Some(grant) => expires_in(Duration::from_secs(grant.ttl().unsigned_abs())),
+            Some(grant) => expires_in(grant.ttl.saturating_sub(grant.at.elapsed())),
         };
         let created = before.map_or(revision, |before| before.create_revision());
         Ok(Some(Entry {
@@ -368,6 +389,7 @@ impl EtcdRegistry {
                 created: Some(created.unsigned_abs()),
             },
             revision: revision.unsigned_abs(),
+            readable: true,
         }))
     }
 

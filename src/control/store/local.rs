@@ -98,8 +98,32 @@ impl<R: Registry> LocalStore<R> {
                 cause: error.to_string(),
             }
         })?;
-        let created = self.registry.create(subnet, attrs, Lifetime::Ttl).await?;
-        Ok(created.map(|entry| entry.lease))
+        self.create(subnet, attrs).await
+    }
+
+    /// Creates a lease, unless somebody was faster.
+    async fn create(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<Lease>, StoreError> {
+        let Some(ours) = self.registry.create(subnet, attrs, Lifetime::Ttl).await? else {
+            return Ok(None);
+        };
+        if subnet.ipv4().is_none() || subnet.v6.is_none() {
+            // The key is the subnet: nobody else can have it.
+            return Ok(Some(ours.lease));
+        }
+        // The key is both subnets: somebody may have come by one of them under another key since the leases were listed.
+        let entries = self.registry.list().await?;
+        let is_before_us = |other: &&Entry| {
+            other.lease.subnet != subnet
+                && other.lease.subnet.overlaps(subnet)
+                && !other.lease.attrs.same_node(attrs)
+                // Where it is not told who was first, both make way and choose again.
+                && !matches!((other.lease.created, ours.lease.created), (Some(theirs), Some(ours)) if theirs > ours)
+        };
+        if entries.iter().any(|other| is_before_us(&other)) {
+            self.registry.delete(subnet, ours.revision).await?;
+            return Ok(None);
+        }
+        Ok(Some(ours.lease))
     }
 
     /// `formerly` is who else this node was when it took the lease, if it has other addresses by now.
@@ -109,15 +133,20 @@ impl<R: Registry> LocalStore<R> {
         formerly: Option<Formerly<'_>>,
     ) -> Result<Option<Lease>, StoreError> {
         let subnet = lease.subnet;
-        let lost = |holder: &Entry| StoreError::LeaseLost {
+        let lost = |entry: &Entry| StoreError::LeaseLost {
             subnet,
-            cause: format!(
-                "{} is held by {}",
-                holder.lease.subnet, holder.lease.attrs.public_ip
-            ),
+            cause: in_the_way(entry),
         };
         // One key, not all: a thousand nodes renew at once when a store comes back.
         if let Some(entry) = self.registry.get(subnet).await? {
+            if !entry.readable && entry.lease.created.is_some() && entry.lease.created == lease.created {
+                // The key we made: nobody took it, somebody spoilt it.
+                let updated = self
+                    .registry
+                    .update(subnet, entry.revision, &lease.attrs, lifetime(lease))
+                    .await?;
+                return Ok(updated.map(|entry| entry.lease));
+            }
             let held_by = &entry.lease.attrs;
             let lifetime = lifetime(&entry.lease);
             let moves = |formerly: Formerly<'_>| match formerly {
@@ -140,14 +169,18 @@ impl<R: Registry> LocalStore<R> {
         if let Some(entry) = entries.iter().find(in_the_way) {
             return Err(lost(entry));
         }
-        // Whether it ever was ours nobody knows: it must be one that could have been.
-        if !self.network("renew a lease").await?.fits(subnet) {
-            let cause = "it is gone, and the network config would not hand it out".to_owned();
-            return Err(StoreError::LeaseLost { subnet, cause });
+        // Whether it ever was ours nobody knows: it must be one that could have been. A store that was wiped has no config to ask, and its
+        // nodes are to register anew.
+        match self.network("renew a lease").await {
+            Ok(network) if !network.fits(subnet) => {
+                let cause = "it is gone, and the network config would not hand it out".to_owned();
+                return Err(StoreError::LeaseLost { subnet, cause });
+            }
+            Err(error) if error.is_unavailable() => return Err(error),
+            Ok(_) | Err(_) => {}
         }
         // A reservation that was deleted is not brought back as one: that is the operator's to decide.
-        let created = self.registry.create(subnet, &lease.attrs, Lifetime::Ttl).await?;
-        Ok(created.map(|entry| entry.lease))
+        self.create(subnet, &lease.attrs).await
     }
 
     /// Fails if another live host has the public address of this process's node.
@@ -238,6 +271,12 @@ impl<R: Registry> LocalStore<R> {
                 cause: format!("there is no lease of {subnet}"),
             });
         };
+        if !entry.readable {
+            return Err(StoreError::Refused {
+                doing: "end a reservation",
+                cause: in_the_way(&entry),
+            });
+        }
         let updated = self
             .registry
             .update(subnet, entry.revision, &entry.lease.attrs, Lifetime::Ttl)
@@ -285,10 +324,13 @@ impl<R: Registry> Store for LocalStore<R> {
         previous: Option<Subnet>,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
         Box::pin(async move {
+            let mut previous = previous;
             for _ in 0..ATTEMPTS {
                 if let Some(lease) = self.try_acquire(attrs, previous).await? {
                     return Ok(lease);
                 }
+                // It was not to be had, whatever the list says.
+                previous = None;
             }
             Err(races_lost("acquire a lease"))
         })
@@ -457,6 +499,17 @@ impl<R: Registry> Store for LocalStore<R> {
     }
 }
 
+/// What is where somebody else would be.
+fn in_the_way(entry: &Entry) -> String {
+    let subnet = entry.lease.subnet;
+    match entry.readable {
+        true => format!("{subnet} is held by {}", entry.lease.attrs.public_ip),
+        false => {
+            format!("the entry of {subnet} cannot be read: whoever wrote it may put it right, or revoke it")
+        }
+    }
+}
+
 /// A reservation stays one, whatever is done to it.
 fn lifetime(lease: &Lease) -> Lifetime {
     match lease.expiration {
@@ -471,3 +524,6 @@ fn races_lost(doing: &'static str) -> StoreError {
         cause: format!("others were faster {ATTEMPTS} times in a row"),
     }
 }
+
+#[cfg(test)]
+mod tests;

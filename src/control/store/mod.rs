@@ -37,8 +37,23 @@ pub struct Cursor(pub String);
 pub struct WatchItem {
     /// What changed.
     pub update: LeaseUpdate,
+    /// Beside a snapshot: leases that are there and cannot be read. They are not gone; see [`completed`](Self::completed).
+    pub unreadable: Vec<Subnet>,
     /// Where to resume after it.
     pub cursor: Cursor,
+}
+
+impl WatchItem {
+    /// The update, in which leases that cannot be read are as they were `known` before: a bad entry is no removal.
+    pub fn completed(self, known: impl Fn(Subnet) -> Option<Lease>) -> LeaseUpdate {
+        match self.update {
+            LeaseUpdate::Snapshot(mut leases) => {
+                leases.extend(self.unreadable.into_iter().filter_map(known));
+                LeaseUpdate::Snapshot(leases)
+            }
+            LeaseUpdate::Events(events) => LeaseUpdate::Events(events),
+        }
+    }
 }
 
 /// Why a store did not do what was asked.
@@ -245,6 +260,8 @@ pub struct Entry {
     pub lease: Lease,
     /// The revision of its last change; compare-and-swap compares it.
     pub revision: u64,
+    /// Whether its value could be read. If not, its attributes are [nobody's](LeaseAttrs::of_nobody), and yet its subnet is taken.
+    pub readable: bool,
 }
 
 /// How long an entry lives without renewal.
@@ -267,10 +284,10 @@ pub trait Registry: Send + Sync {
     /// The config text as it stands.
     fn config(&self) -> BoxFuture<'_, Result<String, StoreError>>;
 
-    /// All entries at one revision. It is complete or fails; entries that cannot be read are skipped and counted.
+    /// All entries at one revision. It is complete or fails; keys that cannot be read are skipped, and values that cannot are counted.
     fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>>;
 
-    /// The entry of one subnet, if there is one that can be read.
+    /// The entry of one subnet, if there is one.
     fn get(&self, subnet: Subnet) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
         Box::pin(async move {
             let entries = self.list().await?;

@@ -78,6 +78,11 @@ pub trait Networks: Send + Sync {
     /// What access takes cannot be had, a certificate file for instance.
     fn open(&self, name: Option<&NetworkName>) -> Result<Arc<dyn Store>, StoreError>;
 
+    /// How often the store was found wiped, restored from a backup or exchanged for another; see [`Store::resets`].
+    fn resets(&self) -> u64 {
+        0
+    }
+
     /// Watches which networks there are, from `since` or from a fresh snapshot. The first item of a watch without `since` is a
     /// snapshot. A stream that ends or fails is watched anew by the caller, without `since`. A cursor the store cannot read is
     /// refused; one that is too old, or from the future, gets a snapshot.

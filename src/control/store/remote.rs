@@ -13,6 +13,7 @@
 //!
 //! Limits: reservations and revocations go through where the server knows them (v0.5.6 and later).
 
+mod clock;
 mod connect;
 pub mod networks;
 pub mod node;
@@ -139,11 +140,15 @@ impl RemoteStore {
             path: &format!("{}/leases", self.base),
             sign_of_life: &format!("{}/config", self.base),
             read: read_watch,
-            nothing: || LeaseUpdate::Snapshot(Vec::new()),
+            nothing: || (LeaseUpdate::Snapshot(Vec::new()), Vec::new()),
             node: self.node().clone(),
         };
-        let (update, cursor) = poll(&self.servers, &watched, since).await?;
-        Ok(WatchItem { update, cursor })
+        let ((update, unreadable), cursor) = poll(&self.servers, &watched, since).await?;
+        Ok(WatchItem {
+            update,
+            unreadable,
+            cursor,
+        })
     }
 
     fn node(&self) -> MutexGuard<'_, Option<NodeHeader>> {
@@ -174,7 +179,7 @@ impl RemoteStore {
         Ok(Lease {
             subnet: read.subnet,
             attrs: attrs.clone(),
-            expiration: read.expiration,
+            expiration: clock::here(read.expiration, &answer.headers),
             created: None,
         })
     }
@@ -202,7 +207,8 @@ impl RemoteStore {
         let expiration = if answer.body.trim().is_empty() {
             expires_in(LEASE_TTL)
         } else {
-            parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?
+            let end = parse_lease_end(&answer.body).map_err(|error| garbled(ask.doing, error))?;
+            clock::here(end, &answer.headers)
         };
         *self.node() = node;
         Ok(Lease {
@@ -356,7 +362,10 @@ fn is_plain_cursor(cursor: &str) -> bool {
 }
 
 /// Reads the answer to a watch. A cursor goes into a URL as it is, so one that would not survive that is refused.
-fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
+/// An update, and beside a snapshot the leases that cannot be read.
+type Told = (LeaseUpdate, Vec<Subnet>);
+
+fn read_watch(body: &str) -> Result<(Option<Told>, Cursor), StoreError> {
     const DOING: &str = "watch the leases";
     let answer = parse_watch(body).map_err(|error| garbled(DOING, error))?;
     if answer.skipped > 0 {
@@ -368,7 +377,8 @@ fn read_watch(body: &str) -> Result<(Option<LeaseUpdate>, Cursor), StoreError> {
             format!("the cursor {:?} is malformed", answer.cursor),
         ));
     }
-    Ok((answer.update, Cursor(answer.cursor)))
+    let told = answer.update.map(|update| (update, answer.unreadable));
+    Ok((told, Cursor(answer.cursor)))
 }
 
 /// The end of a renewed lease, whatever became of its attributes on the way.

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::connection::Right;
 use super::{EtcdRegistry, Expirations, MAX_ANSWER, prefix_end};
-use crate::control::store::{Cursor, StoreError, WatchItem};
+use crate::control::store::{Cursor, Entry, StoreError, WatchItem};
 use crate::lease::{LeaseEvent, LeaseUpdate};
 
 /// How long a watch may be quiet before it is asked for a progress notice; after as long again it is given up.
@@ -99,6 +99,7 @@ impl EtcdRegistry {
             if !events.is_empty() {
                 let item = WatchItem {
                     update: LeaseUpdate::Events(events),
+                    unreadable: Vec::new(),
                     cursor: Cursor(following.revision.to_string()),
                 };
                 return Ok((item, Progress::Following(following)));
@@ -108,8 +109,11 @@ impl EtcdRegistry {
 
     async fn snapshot(&self) -> Result<(WatchItem, Progress), StoreError> {
         let (entries, revision) = self.list_at_revision().await?;
+        let (told, unreadable): (Vec<Entry>, Vec<Entry>) =
+            entries.into_iter().partition(|entry| entry.readable);
         let item = WatchItem {
-            update: LeaseUpdate::Snapshot(entries.into_iter().map(|entry| entry.lease).collect()),
+            update: LeaseUpdate::Snapshot(told.into_iter().map(|entry| entry.lease).collect()),
+            unreadable: unreadable.into_iter().map(|entry| entry.lease.subnet).collect(),
             cursor: Cursor(revision.to_string()),
         };
         Ok((item, Progress::From(revision)))
@@ -147,7 +151,9 @@ impl EtcdRegistry {
             let Some(kv) = event.kv() else { continue };
             match event.event_type() {
                 EventType::Put => {
-                    let Some(mut entry) = self.entry(kv) else { continue };
+                    let Some(mut entry) = self.entry(kv).filter(|(entry, _)| entry.readable) else {
+                        continue;
+                    };
                     self.presence.look_at(&entry.0.lease, kv.lease());
                     if self.expirations == Expirations::Ask {
                         entry = self.with_expiration(entry).await;

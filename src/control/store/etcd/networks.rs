@@ -77,6 +77,7 @@ impl EtcdNetworks {
         let root = self.root();
         let end = prefix_end(&root);
         let right = Right::ReadAll(root.clone());
+        let floor = connection.floor();
         let (mut from, mut revision, mut names) = (root.into_bytes(), 0, BTreeSet::new());
         loop {
             let first = GetOptions::new()
@@ -86,6 +87,7 @@ impl EtcdNetworks {
                 .with_revision(revision);
             let answer = connection.ask(DOING, &right, kv.get(from, Some(first))).await?;
             if revision == 0 {
+                connection.check_history(answer.header(), floor);
                 revision = answer.header().map_or(0, |header| header.revision());
             }
             let Some(found) = answer.kvs().first() else {
@@ -155,6 +157,9 @@ impl EtcdNetworks {
                 .filter_map(|event| event.kv())
                 .map(KeyValue::mod_revision)
                 .max();
+            self.unnamed
+                .connection
+                .saw(i64::try_from(current).unwrap_or(i64::MAX));
             match newest {
                 Some(revision) => following.revision = revision.unsigned_abs(),
                 None if answer.created() => {}
@@ -207,6 +212,10 @@ impl Networks for EtcdNetworks {
             ..self.options.clone()
         })?;
         Ok(Arc::new(store))
+    }
+
+    fn resets(&self) -> u64 {
+        self.unnamed.connection.resets()
     }
 
     fn watch(&self, since: Option<Cursor>) -> BoxStream<'_, Result<NetworkItem, StoreError>> {

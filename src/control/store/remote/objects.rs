@@ -3,10 +3,11 @@
 //! Field names and their order are those of flannel v0.5 to v0.7, whose programs are on the other end of the wire. What
 //! those versions had no word for is added only where it is needed, because their decoders skip unknown fields:
 //! `IPv6Subnet` beside `Subnet` for a dual-stack lease (flannel v0.28's name for it), `PublicIPv6` and `BackendV6Data`
-//! inside `Attrs`.
+//! inside `Attrs`, and beside `snapshot`, as `unreadable`, the keys of leases that are there and cannot be read.
 //!
 //! Times are RFC 3339 with nanoseconds in UTC; `0001-01-01T00:00:00Z`, Go's zero time, means "none".
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -154,7 +155,13 @@ pub fn join_events<'a>(events: impl Iterator<Item = &'a str>, cursor: &str) -> S
 }
 
 /// Writes the answer to a watch: a snapshot.
-pub fn snapshot_json<'a>(leases: impl Iterator<Item = &'a Lease>, cursor: &str) -> String {
+///
+/// `unreadable` are the leases that are there beside them.
+pub fn snapshot_json<'a>(
+    leases: impl Iterator<Item = &'a Lease>,
+    unreadable: &BTreeSet<Subnet>,
+    cursor: &str,
+) -> String {
     let mut out = String::from("{\"events\":null,\"snapshot\":[");
     for (i, lease) in leases.enumerate() {
         if i > 0 {
@@ -162,7 +169,12 @@ pub fn snapshot_json<'a>(leases: impl Iterator<Item = &'a Lease>, cursor: &str) 
         }
         out.push_str(&lease_json(lease));
     }
-    let _ = writeln!(out, "],\"cursor\":\"{cursor}\"}}");
+    out.push(']');
+    if !unreadable.is_empty() {
+        let keys: Vec<String> = unreadable.iter().map(|subnet| format!("\"{subnet}\"")).collect();
+        let _ = write!(out, ",\"unreadable\":[{}]", keys.join(","));
+    }
+    let _ = writeln!(out, ",\"cursor\":\"{cursor}\"}}");
     out
 }
 
@@ -173,6 +185,8 @@ pub struct WatchAnswer {
     pub update: Option<LeaseUpdate>,
     /// Where to resume.
     pub cursor: String,
+    /// Beside a snapshot: leases that are there and could not be read, by the server or here.
+    pub unreadable: Vec<Subnet>,
     /// Entries left out because they could not be read: flannel's own clients stall on such, we skip them.
     pub skipped: usize,
 }
@@ -188,6 +202,8 @@ pub fn parse_watch(text: &str) -> Result<WatchAnswer, String> {
         events: Option<Vec<&'a RawValue>>,
         #[serde(borrow, default)]
         snapshot: Option<Vec<&'a RawValue>>,
+        #[serde(default)]
+        unreadable: Option<Vec<String>>,
         cursor: String,
     }
     let answer: Answer<'_> = serde_json::from_str(text).map_err(|error| error.to_string())?;
@@ -197,10 +213,19 @@ pub fn parse_watch(text: &str) -> Result<WatchAnswer, String> {
     } else {
         events.len()
     };
+    let mut unreadable = Vec::new();
     let update = if events.is_empty() {
+        let keys = answer.unreadable.unwrap_or_default();
+        unreadable.extend(keys.iter().filter_map(|key| key.parse::<Subnet>().ok()));
         answer.snapshot.map(|leases| {
-            let read = |raw: &RawValue| parse_lease(raw.get()).ok()?.into_lease();
-            LeaseUpdate::Snapshot(leases.into_iter().filter_map(read).collect())
+            let mut read = |raw: &RawValue| {
+                let lease = parse_lease(raw.get()).ok().and_then(ApiLease::into_lease);
+                if lease.is_none() {
+                    unreadable.extend(subnet_of(raw.get()));
+                }
+                lease
+            };
+            LeaseUpdate::Snapshot(leases.into_iter().filter_map(&mut read).collect())
         })
     } else {
         Some(LeaseUpdate::Events(
@@ -218,7 +243,18 @@ pub fn parse_watch(text: &str) -> Result<WatchAnswer, String> {
     Ok(WatchAnswer {
         update,
         cursor: answer.cursor,
+        unreadable,
         skipped: given - read,
+    })
+}
+
+/// The subnet of a lease that cannot be read as a whole.
+fn subnet_of(text: &str) -> Option<Subnet> {
+    let object = Object::parse(text, MAX_LEASE_BYTES).ok()?;
+    let v6 = object.string("IPv6Subnet").ok()?;
+    Some(Subnet {
+        v4: object.parsed("Subnet", "").ok()??,
+        v6: v6.and_then(|text| text.parse().ok()),
     })
 }
 
@@ -386,7 +422,10 @@ mod tests {
         let Some(LeaseUpdate::Snapshot(leases)) = answer.update else {
             panic!("{snapshot}");
         };
-        assert_eq!(snapshot_json(leases.iter(), "6").trim_end(), snapshot);
+        assert_eq!(
+            snapshot_json(leases.iter(), &BTreeSet::new(), "6").trim_end(),
+            snapshot
+        );
     }
 
     #[test]
@@ -410,6 +449,7 @@ mod tests {
         );
         let answer = parse_watch(&text).unwrap();
         assert_eq!(answer.skipped, 2);
+        assert_eq!(answer.unreadable, ["10.0.0.0-24".parse().unwrap()]);
         assert!(matches!(answer.update, Some(LeaseUpdate::Snapshot(leases)) if leases.len() == 1));
         let nothing = parse_watch(r#"{"events":null,"snapshot":null,"cursor":"1"}"#).unwrap();
         assert_eq!(nothing.update, None);

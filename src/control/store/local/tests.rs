@@ -1,0 +1,199 @@
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use futures_util::stream;
+
+use super::*;
+
+const SINGLE: &str = r#"{"Network":"10.0.0.0/16"}"#;
+const DUAL: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
+
+/// A key space with somebody else in it, who is faster once.
+struct Keys {
+    config: &'static str,
+    entries: Mutex<BTreeMap<Subnet, Entry>>,
+    revision: Mutex<u64>,
+    /// Creates this just before our first create.
+    faster: Mutex<Option<fn(Subnet) -> Subnet>>,
+    /// Whether it is told which entry was first.
+    tells_age: bool,
+}
+
+impl Keys {
+    fn new(config: &'static str) -> Self {
+        Self {
+            config,
+            entries: Mutex::default(),
+            revision: Mutex::default(),
+            faster: Mutex::default(),
+            tells_age: true,
+        }
+    }
+
+    fn put(&self, subnet: Subnet, attrs: &LeaseAttrs, lifetime: Lifetime, readable: bool) -> Entry {
+        let mut revision = self.revision.lock().unwrap();
+        *revision += 1;
+        let mut entries = self.entries.lock().unwrap();
+        let before = entries.get(&subnet).and_then(|entry| entry.lease.created);
+        let entry = Entry {
+            lease: Lease {
+                subnet,
+                attrs: attrs.clone(),
+                expiration: match lifetime {
+                    Lifetime::Ttl => crate::control::store::expires_in(std::time::Duration::from_secs(60)),
+                    Lifetime::Forever => Expiration::Never,
+                },
+                created: self.tells_age.then(|| before.unwrap_or(*revision)),
+            },
+            revision: *revision,
+            readable,
+        };
+        entries.insert(subnet, entry.clone());
+        entry
+    }
+
+    /// Somebody writes nonsense over a key, or makes one.
+    fn spoil(&self, subnet: Subnet) {
+        self.put(subnet, &LeaseAttrs::of_nobody(), Lifetime::Forever, false);
+    }
+
+    fn entry(&self, subnet: Subnet) -> Option<Entry> {
+        self.entries.lock().unwrap().get(&subnet).cloned()
+    }
+}
+
+impl Registry for Keys {
+    fn place(&self) -> String {
+        "memory".to_owned()
+    }
+
+    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
+        Box::pin(async { Ok(self.config.to_owned()) })
+    }
+
+    fn list(&self) -> BoxFuture<'_, Result<Vec<Entry>, StoreError>> {
+        Box::pin(async { Ok(self.entries.lock().unwrap().values().cloned().collect()) })
+    }
+
+    fn create<'a>(
+        &'a self,
+        subnet: Subnet,
+        attrs: &'a LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
+        Box::pin(async move {
+            if let Some(faster) = self.faster.lock().unwrap().take() {
+                self.put(faster(subnet), &node(99), Lifetime::Ttl, true);
+            }
+            let free = self.entry(subnet).is_none();
+            Ok(free.then(|| self.put(subnet, attrs, lifetime, true)))
+        })
+    }
+
+    fn update<'a>(
+        &'a self,
+        subnet: Subnet,
+        revision: u64,
+        attrs: &'a LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
+        Box::pin(async move {
+            let unchanged = self.entry(subnet).is_some_and(|entry| entry.revision == revision);
+            Ok(unchanged.then(|| self.put(subnet, attrs, lifetime, true)))
+        })
+    }
+
+    fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>> {
+        Box::pin(async move {
+            let unchanged = self.entry(subnet).is_some_and(|entry| entry.revision == revision);
+            if unchanged {
+                self.entries.lock().unwrap().remove(&subnet);
+            }
+            Ok(unchanged)
+        })
+    }
+
+    fn watch(&self, _since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
+        Box::pin(stream::pending())
+    }
+}
+
+/// Junk on the subnet a node had before: it would ask for it for ever.
+#[tokio::test]
+async fn a_subnet_whose_entry_cannot_be_read_is_taken() {
+    let store = LocalStore::new(Keys::new(SINGLE));
+    let junk = subnet("10.0.7.0-24");
+    store.registry().spoil(junk);
+    let lease = store.acquire(&node(1), Some(junk)).await.unwrap();
+    assert_ne!(lease.subnet, junk);
+    assert!(
+        !store.registry().entry(junk).unwrap().readable,
+        "it was overwritten"
+    );
+    // It is nobody's to be turned into a lease, and the operator's to remove.
+    let error = store.unreserve(junk).await.unwrap_err().to_string();
+    assert!(error.contains("cannot be read"), "{error}");
+    store.revoke(junk).await.unwrap();
+    assert_eq!(store.registry().entry(junk), None);
+}
+
+/// What we made and somebody spoilt is put right; what somebody made while we had nothing there is not ours to touch.
+#[tokio::test]
+async fn a_lease_of_ours_that_was_spoilt_is_put_right_and_no_other_is() {
+    let store = LocalStore::new(Keys::new(SINGLE));
+    let lease = store.acquire(&node(1), None).await.unwrap();
+    store.registry().spoil(lease.subnet);
+    let renewed = store.renew(&lease).await.unwrap();
+    assert_eq!((renewed.subnet, &renewed.attrs), (lease.subnet, &node(1)));
+    assert!(
+        matches!(renewed.expiration, Expiration::At(_)),
+        "it became a reservation"
+    );
+    store.revoke(lease.subnet).await.unwrap();
+    store.registry().spoil(lease.subnet);
+    let error = store.renew(&lease).await.unwrap_err();
+    assert!(matches!(error, StoreError::LeaseLost { .. }), "{error}");
+    assert!(error.to_string().contains("cannot be read"), "{error}");
+    assert!(!store.registry().entry(lease.subnet).unwrap().readable);
+}
+
+/// A subnet that is not to be had although the list shows it free is not asked for ten times.
+#[tokio::test]
+async fn a_previous_subnet_that_somebody_was_faster_to_take_is_given_up() {
+    let store = LocalStore::new(Keys::new(SINGLE));
+    let previous = subnet("10.0.7.0-24");
+    *store.registry().faster.lock().unwrap() = Some(|wanted| wanted);
+    let lease = store.acquire(&node(1), Some(previous)).await.unwrap();
+    assert_ne!(lease.subnet, previous);
+}
+
+/// Two nodes that start at once draw the same IPv4 subnet and different IPv6 ones: two keys, both free.
+#[tokio::test]
+async fn two_keys_with_one_subnet_in_common_are_not_both_leases() {
+    for tells_age in [true, false] {
+        let store = LocalStore::new(Keys {
+            tells_age,
+            ..Keys::new(DUAL)
+        });
+        *store.registry().faster.lock().unwrap() = Some(|wanted| Subnet {
+            v6: Some("fd00:0:0:fff0::/64".parse().unwrap()),
+            ..wanted
+        });
+        let lease = store.acquire(&node(1), None).await.unwrap();
+        let entries = store.registry().list().await.unwrap();
+        let others: Vec<_> = entries
+            .iter()
+            .filter(|entry| entry.lease.attrs != node(1))
+            .collect();
+        assert_eq!((entries.len(), others.len()), (2, 1), "{entries:?}");
+        assert!(!others[0].lease.subnet.overlaps(lease.subnet), "{entries:?}");
+    }
+}
+
+fn node(i: u8) -> LeaseAttrs {
+    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
+}
+
+fn subnet(key: &str) -> Subnet {
+    key.parse().unwrap()
+}
