@@ -722,10 +722,14 @@ fn own_neighbour(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
     if !message.attributes.contains(&protocol) {
         return None;
     }
-    let addr = message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(addr)) => Some(IpAddr::V4(*addr)),
-        NeighbourAttribute::Destination(NeighbourAddress::Inet6(addr)) => Some(IpAddr::V6(*addr)),
-        _ => None,
+    let addr = message.attributes.iter().find_map(|attribute| {
+        if let NeighbourAttribute::Destination(NeighbourAddress::Inet(addr)) = attribute {
+            Some(IpAddr::V4(*addr))
+        } else if let NeighbourAttribute::Destination(NeighbourAddress::Inet6(addr)) = attribute {
+            Some(IpAddr::V6(*addr))
+        } else {
+            None
+        }
     })?;
     Some((message.header.ifindex, addr))
 }

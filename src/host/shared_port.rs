@@ -217,7 +217,9 @@ impl Member {
         }
         if mail.parcels.is_empty() {
             // The byte is there: it is written under this lock. Threads that move packets may not call read(2), but readv(2).
-            (&self.woken).read_vectored(&mut [IoSliceMut::new(&mut [0])])?;
+            if (&self.woken).read_vectored(&mut [IoSliceMut::new(&mut [0])])? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             self.mailbox.is_filled.store(false, Ordering::Release);
         }
         Ok(())

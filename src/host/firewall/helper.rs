@@ -145,12 +145,12 @@ pub(super) fn ask(invocation: &Invocation) -> Option<Result<Output, ToolError>> 
 fn call(channel: &mut Channel, invocation: &Invocation, patience: Duration) -> Result<Output, ToolError> {
     let program = invocation.tool().name();
     let deadline = Instant::now() + patience;
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::TimedOut => ToolError::Silent(program),
-        _ => ToolError::Start {
-            program,
-            source: io::Error::other(format!("the firewall helper is gone ({error}); restart kersey")),
-        },
+    let failed = |error: io::Error| {
+        if error.kind() == io::ErrorKind::TimedOut {
+            return ToolError::Silent(program);
+        }
+        let source = io::Error::other(format!("the firewall helper is gone ({error}); restart kersey"));
+        ToolError::Start { program, source }
     };
     // What nobody waits for any more comes first.
     while channel.unanswered.is_some() {
@@ -359,9 +359,15 @@ fn left(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
 
 /// An error that only says that nothing has come or gone yet is none.
 fn not_yet(error: io::Error) -> io::Result<()> {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => Ok(()),
-        _ => Err(error),
+    let passes = [
+        io::ErrorKind::WouldBlock,
+        io::ErrorKind::TimedOut,
+        io::ErrorKind::Interrupted,
+    ];
+    if passes.contains(&error.kind()) {
+        Ok(())
+    } else {
+        Err(error)
     }
 }
 

@@ -8,13 +8,16 @@ use super::*;
 const SINGLE: &str = r#"{"Network":"10.0.0.0/16"}"#;
 const DUAL: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
 
+/// What somebody faster takes, of what we are about to.
+type Faster = fn(Subnet) -> Subnet;
+
 /// A key space with somebody else in it, who is faster once.
 struct Keys {
     config: &'static str,
     entries: Mutex<BTreeMap<Subnet, Entry>>,
     revision: Mutex<u64>,
     /// Creates this just before our first create.
-    faster: Mutex<Option<fn(Subnet) -> Subnet>>,
+    faster: Mutex<Option<Faster>>,
     /// Whether it is told which entry was first.
     tells_age: bool,
 }
