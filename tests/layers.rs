@@ -39,10 +39,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     // A lab's kernel nodes take leases as any node does.
     ("lab", &["addr", "control", "host", "lease", "options", "status"]),
+    // `kersey server` is confined as a node is, and `kersey cleanup` puts back what a node switched.
     (
         "cli",
         &[
-            "addr", "control", "host", "lab", "lease", "options", "server", "status", "trust",
+            "addr", "control", "daemon", "host", "lab", "lease", "options", "server", "status", "trust",
         ],
     ),
 ];

@@ -21,7 +21,7 @@
 //!
 //! # Limits
 //!
-//! A mailbox holds [`MAILBOX_BYTES`]; what comes beyond that is dropped and counted as the kernel's own overflows are. A datagram for nobody
+//! A mailbox holds `MAILBOX_BYTES`; what comes beyond that is dropped and counted as the kernel's own overflows are. A datagram for nobody
 //! stays with whoever received it, and is refused there. What is handed around is copied once more: a network that wants all its speed
 //! wants a port of its own. Offloads and socket options are the first one's; they come from flags of the process.
 

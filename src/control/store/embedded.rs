@@ -15,7 +15,7 @@
 //! leases out: every watcher wakes for the next one due, and every list begins with it.
 //!
 //! Which host has which public address is kept as well, so that a second host with one is refused after a restart, too; all count
-//! as alive for [`REVIVED`] then, time enough to come back. How long each counts as alive is in memory only.
+//! as alive for `REVIVED` then, time enough to come back. How long each counts as alive is in memory only.
 //!
 //! One file holds any number of networks. They share the file and the numbering of changes, and nothing else.
 //!

@@ -249,7 +249,7 @@ impl<R: Registry> LocalStore<R> {
         };
         if let Some(other) = entries.iter().find(in_the_way) {
             return Err(refuse(format!(
-                "{subnet}: {} is already taken by {}",
+                "{subnet}: lease already taken: {} is held by {}",
                 other.lease.subnet, other.lease.attrs.public_ip
             )));
         }

@@ -15,7 +15,7 @@
 //!
 //! A helper that is stopped, or starved, answers late. Requests are numbered and an answer carries its request's number; while one is
 //! unanswered no other is sent, and an answer to one that nobody waits for any more is dropped. What arrived of a message, or could be sent of
-//! one, when the time was up is kept, so that the next call goes on where this one ended ([`Channel`]).
+//! one, when the time was up is kept, so that the next call goes on where this one ended (`Channel`).
 //!
 //! # When it dies
 //!
