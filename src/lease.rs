@@ -188,6 +188,12 @@ impl LeaseAttrs {
         out
     }
 
+    /// How long the texts in it are together; the rest has a size of its own.
+    pub fn data_bytes(&self) -> usize {
+        let data = |data: &Option<String>| data.as_deref().map_or(0, str::len);
+        self.backend_type.len() + data(&self.backend_data) + data(&self.backend_v6_data)
+    }
+
     /// The address flannel tells nodes apart by.
     pub fn address(&self) -> Option<IpAddr> {
         if self.public_ip.is_unspecified() {

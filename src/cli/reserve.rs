@@ -78,14 +78,6 @@ impl ReserveArgs {
             ));
         }
         let action = action(words)?;
-        if let (ReserveAction::Add { public_ip, .. }, Some(_)) = (&action, &self.remote)
-            && public_ip.is_ipv6()
-        {
-            return Err(UsageError::new(
-                "a server's reservations are by IPv4 address",
-                "reserve for a node without one in the server's own store: --etcd-endpoints or --embedded",
-            ));
-        }
         let remote = match self.remote {
             Some(Remote(servers)) => Some(self.asking.into_options(servers, self.certificates)?),
             None => None,

@@ -78,26 +78,52 @@ pub fn choose(
         .v4
         .map(|range| draw(&range, taken.iter().filter_map(|subnet| subnet.ipv4()), rng));
     let v4 = v4.transpose()?;
-    let v6 = match (config.v4, v4, config.v6) {
-        (_, _, None) => None,
-        (Some(range_v4), Some(v4), Some(range)) => {
-            let beside = beside(&range_v4, v4, &range);
-            let beside = beside.filter(|&v6| {
-                !taken
-                    .iter()
-                    .any(|other| other.v6.is_some_and(|held| held.overlaps(v6)))
-            });
-            match beside {
-                Some(v6) => Some(v6),
-                None => Some(draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng)?),
-            }
-        }
-        (_, _, Some(range)) => Some(draw(&range, taken.iter().filter_map(|subnet| subnet.v6), rng)?),
-    };
+    let v6 = config
+        .v6
+        .map(|range| beside_or_any(config.v4.zip(v4), &range, taken, rng));
+    let v6 = v6.transpose()?;
     Ok(Subnet {
         v4: v4.unwrap_or(Subnet::NO_V4),
         v6,
     })
+}
+
+/// A free subnet with the IPv4 half of `subnet`, which has no other, if the network wants another.
+///
+/// # Errors
+/// All IPv6 subnets are taken.
+pub fn complete(
+    config: &NetworkConfig,
+    taken: &[Subnet],
+    subnet: Subnet,
+    rng: &mut impl Rng,
+) -> Result<Subnet, OutOfSubnets> {
+    let (Some(range_v4), Some(range), Some(v4), None) = (config.v4, config.v6, subnet.ipv4(), subnet.v6)
+    else {
+        return Ok(subnet);
+    };
+    let v6 = beside_or_any(Some((range_v4, v4)), &range, taken, rng)?;
+    Ok(Subnet { v4, v6: Some(v6) })
+}
+
+fn beside_or_any(
+    v4: Option<(SubnetRange<Ipv4Prefix>, Ipv4Prefix)>,
+    range: &SubnetRange<Ipv6Prefix>,
+    taken: &[Subnet],
+    rng: &mut impl Rng,
+) -> Result<Ipv6Prefix, OutOfSubnets> {
+    let is_free = |v6: &Ipv6Prefix| {
+        !taken
+            .iter()
+            .any(|other| other.v6.is_some_and(|held| held.overlaps(*v6)))
+    };
+    match v4
+        .and_then(|(range_v4, v4)| beside(&range_v4, v4, range))
+        .filter(is_free)
+    {
+        Some(v6) => Ok(v6),
+        None => draw(range, taken.iter().filter_map(|subnet| subnet.v6), rng),
+    }
 }
 
 /// The IPv6 subnet with the number of an IPv4 one, if the range goes as far.

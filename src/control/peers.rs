@@ -363,6 +363,14 @@ fn insert(told: &mut BTreeMap<Subnet, Told>, lease: &Lease, over_cap: &mut u64) 
 }
 
 /// RFC 1122 §3.2.1.3: 0/8 and 127/8 never appear on a wire, nor can the limited broadcast or a group be a peer.
+/// Whether a packet can be sent to that address from another machine.
+pub fn is_unicast(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(addr) => is_unicast_v4(addr),
+        IpAddr::V6(addr) => is_unicast_v6(addr),
+    }
+}
+
 fn is_unicast_v4(addr: Ipv4Addr) -> bool {
     addr.octets()[0] != 0 && !addr.is_loopback() && !addr.is_multicast() && !addr.is_broadcast()
 }

@@ -2,7 +2,7 @@
 //!
 //! ```toml
 //! [[allow]]
-//! certificate = "*.nodes.example"      # a name in the client's certificate: common name, DNS or URI name
+//! certificate = "*.nodes.example"      # a name in the client's certificate: common name, DNS or URI name; * is one label
 //! networks = ["_", "blue"]             # "_" is the network without a name, "*" all of them
 //! right = "lease"
 //!
@@ -17,7 +17,7 @@
 //! right = "read"
 //! ```
 //!
-//! or the same as JSON. `read` is config, leases and their watches; `lease` also takes and renews leases; `admin` also ends
+//! or the same as JSON. `leases-per-address = 500`, before the entries, is the bound of `quota`. `read` is config, leases and their watches; `lease` also takes and renews leases; `admin` also ends
 //! leases, and makes and ends reservations. What a client may do is the most that any entry that fits it says. With a file,
 //! what no entry allows is refused. The file is read again when it changes; a file that is no good changes nothing.
 //!
@@ -29,11 +29,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use hmac::{Hmac, Mac};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::quota::LEASES_PER_ADDRESS;
+use crate::trust::names::Name;
 use crate::trust::reload::Reload;
 use crate::trust::{TrustError, read_text, warn_if_exposed};
 
@@ -62,7 +65,7 @@ pub(super) struct Peer {
     /// Its address; none for a process on this machine that came by a unix socket.
     pub(super) address: Option<IpAddr>,
     /// The names in its certificate, which was verified; `None` without one.
-    pub(super) certificate: Option<Vec<String>>,
+    pub(super) certificate: Option<Vec<Name>>,
     /// Whether the connection is encrypted, or needs not be.
     pub(super) is_private: bool,
 }
@@ -121,35 +124,22 @@ impl Access {
         )?))
     }
 
-    /// Whether `peer`, who sent `token`, has `right` in `network`.
-    pub(super) fn check(
-        &self,
-        peer: &Peer,
-        token: Option<&str>,
-        network: &str,
-        right: Right,
-    ) -> Result<(), Denial> {
+    /// What `peer`, who sent `token`, may do. Who it is, is found out here, once a request.
+    pub(super) fn grants(&self, peer: &Peer, token: Option<&str>) -> Grants {
         match self {
-            Self::ByPlace if right < Right::Admin || peer.certificate.is_some() || peer.is_local() => Ok(()),
-            Self::ByPlace => Err(Denial::NoFile),
-            Self::ByFile(rules) => rules.current().check(peer, token, network, right),
+            Self::ByPlace => Grants::ByPlace {
+                admin: peer.certificate.is_some() || peer.is_local(),
+            },
+            Self::ByFile(rules) => Grants::ByFile(Rules::grants(&rules.current(), peer, token)),
         }
     }
 
-    /// Whether `peer` may read any network at all.
-    pub(super) fn check_any(&self, peer: &Peer, token: Option<&str>) -> Result<(), Denial> {
-        let Self::ByFile(rules) = self else {
-            return Ok(());
-        };
-        let rules = rules.current();
-        let mut denial = Denial::Unknown;
-        for network in rules.allow.iter().flat_map(|rule| &rule.networks) {
-            match rules.check(peer, token, network, Right::Read) {
-                Ok(()) => return Ok(()),
-                Err(why) => denial = why,
-            }
+    /// How many leases one address may take for others in one network.
+    pub(super) fn leases_per_address(&self) -> usize {
+        match self {
+            Self::ByPlace => LEASES_PER_ADDRESS,
+            Self::ByFile(rules) => rules.current().leases_per_address,
         }
-        Err(denial)
     }
 
     /// Whether tokens are among the rules.
@@ -165,12 +155,83 @@ impl Access {
     }
 }
 
+/// What one client may do.
+#[derive(Debug)]
+pub(super) enum Grants {
+    /// There is no file.
+    ByPlace {
+        /// Whether it may do everything.
+        admin: bool,
+    },
+    /// A file says so.
+    ByFile(Granted),
+}
+
+impl Grants {
+    /// Whether that includes `right` in `network`.
+    pub(super) fn check(&self, network: &str, right: Right) -> Result<(), Denial> {
+        match self {
+            Self::ByPlace { admin } if *admin || right < Right::Admin => Ok(()),
+            Self::ByPlace { .. } => Err(Denial::NoFile),
+            Self::ByFile(granted) => granted.check(network, right),
+        }
+    }
+
+    /// Whether that includes to read any network at all.
+    pub(super) fn check_any(&self) -> Result<(), Denial> {
+        match self {
+            Self::ByPlace { .. } => Ok(()),
+            // Every entry names a network, and no right is less than to read.
+            Self::ByFile(granted) if !granted.fitting.is_empty() => Ok(()),
+            Self::ByFile(granted) => Err(granted.denial()),
+        }
+    }
+}
+
+/// The entries of an access file that fit one client.
+#[derive(Debug)]
+pub(super) struct Granted {
+    rules: Arc<Rules>,
+    /// Their indices.
+    fitting: Vec<usize>,
+    /// Whether one of them is by its name or token.
+    known: bool,
+}
+
+impl Granted {
+    fn check(&self, network: &str, right: Right) -> Result<(), Denial> {
+        let mut fitting = self
+            .fitting
+            .iter()
+            .filter_map(|&index| self.rules.allow.get(index));
+        let allows = |rule: &Rule| {
+            rule.right >= right && (rule.networks.contains(ALL) || rule.networks.contains(network))
+        };
+        if fitting.any(allows) {
+            return Ok(());
+        }
+        Err(self.denial())
+    }
+
+    fn denial(&self) -> Denial {
+        if self.known {
+            Denial::NotAllowed
+        } else {
+            Denial::Unknown
+        }
+    }
+}
+
+/// A hash that only this process can make; comparing two takes constant time.
+type Seal = hmac::digest::CtOutput<Hmac<Sha256>>;
+
 /// An access file, as read.
 pub(super) struct Rules {
     allow: Vec<Rule>,
     /// What tokens' hashes are hashed with; drawn when the file is read.
     key: [u8; 64],
     has_open_tokens: bool,
+    leases_per_address: usize,
 }
 
 impl std::fmt::Debug for Rules {
@@ -189,14 +250,16 @@ struct Rule {
 
 enum Who {
     Certificate(String),
-    /// SHA-256 of the token.
-    Token([u8; 32]),
+    Token(Seal),
     Anonymous,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    /// See [`quota`](super::quota).
+    #[serde(rename = "leases-per-address")]
+    leases_per_address: Option<usize>,
     allow: Vec<Entry>,
 }
 
@@ -235,13 +298,14 @@ impl Rules {
                 None => error.message().to_owned(),
             })?
         };
+        let key = rand::random();
         let mut has_open_tokens = false;
         let mut allow = Vec::new();
         for (index, entry) in file.allow.into_iter().enumerate() {
             has_open_tokens |= entry.token.is_some();
             allow.push(
                 entry
-                    .into_rule()
+                    .into_rule(&key)
                     .map_err(|problem| format!("entry {} of allow: {problem}", index + 1))?,
             );
         }
@@ -250,52 +314,51 @@ impl Rules {
         }
         Ok(Self {
             allow,
-            key: rand::random(),
+            key,
             has_open_tokens,
+            leases_per_address: file.leases_per_address.unwrap_or(LEASES_PER_ADDRESS),
         })
     }
 
-    fn check(&self, peer: &Peer, token: Option<&str>, network: &str, right: Right) -> Result<(), Denial> {
-        let presented = token.map(|token| self.sealed(&Sha256::digest(token.as_bytes()).into()));
-        let (mut known, mut allowed) = (false, false);
-        for rule in &self.allow {
+    fn grants(self: &Arc<Self>, peer: &Peer, token: Option<&str>) -> Granted {
+        let presented = token.map(|token| seal(&self.key, &Sha256::digest(token.as_bytes()).into()));
+        let (mut fitting, mut known) = (Vec::new(), false);
+        for (index, rule) in self.allow.iter().enumerate() {
             let fits = match &rule.who {
                 Who::Anonymous => true,
                 Who::Certificate(pattern) => {
-                    let names = peer.certificate.iter().flatten();
-                    let fits = names.into_iter().any(|name| matches(pattern, name));
+                    let mut names = peer.certificate.iter().flatten();
+                    let fits = names.any(|name| matches(pattern, name));
                     known |= fits;
                     fits
                 }
                 Who::Token(digest) => {
                     // No shortcut: each is compared, by a comparison that takes the same time whatever it finds.
-                    let fits = presented
-                        .as_ref()
-                        .is_some_and(|presented| *presented == self.sealed(digest));
+                    let fits = presented.as_ref().is_some_and(|presented| presented == digest);
                     known |= fits;
                     fits
                 }
             };
-            let in_network = rule.networks.contains(ALL) || rule.networks.contains(network);
-            allowed |= fits && in_network && rule.right >= right;
+            if fits {
+                fitting.push(index);
+            }
         }
-        match (allowed, known) {
-            (true, _) => Ok(()),
-            (false, true) => Err(Denial::NotAllowed),
-            (false, false) => Err(Denial::Unknown),
+        Granted {
+            rules: Arc::clone(self),
+            fitting,
+            known,
         }
-    }
-
-    /// A hash that only this process can make; comparing two takes constant time.
-    fn sealed(&self, digest: &[u8; 32]) -> hmac::digest::CtOutput<Hmac<Sha256>> {
-        let mut mac = Hmac::<Sha256>::new((&self.key).into());
-        mac.update(digest);
-        mac.finalize()
     }
 }
 
+fn seal(key: &[u8; 64], digest: &[u8; 32]) -> Seal {
+    let mut mac = Hmac::<Sha256>::new(key.into());
+    mac.update(digest);
+    mac.finalize()
+}
+
 impl Entry {
-    fn into_rule(self) -> Result<Rule, String> {
+    fn into_rule(self, key: &[u8; 64]) -> Result<Rule, String> {
         let who = match (self.certificate, self.token, self.token_sha256, self.anonymous) {
             (Some(name), None, None, false) => {
                 let stars = name.matches('*').count();
@@ -310,11 +373,11 @@ impl Entry {
                 if token.len() < SHORTEST_TOKEN {
                     return Err(format!("token must have at least {SHORTEST_TOKEN} characters"));
                 }
-                Who::Token(Sha256::digest(token.as_bytes()).into())
+                Who::Token(seal(key, &Sha256::digest(token.as_bytes()).into()))
             }
             (None, None, Some(digest), false) => {
                 let digest = from_hex(&digest).ok_or("token-sha256 must be 64 hexadecimal digits")?;
-                Who::Token(digest)
+                Who::Token(seal(key, &digest))
             }
             (None, None, None, true) => Who::Anonymous,
             (_, _, _, _) => {
@@ -346,15 +409,25 @@ fn what(error: &serde_json::Error) -> &'static str {
     }
 }
 
-/// Whether a pattern stands for a name: the same text, or `*.` and the same text after the first label.
-fn matches(pattern: &str, name: &str) -> bool {
-    if pattern.eq_ignore_ascii_case(name) {
-        return true;
-    }
-    match (pattern.strip_prefix("*."), name.split_once('.')) {
-        (Some(wanted), Some((label, rest))) => !label.is_empty() && wanted.eq_ignore_ascii_case(rest),
-        (_, _) => false,
-    }
+/// Whether a pattern stands for a name. Without a star it is the name itself, of any kind; of a DNS name, and of a common name, in any
+/// case. `*.` stands for the first label of such a name, if that is one: letters, digits and `-`. So no path or other text that ends
+/// like one of our names passes for it.
+fn matches(pattern: &str, name: &Name) -> bool {
+    let name = match name {
+        Name::Uri(uri) => return pattern == uri,
+        Name::Common(name) | Name::Dns(name) => name,
+    };
+    let Some(wanted) = pattern.strip_prefix("*.") else {
+        return pattern.eq_ignore_ascii_case(name);
+    };
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    name.split_once('.')
+        .is_some_and(|(label, rest)| is_label(label) && wanted.eq_ignore_ascii_case(rest))
 }
 
 fn from_hex(text: &str) -> Option<[u8; 32]> {
@@ -391,7 +464,7 @@ mod tests {
 
     #[test]
     fn each_gets_what_its_entries_say_and_no_more() {
-        let rules = Rules::parse(FILE).unwrap();
+        let rules = Arc::new(Rules::parse(FILE).unwrap());
         let node = peer(Some("a.nodes.example"));
         let stranger = peer(Some("a.elsewhere.example"));
         let nobody = peer(None);
@@ -445,7 +518,7 @@ mod tests {
             ("the token", &nobody, token, "_", Right::Admin, Ok(())),
         ] {
             assert_eq!(
-                rules.check(peer, token, network, right),
+                Rules::grants(&rules, peer, token).check(network, right),
                 expected,
                 "{who}: {network} {right:?}"
             );
@@ -457,14 +530,14 @@ mod tests {
         // printf 0123456789abcdef | sha256sum
         let digest = "9f9f5111f7b27a781f1f1ddde5ebc2dd2b796bfc7365c9c28b548e564176929f";
         let text = format!(r#"{{"allow":[{{"token-sha256":"{digest}","networks":["_"],"right":"read"}}]}}"#);
-        let rules = Rules::parse(&text).unwrap();
+        let rules = Arc::new(Rules::parse(&text).unwrap());
         assert!(!rules.has_open_tokens);
         assert_eq!(
-            rules.check(&peer(None), Some("0123456789abcdef"), "_", Right::Read),
+            Rules::grants(&rules, &peer(None), Some("0123456789abcdef")).check("_", Right::Read),
             Ok(())
         );
         assert_eq!(
-            rules.check(&peer(None), Some(digest), "_", Right::Read),
+            Rules::grants(&rules, &peer(None), Some(digest)).check("_", Right::Read),
             Err(Denial::Unknown)
         );
     }
@@ -528,9 +601,15 @@ mod tests {
     fn without_a_file_nodes_do_what_they_always_could() {
         let access = Access::open(None).unwrap();
         let far = peer(None);
-        assert_eq!(access.check(&far, None, "_", Right::Lease), Ok(()));
-        assert_eq!(access.check(&far, None, "_", Right::Admin), Err(Denial::NoFile));
-        assert_eq!(access.check(&peer(Some("a")), None, "_", Right::Admin), Ok(()));
+        assert_eq!(access.grants(&far, None).check("_", Right::Lease), Ok(()));
+        assert_eq!(
+            access.grants(&far, None).check("_", Right::Admin),
+            Err(Denial::NoFile)
+        );
+        assert_eq!(
+            access.grants(&peer(Some("a")), None).check("_", Right::Admin),
+            Ok(())
+        );
         for address in [
             None,
             Some("127.0.0.2".parse().unwrap()),
@@ -541,7 +620,7 @@ mod tests {
                 ..far.clone()
             };
             assert_eq!(
-                access.check(&near, None, "_", Right::Admin),
+                access.grants(&near, None).check("_", Right::Admin),
                 Ok(()),
                 "{address:?}"
             );
@@ -549,23 +628,62 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stands_for_one_label() {
+    fn a_star_stands_for_one_label_of_a_name_and_for_nothing_else() {
+        let (common, dns, uri) = (
+            |name: &str| Name::Common(name.to_owned()),
+            |name: &str| Name::Dns(name.to_owned()),
+            |name: &str| Name::Uri(name.to_owned()),
+        );
         for (pattern, name, fits) in [
-            ("a.example", "A.Example", true),
-            ("*.example", "a.example", true),
-            ("*.example", "a.b.example", false),
-            ("*.example", ".example", false),
-            ("*.example", "example", false),
-            ("spiffe://x/y", "spiffe://x/y", true),
+            ("a.example", dns("A.Example"), true),
+            ("*.example", dns("a.example"), true),
+            ("*.example", common("node-7.Example"), true),
+            ("*.example", dns("a.b.example"), false),
+            ("*.example", dns(".example"), false),
+            ("*.example", dns("example"), false),
+            ("*.example", dns("*.example"), false),
+            ("spiffe://x/y", uri("spiffe://x/y"), true),
+            ("spiffe://x/y", uri("spiffe://x/Y"), false),
+            ("*.nodes.example", uri("spiffe://x.nodes.example"), false),
+            ("*.nodes.example", common("any/thing.nodes.example"), false),
+            ("*.nodes.example", common("any thing.nodes.example"), false),
+            ("*.nodes.example", common("any_thing.nodes.example"), false),
+            ("Any thing, Inc.", common("Any thing, Inc."), true),
         ] {
-            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
+            assert_eq!(matches(pattern, &name), fits, "{pattern} {name:?}");
         }
+    }
+
+    /// Two thousand entries for fifty networks each: were a token hashed for each, this would take minutes.
+    #[test]
+    fn a_request_costs_one_hash_however_long_the_file_is() {
+        let key = [7; 64];
+        let allow = (0..2_000).map(|number: u32| Rule {
+            who: Who::Token(seal(&key, &Sha256::digest(number.to_be_bytes()).into())),
+            networks: (0..50).map(|network| format!("{number}-{network}")).collect(),
+            right: Right::Read,
+        });
+        let rules = Arc::new(Rules {
+            allow: allow.collect(),
+            key,
+            has_open_tokens: false,
+            leases_per_address: LEASES_PER_ADDRESS,
+        });
+        let access = |token| Grants::ByFile(Rules::grants(&rules, &peer(None), Some(token)));
+        for _ in 0..20 {
+            assert_eq!(access("wrong").check_any(), Err(Denial::Unknown));
+            assert_eq!(access("wrong").check("1-1", Right::Read), Err(Denial::Unknown));
+        }
+        let right = access("\0\0\0\u{1}");
+        assert_eq!(right.check_any(), Ok(()));
+        assert_eq!(right.check("1-1", Right::Read), Ok(()));
+        assert_eq!(right.check("2-1", Right::Read), Err(Denial::NotAllowed));
     }
 
     fn peer(name: Option<&str>) -> Peer {
         Peer {
             address: Some("192.0.2.1".parse().unwrap()),
-            certificate: name.map(|name| vec![name.to_owned()]),
+            certificate: name.map(|name| vec![Name::Dns(name.to_owned())]),
             is_private: true,
         }
     }

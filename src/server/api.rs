@@ -20,6 +20,13 @@
 //! The Kubernetes proposal writes the same paths without `/v1`, and `network` for the network without a name;
 //! [`from_kubernetes_form`] makes flannel's of them.
 //!
+//! # Leases
+//!
+//! A lease is named by its key; old clients name the IPv4 half of it, which is completed where there is one. Whoever may take leases is
+//! not trusted with more than that: public addresses must be some that a packet can be sent to, lease data has at most
+//! [`MAX_ATTRS_BYTES`], the leases taken from one address are counted (`quota`), a lease moves to another address only if whoever asks
+//! has the old one or the new one ([`FORMERLY_HEADER`]), and what is reserved moves for an administrator alone.
+//!
 //! # Bodies
 //!
 //! A body has at most [`MAX_BODY_BYTES`] and [`BODY_TIMEOUT`]. Ordinary ones are shorter than [`SMALL_BODY_BYTES`]; longer ones
@@ -27,7 +34,7 @@
 //! the next is an error.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -43,16 +50,21 @@ use http_body_util::BodyExt;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 
-use super::access::{Access, Denial, Peer, Right, UNNAMED};
+use super::access::{Access, Denial, Grants, Peer, Right, UNNAMED};
+use super::crowd::Introduction;
 use super::directory::{Directory, Missing, Network};
 use super::feed::{Answer, Feed, History};
 use super::front::Turned;
 use super::presence::Presence;
-use crate::addr::{Ipv4Prefix, NetworkName};
+use super::quota::Pending;
+use crate::addr::{Ipv4Prefix, Ipv6Prefix};
 use crate::control::config::NetworkConfig;
+use crate::control::peers::is_unicast;
 use crate::control::store::StoreError;
 use crate::control::store::remote::node::NodeHeaderError;
-use crate::control::store::remote::objects::{lease_json, parse_lease, repair_backend_data};
+use crate::control::store::remote::objects::{
+    lease_json, parse_lease, repair_backend_data, reservation_json,
+};
 use crate::control::store::remote::{
     ERROR_HEADER, ErrorKind, FORMERLY_HEADER, NODE_HEADER, NodeHeader, PREVIOUS_HEADER,
 };
@@ -67,6 +79,8 @@ const SMALL_BODY_BYTES: usize = 4 * 1024;
 const BIG_BODIES: usize = 16;
 /// How many more may wait for it; each has a buffer of some kilobytes.
 const WAITING_BODIES: usize = 48;
+/// How long lease data may be: an ordinary node has a few hundred bytes, and every node keeps everybody's.
+const MAX_ATTRS_BYTES: usize = 8 * 1024;
 /// How long a request body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a question waits for a store that was never heard, before it is an error.
@@ -112,14 +126,47 @@ impl Api {
             .map_err(|missing| match missing {
                 Missing::NoSuchNetwork => ApiError::NoSuchNetwork(named()),
                 Missing::NotReady => ApiError::NotReady,
+                Missing::TooMany => ApiError::TooManyNetworks,
                 Missing::Store(error) => ApiError::Store(error),
             })
     }
 
     fn check(&self, caller: &Caller, network: &str, right: Right) -> Result<(), Denial> {
-        self.shared
-            .access
-            .check(&caller.peer, caller.token.as_deref(), network, right)
+        let grants = || self.shared.access.grants(&caller.peer, caller.token.as_deref());
+        caller.grants.get_or_init(grants).check(network, right)?;
+        caller.introduction.is_known();
+        Ok(())
+    }
+
+    /// Room for a lease more, if it is one: none of `subnet`, where that is known, and none of that node.
+    fn room(
+        &self,
+        caller: &Caller,
+        name: &str,
+        network: &Network,
+        lease: (Option<Subnet>, &LeaseAttrs),
+    ) -> Result<Option<Pending>, ApiError> {
+        let (subnet, attrs) = lease;
+        let Some(source) = caller.peer.address else {
+            return Ok(None);
+        };
+        if is_of(attrs, source) || self.check(caller, name, Right::Admin).is_ok() {
+            return Ok(None);
+        }
+        let history = network.feed.history();
+        let is_there = match subnet {
+            Some(subnet) => history.lease(subnet).is_some(),
+            None => history.leases().any(|lease| lease.attrs.same_node(attrs)),
+        };
+        if is_there {
+            return Ok(None);
+        }
+        let most = self.shared.access.leases_per_address();
+        let taken = |subnet| history.lease(subnet).is_some();
+        match network.quota.claim(source, most, taken) {
+            Some(pending) => Ok(Some(pending)),
+            None => Err(ApiError::TooManyLeases(source, most)),
+        }
     }
 }
 
@@ -187,13 +234,19 @@ pub(super) fn turn_away(turned: &Turned) -> Response {
 struct Caller {
     peer: Arc<Peer>,
     token: Option<String>,
+    introduction: Introduction,
+    /// What it may do, once that was asked.
+    grants: OnceLock<Grants>,
 }
 
 impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = Response;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Response> {
-        let Some(peer) = parts.extensions.get::<Arc<Peer>>() else {
+        let (Some(peer), Some(introduction)) = (
+            parts.extensions.get::<Arc<Peer>>(),
+            parts.extensions.get::<Introduction>(),
+        ) else {
             return Err(plain(StatusCode::INTERNAL_SERVER_ERROR, "no peer".to_owned()));
         };
         let token = parts
@@ -206,6 +259,8 @@ impl<S: Sync> FromRequestParts<S> for Caller {
         Ok(Self {
             peer: Arc::clone(peer),
             token,
+            introduction: introduction.clone(),
+            grants: OnceLock::new(),
         })
     }
 }
@@ -219,7 +274,7 @@ enum ApiError {
     /// There is no network of that name.
     NoSuchNetwork(String),
     /// There is no lease of that subnet.
-    NoSuchLease(Ipv4Prefix),
+    NoSuchLease(Subnet),
     /// The store said so.
     Store(StoreError),
     /// The network config is there and not usable.
@@ -228,6 +283,10 @@ enum ApiError {
     NotReady,
     /// Too many send large bodies.
     Busy,
+    /// Too many networks are in use.
+    TooManyNetworks,
+    /// That address has taken as many leases as it may.
+    TooManyLeases(IpAddr, usize),
 }
 
 impl ApiError {
@@ -257,11 +316,7 @@ impl IntoResponse for ApiError {
             Self::NoSuchLease(subnet) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 ErrorKind::LeaseLost,
-                format!(
-                    "100: Key not found (/subnets/{}-{}) [0]",
-                    subnet.addr(),
-                    subnet.len()
-                ),
+                format!("100: Key not found (/subnets/{subnet}) [0]"),
             ),
             Self::Store(error) => {
                 let (status, kind) = match error {
@@ -285,6 +340,19 @@ impl IntoResponse for ApiError {
                 StatusCode::INTERNAL_SERVER_ERROR,
                 ErrorKind::Unavailable,
                 "too many large requests at a time".to_owned(),
+            ),
+            Self::TooManyNetworks => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                ErrorKind::Unavailable,
+                "too many networks are in use at a time".to_owned(),
+            ),
+            Self::TooManyLeases(from, most) => (
+                StatusCode::FORBIDDEN,
+                ErrorKind::Refused,
+                format!(
+                    "{from} has taken {most} leases for other public addresses, which is the most that one address may \
+                     (leases-per-address in the server's access file)"
+                ),
             ),
         };
         let mut response = plain(status, text);
@@ -351,12 +419,11 @@ async fn networks(
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
     let shared = &api.shared;
-    shared
-        .access
-        .check_any(&caller.peer, caller.token.as_deref())
-        .map_err(ApiError::Denied)?;
-    let readable = |name: &NetworkName| api.check(&caller, name.as_str(), Right::Read).is_ok();
-    let answer = shared.directory.answer(cursor.next(), readable);
+    let grants = || shared.access.grants(&caller.peer, caller.token.as_deref());
+    grants().check_any().map_err(ApiError::Denied)?;
+    caller.introduction.is_known();
+    // A poll may be a long one, and rights may change while it waits.
+    let answer = shared.directory.answer(cursor.next(), grants);
     let answer = match cursor.next() {
         Some(_) => answer.await,
         None => tokio::time::timeout(FIRST_WORD_TIMEOUT, answer)
@@ -400,7 +467,7 @@ async fn watch_one(
     Query(cursor): Query<Cursor>,
 ) -> Result<Response, ApiError> {
     let entered = api.enter(&caller, &network, Right::Read)?;
-    let subnet = parse_key(&subnet, "bad subnet")?.v4;
+    let subnet = parse_key(&subnet, "bad subnet")?;
     match watch(&entered, &network, &cursor, |history, next| {
         history.answer_one(subnet, next)
     })
@@ -447,10 +514,15 @@ async fn acquire(
     let (previous, node) = (previous_subnet(request.headers())?, node(request.headers())?);
     let body = read_body(&api, request).await?;
     let attrs = LeaseAttrs::from_json(&body).map_err(ApiError::body)?;
+    check_attrs(&attrs)?;
     admit(presence, "acquire a lease", node, &attrs).await?;
+    let pending = api.room(&caller, &network, &entered, (None, &attrs))?;
     let lease = store.acquire(&attrs, previous).await?;
     tracing::info!(network, subnet = %lease.subnet, public_ip = %attrs.public_ip, "lease acquired");
     wait_until_shown(feed, &lease).await;
+    if let Some(pending) = pending {
+        pending.taken(lease.subnet);
+    }
     Ok(json(lease_json(&lease) + "\n"))
 }
 
@@ -474,12 +546,23 @@ async fn renew(
         return Err(ApiError::body("Attrs is missing"));
     };
     repair_backend_data(&mut lease.attrs);
+    check_attrs(&lease.attrs)?;
     admit(presence, "renew a lease", node, &lease.attrs).await?;
+    // One that ran out is taken anew.
+    let pending = api.room(&caller, &network, &entered, (Some(lease.subnet), &lease.attrs))?;
     let lease = match formerly {
-        Some(formerly) => store.readdress(None, &lease, &formerly).await?,
-        None => store.renew(&lease).await?,
+        Some(formerly) if api.check(&caller, &network, Right::Admin).is_ok() => {
+            store.readdress(None, &lease, &formerly).await?
+        }
+        Some(formerly) if vouches(&caller.peer, &formerly, &lease.attrs) => {
+            store.readdress_client(&lease, &formerly).await?
+        }
+        Some(_) | None => store.renew(&lease).await?,
     };
     wait_until_shown(feed, &lease).await;
+    if let Some(pending) = pending {
+        pending.taken(lease.subnet);
+    }
     Ok(json(lease_json(&lease) + "\n"))
 }
 
@@ -515,6 +598,44 @@ async fn admit(
     Ok(())
 }
 
+/// Whether a client can say that the node `formerly` is `now` another: it asks from the address of either, or comes by a unix socket,
+/// which is for those who are let at it.
+fn vouches(peer: &Peer, formerly: &LeaseAttrs, now: &LeaseAttrs) -> bool {
+    peer.address
+        .is_none_or(|address| is_of(formerly, address) || is_of(now, address))
+}
+
+/// Whether a node has that address.
+fn is_of(attrs: &LeaseAttrs, address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    address == attrs.public_ip || attrs.public_ipv6.is_some_and(|v6| address == v6)
+}
+
+/// Refuses what no node can use, and what is too long for all to keep.
+fn check_attrs(attrs: &LeaseAttrs) -> Result<(), ApiError> {
+    let v4 = (!attrs.public_ip.is_unspecified()).then_some(IpAddr::V4(attrs.public_ip));
+    let v6 = attrs.public_ipv6.map(IpAddr::V6);
+    if v4.is_none() && v6.is_none() {
+        return Err(ApiError::Malformed(
+            "PublicIP is missing or 0.0.0.0: must be the address of the node".to_owned(),
+        ));
+    }
+    for (field, address) in [("PublicIP", v4), ("PublicIPv6", v6)] {
+        if let Some(address) = address.filter(|&address| !is_unicast(address)) {
+            return Err(ApiError::Malformed(format!(
+                "{field} is {address}: must be one at which others reach the node"
+            )));
+        }
+    }
+    if attrs.data_bytes() > MAX_ATTRS_BYTES {
+        return Err(ApiError::Malformed(format!(
+            "BackendType, BackendData and BackendV6Data have {} bytes together: must be at most {MAX_ATTRS_BYTES}",
+            attrs.data_bytes()
+        )));
+    }
+    Ok(())
+}
+
 /// The node that a lease is still known as, by its public address.
 fn former_address(headers: &HeaderMap) -> Result<Option<LeaseAttrs>, ApiError> {
     let Some(value) = headers.get(FORMERLY_HEADER) else {
@@ -546,13 +667,22 @@ async fn revoke(
     let entered = api.enter(&caller, &network, Right::Lease)?;
     let Network { store, feed, .. } = &*entered;
     let subnet = known_subnet(feed, parse_key(&key, "failed to parse subnet")?);
-    // A node may always give up what is its own.
-    if !holds(feed, subnet, caller.peer.address) {
-        api.enter(&caller, &network, Right::Admin)?;
+    match api.check(&caller, &network, Right::Admin) {
+        Ok(()) => store.revoke(subnet).await?,
+        // A node may always give up what is its own; a reservation is the operator's.
+        Err(denial) => {
+            let address = caller.peer.address;
+            let is_own = |lease: &Lease| {
+                lease.expiration != Expiration::Never
+                    && address.is_some_and(|address| is_of(&lease.attrs, address))
+            };
+            if !store.revoke_if(subnet, &is_own).await? {
+                return Err(ApiError::Denied(denial));
+            }
+        }
     }
-    store.revoke(subnet).await?;
     tracing::info!(network, %subnet, "lease revoked");
-    feed.wait_for(|history| history.lease(subnet.v4).is_none()).await;
+    feed.wait_for(|history| history.lease(subnet).is_none()).await;
     Ok(empty())
 }
 
@@ -571,12 +701,7 @@ async fn reservations(
     let reserved: Vec<String> = history
         .leases()
         .filter(|lease| lease.expiration == Expiration::Never)
-        .map(|lease| {
-            format!(
-                "{{\"Subnet\":\"{}\",\"PublicIP\":\"{}\"}}",
-                lease.subnet.v4, lease.attrs.public_ip
-            )
-        })
+        .map(|lease| reservation_json(lease.subnet, &lease.attrs))
         .collect();
     Ok(json(format!("[{}]\n", reserved.join(","))))
 }
@@ -594,13 +719,22 @@ async fn reserve(
     let subnet: Option<Ipv4Prefix> = object
         .parsed("Subnet", "must be an IPv4 network in quotes")
         .map_err(ApiError::body)?;
-    let v4 = subnet.ok_or_else(|| ApiError::body("Subnet is missing"))?;
+    let v6: Option<Ipv6Prefix> = object
+        .parsed_or_null("IPv6Subnet", "must be an IPv6 network in quotes")
+        .map_err(ApiError::body)?;
+    let v4 = match (subnet, v6) {
+        (Some(v4), _) => v4,
+        (None, Some(_)) => Subnet::NO_V4,
+        (None, None) => return Err(ApiError::body("Subnet is missing")),
+    };
+    let subnet = Subnet { v4, v6 };
     let attrs = LeaseAttrs::from_json(body.as_bytes()).map_err(ApiError::body)?;
-    store.reserve(Subnet { v4, v6: None }, &attrs).await?;
-    tracing::info!(network, subnet = %v4, public_ip = %attrs.public_ip, "subnet reserved");
+    check_attrs(&attrs)?;
+    store.reserve(subnet, &attrs).await?;
+    tracing::info!(network, %subnet, public_ip = %attrs.public_ip, "subnet reserved");
     feed.wait_for(|history| {
         history
-            .lease(v4)
+            .lease(subnet)
             .is_some_and(|lease| lease.expiration == Expiration::Never)
     })
     .await;
@@ -619,7 +753,7 @@ async fn unreserve(
     tracing::info!(network, %subnet, "reservation ended");
     feed.wait_for(|history| {
         history
-            .lease(subnet.v4)
+            .lease(subnet)
             .is_none_or(|lease| lease.expiration != Expiration::Never)
     })
     .await;
@@ -629,7 +763,7 @@ async fn unreserve(
 /// A node asks for its lease as soon as it has it: let it find what it was just given.
 async fn wait_until_shown(feed: &Feed, lease: &Lease) {
     let shown = |history: &History| {
-        let seen = history.lease(lease.subnet.v4);
+        let seen = history.lease(lease.subnet);
         seen.is_some_and(|seen| seen.attrs == lease.attrs)
     };
     feed.wait_for(shown).await;
@@ -678,27 +812,22 @@ fn effective_config(text: &str) -> Result<String, String> {
 }
 
 fn parse_key(key: &str, flannels_words: &str) -> Result<Subnet, ApiError> {
-    key.parse::<Subnet>()
-        .map_err(|error| ApiError::Malformed(format!("{flannels_words}: {error}")))
+    let subnet: Subnet = key
+        .parse()
+        .map_err(|error| ApiError::Malformed(format!("{flannels_words}: {error}")))?;
+    if subnet.v4 == Subnet::NO_V4 && subnet.v6.is_none() {
+        return Err(ApiError::Malformed(format!(
+            "{flannels_words}: {key} stands for no IPv4, and the IPv6 subnet is missing"
+        )));
+    }
+    Ok(subnet)
 }
 
 /// The whole key of a lease of which old clients name the IPv4 half only.
 fn known_subnet(feed: &Feed, subnet: Subnet) -> Subnet {
     feed.history()
-        .lease(subnet.v4)
+        .lease(subnet)
         .map_or(subnet, |lease: &Lease| lease.subnet)
-}
-
-/// Whether the lease of `subnet` is one of the node at `address`, and no reservation: those are the operator's.
-fn holds(feed: &Feed, subnet: Subnet, address: Option<IpAddr>) -> bool {
-    let history = feed.history();
-    address.is_some_and(|address| {
-        history.lease(subnet.v4).is_some_and(|lease| {
-            lease.expiration != Expiration::Never
-                && (address == lease.attrs.public_ip
-                    || lease.attrs.public_ipv6.is_some_and(|v6| address == v6))
-        })
-    })
 }
 
 fn previous_subnet(headers: &HeaderMap) -> Result<Option<Subnet>, ApiError> {

@@ -4,6 +4,9 @@
 //! ([`Networks::watch`]); of each, config and leases are looked at once somebody asks for it. When a network's config is removed,
 //! the network is gone: polls that wait for its leases end with an error, as every other question about it does.
 //!
+//! A network that nobody has asked for in [`IDLE`] is no longer looked at, and where [`MAX_NETWORKS`] are, the one that nobody has
+//! asked for longest makes room. One that somebody polls stays. Who comes back to it gets a snapshot.
+//!
 //! Clients follow the names as they follow leases, with a cursor `EPOCH.NUMBER` of the same kind (`feed`). Each is told of the
 //! networks it may read, and of no other.
 
@@ -14,10 +17,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
-use super::access::UNNAMED;
+use super::access::{Grants, Right, UNNAMED};
 use super::feed::Feed;
 use super::presence::Presence;
+use super::quota::Quota;
 use crate::addr::NetworkName;
 use crate::control::store::remote::networks::{network_events_json, networks_json};
 use crate::control::store::{NetworkEvent, NetworkUpdate, Networks, Store, StoreError};
@@ -27,6 +32,8 @@ use crate::control::{Backoff, RateLimit};
 const MAX_EVENTS_KEPT: usize = 1024;
 /// Networks with a name that are looked at; each has a watch of its own in the store.
 const MAX_NETWORKS: usize = 1024;
+/// How long one is looked at after the last question: longer than a poll of one that is in use takes to come again.
+const IDLE: Duration = Duration::from_secs(600);
 /// Longest pause before a lost store is watched again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -35,6 +42,7 @@ pub(super) struct Network {
     pub(super) store: Arc<dyn Store>,
     pub(super) feed: Arc<Feed>,
     pub(super) presence: Arc<Presence>,
+    pub(super) quota: Arc<Quota>,
     /// Becomes true when the network is removed.
     gone: watch::Sender<bool>,
     following: Option<AbortHandle>,
@@ -45,6 +53,7 @@ impl Network {
     fn new(store: Arc<dyn Store>) -> Self {
         Self {
             presence: Presence::new(Arc::clone(&store)),
+            quota: Arc::default(),
             store,
             feed: Feed::new(),
             gone: watch::Sender::new(false),
@@ -82,8 +91,24 @@ pub(super) enum Missing {
     NoSuchNetwork,
     /// Which there are is not known yet.
     NotReady,
+    /// It cannot be looked at beside so many others.
+    TooMany,
     /// It cannot be opened.
     Store(StoreError),
+}
+
+/// A network that is looked at.
+struct Open {
+    network: Arc<Network>,
+    /// When somebody last asked for it.
+    asked: Instant,
+}
+
+impl Open {
+    /// Whether a request is being answered from it.
+    fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.network) > 1
+    }
 }
 
 /// All networks.
@@ -92,6 +117,7 @@ pub(super) struct Directory {
     /// Those with a name, if the store can have any.
     networks: Option<Arc<dyn Networks>>,
     names: Mutex<Names>,
+    complaints: RateLimit,
     changed: watch::Sender<()>,
 }
 
@@ -105,7 +131,7 @@ struct Names {
     events: VecDeque<NetworkEvent>,
     last: u64,
     /// Those somebody asked for.
-    open: BTreeMap<NetworkName, Arc<Network>>,
+    open: BTreeMap<NetworkName, Open>,
 }
 
 impl Directory {
@@ -122,6 +148,7 @@ impl Directory {
                 open: BTreeMap::new(),
             }),
             networks,
+            complaints: RateLimit::default(),
             changed: watch::Sender::new(()),
         }
     }
@@ -129,7 +156,18 @@ impl Directory {
     /// Follows the store for ever: the leases of the network without a name, and the names of the others.
     pub(super) async fn follow(&self) {
         let Network { store, feed, .. } = &*self.unnamed;
-        tokio::join!(feed.follow(&**store), self.follow_names());
+        tokio::join!(feed.follow(&**store), self.follow_names(), self.close_idle());
+    }
+
+    /// Ends looking at networks that nobody asks for.
+    async fn close_idle(&self) {
+        loop {
+            tokio::time::sleep(IDLE / 10).await;
+            let now = Instant::now();
+            self.names()
+                .open
+                .retain(|_, open| open.is_in_use() || now - open.asked < IDLE);
+        }
     }
 
     /// The network of that name.
@@ -144,24 +182,36 @@ impl Directory {
         if !state.known {
             return Err(Missing::NotReady);
         }
-        if !state.names.contains(&name)
-            || (state.open.len() >= MAX_NETWORKS && !state.open.contains_key(&name))
-        {
+        if !state.names.contains(&name) {
             return Err(Missing::NoSuchNetwork);
         }
-        if let Some(network) = state.open.get(&name) {
-            return Ok(Arc::clone(network));
+        let asked = Instant::now();
+        if let Some(open) = state.open.get_mut(&name) {
+            open.asked = asked;
+            return Ok(Arc::clone(&open.network));
+        }
+        if state.open.len() >= MAX_NETWORKS && !state.close_eldest() {
+            if self.complaints.allows() {
+                tracing::warn!(network = %name, max = MAX_NETWORKS, "too many networks are in use at a time");
+            }
+            return Err(Missing::TooMany);
         }
         let store = networks.open(Some(&name)).map_err(Missing::Store)?;
         let network = Arc::new(Network::followed(store));
-        state.open.insert(name, Arc::clone(&network));
+        let open = Open {
+            network: Arc::clone(&network),
+            asked,
+        };
+        state.open.insert(name, open);
         Ok(network)
     }
 
-    /// Answers a poll for names by somebody who has seen everything up to `next` and may read what `readable` says.
-    pub(super) async fn answer(&self, next: Option<&str>, readable: impl Fn(&NetworkName) -> bool) -> String {
+    /// Answers a poll for names by somebody who has seen everything up to `next` and may read what `grants` says at the time.
+    pub(super) async fn answer(&self, next: Option<&str>, grants: impl Fn() -> Grants) -> String {
         let mut changed = self.changed.subscribe();
         loop {
+            let grants = grants();
+            let readable = |name: &NetworkName| grants.check(name.as_str(), Right::Read).is_ok();
             if let Some(answer) = self.names().answer(next, &readable) {
                 return answer;
             }
@@ -214,9 +264,9 @@ impl Names {
         let events: Vec<NetworkEvent> = gone.chain(new).collect();
         for event in events {
             if let NetworkEvent::Removed(name) = &event
-                && let Some(network) = self.open.remove(name)
+                && let Some(open) = self.open.remove(name)
             {
-                network.gone.send_replace(true);
+                open.network.gone.send_replace(true);
             }
             self.events.push_back(event);
             self.last += 1;
@@ -224,6 +274,15 @@ impl Names {
         let surplus = self.events.len().saturating_sub(MAX_EVENTS_KEPT);
         self.events.drain(..surplus);
         self.names = now;
+    }
+
+    /// Closes the network that nobody has asked for longest, unless all are in use.
+    fn close_eldest(&mut self) -> bool {
+        let idle = self.open.iter().filter(|(_, open)| !open.is_in_use());
+        let eldest = idle
+            .min_by_key(|(_, open)| open.asked)
+            .map(|(name, _)| name.clone());
+        eldest.is_some_and(|name| self.open.remove(&name).is_some())
     }
 
     fn answer(&self, next: Option<&str>, readable: &impl Fn(&NetworkName) -> bool) -> Option<String> {
@@ -262,6 +321,7 @@ impl Names {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::store::{EmbeddedNetworks, LEASE_TTL};
 
     #[test]
     fn names_are_told_by_cursor_and_only_to_whom_they_concern() {
@@ -303,6 +363,32 @@ mod tests {
             names.answer(None, &only_blue).as_deref(),
             Some("{\"events\":null,\"snapshot\":[],\"cursor\":\"e.3\"}\n")
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_network_too_many_is_not_taken_for_one_that_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let networks = EmbeddedNetworks::open(&dir.path().join("leases.redb"), LEASE_TTL).unwrap();
+        let unnamed = Arc::new(networks.store(None));
+        let directory = Directory::new(unnamed, Some(Arc::new(networks)));
+        let all: Vec<String> = (0..=MAX_NETWORKS).map(|number| format!("n{number}")).collect();
+        let known = all.iter().map(|text| name(text)).collect();
+        directory.names().apply(NetworkUpdate::Snapshot(known));
+        let mut used = Vec::new();
+        for name in &all[..MAX_NETWORKS] {
+            used.push(directory.network(name).ok().unwrap());
+        }
+        let one_more = &all[MAX_NETWORKS];
+        assert!(matches!(directory.network(one_more), Err(Missing::TooMany)));
+        assert!(matches!(directory.network("other"), Err(Missing::NoSuchNetwork)));
+        // The one that nobody uses makes room.
+        used.remove(7);
+        assert!(directory.network(one_more).is_ok());
+        assert!(!directory.names().open.contains_key(&name("n7")));
+        // In time all go that are not in use.
+        used.truncate(3);
+        let _ = tokio::time::timeout(IDLE * 2, directory.close_idle()).await;
+        assert_eq!(directory.names().open.len(), 3);
     }
 
     fn name(text: &str) -> NetworkName {

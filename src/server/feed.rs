@@ -7,8 +7,12 @@
 //! A cursor is `EPOCH.NUMBER`. The epoch is drawn when the server starts, so that a cursor of a server that has since
 //! been replaced, perhaps by one with an older database, never passes for one of ours.
 //!
-//! Memory: the snapshot's text is made once for each change at most and shared by all answers that carry it; an answer
-//! carries at most [`MAX_EVENTS_PER_ANSWER`] events, and the rest is fetched with the next poll.
+//! Memory: changes are kept as the text they are told in, [`MAX_BYTES_KEPT`] at most. The snapshot's text is made once for each change at
+//! most and shared by all answers that carry it; an answer carries at most [`MAX_EVENTS_PER_ANSWER`] events in
+//! [`MAX_BYTES_PER_ANSWER`], or one, and the rest is fetched with the next poll.
+//!
+//! A lease is known by its whole key. Old clients name its IPv4 half; the key of a lease without one is never shortened, as all of
+//! those would be the same.
 //!
 //! While the store is away, polls wait and snapshots show the last known leases: stale routes carry packets, none do
 //! not.
@@ -21,16 +25,19 @@ use axum::body::Bytes;
 use futures_util::StreamExt;
 use tokio::sync::watch;
 
-use crate::addr::Ipv4Prefix;
 use crate::control::store::Store;
-use crate::control::store::remote::objects::{events_json, snapshot_json};
+use crate::control::store::remote::objects::{event_json, join_events, snapshot_json};
 use crate::control::{Backoff, RateLimit};
 use crate::lease::{Expiration, Lease, LeaseEvent, LeaseUpdate, Subnet};
 
 /// Changes kept: a whole cluster of a thousand nodes renewing four times.
 const MAX_EVENTS_KEPT: usize = 4096;
+/// What they may take: twice as many ordinary ones. With longer lease data there are fewer, and who is further behind gets a snapshot.
+const MAX_BYTES_KEPT: usize = 4 << 20;
 /// Changes in one answer: some tens of kilobytes.
 const MAX_EVENTS_PER_ANSWER: usize = 256;
+/// The longest answer of several changes: each poller has one of its own in memory.
+const MAX_BYTES_PER_ANSWER: usize = 128 << 10;
 /// Snapshots compute an expiration from a remaining time in whole seconds; less than this apart is the same moment.
 const SAME_MOMENT: Duration = Duration::from_secs(5);
 /// Longest pause before a lost store is watched again: flannel's.
@@ -42,11 +49,20 @@ pub(super) struct History {
     epoch: String,
     leases: BTreeMap<Subnet, Lease>,
     /// The last changes; the newest has the number `last`.
-    events: VecDeque<LeaseEvent>,
+    events: VecDeque<Told>,
+    /// How long their texts are together.
+    events_bytes: usize,
     last: u64,
     /// The text of the snapshot at `last`, once somebody asked for it.
     snapshot: Option<Bytes>,
     known: Knowledge,
+}
+
+/// A change, as it is told.
+#[derive(Debug)]
+struct Told {
+    subnet: Subnet,
+    text: Box<str>,
 }
 
 /// Whether the store has been heard.
@@ -73,6 +89,7 @@ impl History {
             epoch,
             leases: BTreeMap::new(),
             events: VecDeque::new(),
+            events_bytes: 0,
             last: 0,
             snapshot: None,
             known: Knowledge::Nothing,
@@ -98,22 +115,31 @@ impl History {
             }
         };
         for event in events {
-            match &event {
+            let text = event_json(&event).into_boxed_str();
+            let subnet = match event {
                 LeaseEvent::Added(lease) => {
-                    self.leases.insert(lease.subnet, lease.clone());
+                    let subnet = lease.subnet;
+                    self.leases.insert(subnet, lease);
+                    subnet
                 }
                 LeaseEvent::Removed(subnet) => {
-                    if self.leases.remove(subnet).is_none() {
+                    if self.leases.remove(&subnet).is_none() {
                         continue;
                     }
+                    subnet
                 }
-            }
+            };
             self.last += 1;
-            self.events.push_back(event);
+            self.events_bytes += text.len();
+            self.events.push_back(Told { subnet, text });
             self.snapshot = None;
+            while self.events.len() > MAX_EVENTS_KEPT || self.events_bytes > MAX_BYTES_KEPT {
+                let Some(oldest) = self.events.pop_front() else {
+                    break;
+                };
+                self.events_bytes -= oldest.text.len();
+            }
         }
-        let surplus = self.events.len().saturating_sub(MAX_EVENTS_KEPT);
-        self.events.drain(..surplus);
     }
 
     /// Answers a poll for all leases by somebody who has seen everything up to `next`; `None` if there is nothing to
@@ -126,39 +152,49 @@ impl History {
             None => Some(Answer::Body(self.snapshot_body())),
             Some(0) => None,
             Some(unseen) => {
-                let count = unseen.min(MAX_EVENTS_PER_ANSWER);
                 let first = self.events.len() - unseen;
+                let mut room = MAX_BYTES_PER_ANSWER;
+                let fits = |told: &&Told| {
+                    let fits = told.text.len() <= room;
+                    room = room.saturating_sub(told.text.len());
+                    fits
+                };
+                let texts = self.events.range(first..).take(MAX_EVENTS_PER_ANSWER);
+                // One is told however long it is.
+                let count = texts.take_while(fits).count().max(1);
                 let cursor = self.cursor(self.last - count_u64(unseen - count));
-                let body = events_json(self.events.range(first..first + count), &cursor);
-                Some(Answer::Body(body.into()))
+                let texts = self.events.range(first..first + count).map(|told| &*told.text);
+                Some(Answer::Body(join_events(texts, &cursor).into()))
             }
         }
     }
 
-    /// Answers a poll for the lease whose IPv4 half is `subnet`: its next change, and only that, because flannel's
-    /// clients look at the first entry of this answer only.
-    pub(super) fn answer_one(&self, subnet: Ipv4Prefix, next: Option<&str>) -> Option<Answer> {
+    /// Answers a poll for the lease that `key` names: its next change, and only that, because flannel's clients look at the first entry
+    /// of this answer only.
+    pub(super) fn answer_one(&self, key: Subnet, next: Option<&str>) -> Option<Answer> {
         if self.known == Knowledge::Nothing {
             return None;
         }
         let cursor = self.cursor(self.last);
         if let Some(unseen) = next.and_then(|cursor| self.unseen(cursor)) {
             let first = self.events.len() - unseen;
-            let about_it = |event: &&LeaseEvent| match event {
-                LeaseEvent::Added(lease) => lease.subnet.v4 == subnet,
-                LeaseEvent::Removed(gone) => gone.v4 == subnet,
-            };
             // The newest change is what counts: a lease that went and came back is there.
-            let event = self.events.range(first..).rev().find(about_it)?;
-            return Some(Answer::Body(events_json([event].into_iter(), &cursor).into()));
+            let told = self
+                .events
+                .range(first..)
+                .rev()
+                .find(|told| names(key, told.subnet))?;
+            return Some(Answer::Body(
+                join_events([&*told.text].into_iter(), &cursor).into(),
+            ));
         }
-        Some(match (self.lease(subnet), next) {
+        Some(match (self.lease(key), next) {
             (Some(lease), _) => Answer::Body(snapshot_json([lease].into_iter(), &cursor).into()),
             (None, None) => Answer::NoSuchLease,
             // Its holder knew it once: tell that it went, so that a new one is acquired.
             (None, Some(_)) => {
-                let gone = LeaseEvent::Removed(Subnet { v4: subnet, v6: None });
-                Answer::Body(events_json([&gone].into_iter(), &cursor).into())
+                let gone = event_json(&LeaseEvent::Removed(key));
+                Answer::Body(join_events([&*gone].into_iter(), &cursor).into())
             }
         })
     }
@@ -168,9 +204,11 @@ impl History {
         self.known == Knowledge::Leases
     }
 
-    /// The lease whose IPv4 half is `subnet`.
-    pub(super) fn lease(&self, subnet: Ipv4Prefix) -> Option<&Lease> {
-        self.leases.values().find(|lease| lease.subnet.v4 == subnet)
+    /// The lease that `key` names.
+    pub(super) fn lease(&self, key: Subnet) -> Option<&Lease> {
+        // Keys are ordered by their IPv4 half, and that alone comes first.
+        let (_, lease) = self.leases.range(key..).next()?;
+        Some(lease).filter(|lease| names(key, lease.subnet))
     }
 
     /// All leases.
@@ -270,6 +308,11 @@ impl Feed {
     }
 }
 
+/// Whether `key` means the lease of `subnet`: it is its key, or the IPv4 half of it.
+fn names(key: Subnet, subnet: Subnet) -> bool {
+    key == subnet || key.v6.is_none() && subnet.ipv4() == Some(key.v4)
+}
+
 /// Whether two leases say the same, apart from rounding of their end.
 fn same(old: &Lease, new: &Lease) -> bool {
     let same_end = match (old.expiration, new.expiration) {
@@ -297,7 +340,7 @@ mod tests {
     fn nothing_is_answered_before_the_store_is_heard() {
         let mut history = History::new("e".into());
         assert_eq!(history.answer(None), None);
-        assert_eq!(history.answer_one(v4("10.1.0.0/24"), None), None);
+        assert_eq!(history.answer_one(key("10.1.0.0-24"), None), None);
         history.apply(LeaseUpdate::Snapshot(vec![]));
         assert!(body(history.answer(None)).contains("\"snapshot\":[]"));
     }
@@ -371,7 +414,7 @@ mod tests {
         let mut again = lease(3);
         again.expiration = Expiration::Never;
         history.apply(LeaseUpdate::Snapshot(vec![
-            history.lease(v4("10.2.0.0/24")).unwrap().clone(),
+            history.lease(key("10.2.0.0-24")).unwrap().clone(),
             again,
         ]));
         assert_eq!(history.answer(Some(&seen)), None);
@@ -380,10 +423,10 @@ mod tests {
     #[test]
     fn one_lease_is_watched_by_itself() {
         let mut history = heard(&[1]);
-        let mine = v4("10.1.0.0/24");
+        let mine = key("10.1.0.0-24");
         assert!(body(history.answer_one(mine, None)).contains("\"snapshot\":[{\"Subnet\":\"10.1.0.0/24\""));
         assert_eq!(
-            history.answer_one(v4("10.7.0.0/24"), None),
+            history.answer_one(key("10.7.0.0-24"), None),
             Some(Answer::NoSuchLease)
         );
         let seen = newest(&history);
@@ -393,6 +436,76 @@ mod tests {
         assert!(body(history.answer_one(mine, Some(&seen))).contains("removed"));
         // After a restart of the server the holder learns the same.
         assert!(body(history.answer_one(mine, Some("other.3"))).contains("removed"));
+    }
+
+    #[test]
+    fn leases_without_ipv4_are_told_apart() {
+        let (one, two) = ("0.0.0.0-0&fd00:1:0:9::-64", "0.0.0.0-0&fd00:1:0:43::-64");
+        let six = |text: &str| Lease {
+            subnet: key(text),
+            ..lease(1)
+        };
+        let mut history = History::new("e".into());
+        history.apply(LeaseUpdate::Snapshot(vec![six(one), six(two)]));
+        for text in [one, two] {
+            assert_eq!(
+                history.lease(key(text)).map(|lease| lease.subnet),
+                Some(key(text))
+            );
+        }
+        assert_eq!(history.lease(key("0.0.0.0-0&fd00:1:0:7::-64")), None);
+        assert_eq!(history.lease(key("0.0.0.0-0")), None, "that is nobody's");
+        let seen = newest(&history);
+        history.apply(LeaseUpdate::Events(vec![LeaseEvent::Removed(key(one))]));
+        assert_eq!(history.answer_one(key(two), Some(&seen)), None);
+        let gone = body(history.answer_one(key(one), Some(&seen)));
+        assert!(
+            gone.contains("removed") && gone.contains("fd00:1:0:9::/64"),
+            "{gone}"
+        );
+        assert_eq!(history.answer_one(key(one), None), Some(Answer::NoSuchLease));
+        // One with both is found by either name.
+        let dual = "10.5.0.0-24&fd00:1:0:5::-64";
+        history.apply(LeaseUpdate::Events(vec![LeaseEvent::Added(six(dual))]));
+        for text in [dual, "10.5.0.0-24"] {
+            assert_eq!(
+                history.lease(key(text)).map(|lease| lease.subnet),
+                Some(key(dual))
+            );
+        }
+        assert_eq!(history.lease(key("10.5.0.0-24&fd00:1:0:6::-64")), None);
+    }
+
+    #[test]
+    fn long_lease_data_fills_neither_the_history_nor_an_answer() {
+        let mut history = heard(&[]);
+        let mut cursor = newest(&history);
+        let mut long = lease(1);
+        long.attrs.backend_data = Some(format!("\"{}\"", "x".repeat(50_000)));
+        let renewals = |count| LeaseUpdate::Events(vec![LeaseEvent::Added(long.clone()); count]);
+        history.apply(renewals(50));
+        let mut events = 0;
+        while let Some(answer) = history.answer(Some(&cursor)) {
+            let text = body(Some(answer));
+            assert!(text.len() <= MAX_BYTES_PER_ANSWER + 200, "{}", text.len());
+            events += text.matches("\"type\"").count();
+            cursor = text.rsplit('"').nth(1).unwrap().to_owned();
+        }
+        assert_eq!(events, 50);
+        history.apply(renewals(2_000));
+        let held: usize = history.events.iter().map(|told| told.text.len()).sum();
+        assert!(held <= MAX_BYTES_KEPT && held == history.events_bytes, "{held}");
+        assert!(body(history.answer(Some(&cursor))).contains("\"events\":null"));
+        // One change may be longer than an answer of several.
+        let mut cursor = newest(&history);
+        long.attrs.backend_data = Some(format!("\"{}\"", "x".repeat(2 * MAX_BYTES_PER_ANSWER)));
+        history.apply(LeaseUpdate::Events(vec![LeaseEvent::Added(long.clone()); 2]));
+        for _ in 0..2 {
+            let text = body(history.answer(Some(&cursor)));
+            assert_eq!(text.matches("\"type\"").count(), 1);
+            cursor = text.rsplit('"').nth(1).unwrap().to_owned();
+        }
+        assert_eq!(history.answer(Some(&cursor)), None);
     }
 
     #[test]
@@ -425,7 +538,7 @@ mod tests {
         history.cursor(history.last)
     }
 
-    fn v4(text: &str) -> Ipv4Prefix {
+    fn key(text: &str) -> Subnet {
         text.parse().unwrap()
     }
 

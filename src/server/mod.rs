@@ -29,6 +29,7 @@ mod front;
 mod listen;
 pub mod monitor;
 mod presence;
+mod quota;
 mod socket_file;
 pub mod status;
 
@@ -47,7 +48,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -55,7 +56,7 @@ use tower_service::Service;
 
 use self::access::{Access, Peer};
 use self::api::Api;
-use self::crowd::{Crowd, Guest};
+use self::crowd::{Crowd, Crowded, Guest};
 pub use self::crowd::{MAX_CONNECTIONS, MAX_FROM_ONE, MAX_STRANGERS};
 use self::directory::Directory;
 use self::front::Front;
@@ -125,6 +126,14 @@ impl Served {
     /// What an operator should know about who can do what, one sentence each.
     pub fn warnings(&self, listeners: &[Listener]) -> Vec<&'static str> {
         let mut warnings = Vec::new();
+        let tcp = |listener: &Listener| matches!(listener, Listener::Tcp(_));
+        if matches!(self.access, Access::ByPlace) && listeners.iter().any(tcp) {
+            warnings.push(
+                "whoever connects from this machine's own addresses 127.0.0.1 and ::1, be it a pod in the host's network or a proxy \
+                 that passes on what others send, may end leases and make reservations; give --access-file, or have a \
+                 proxy and administrators use --listen=unix:///PATH alone",
+            );
+        }
         if !listeners.iter().any(Listener::is_remote) {
             return warnings;
         }
@@ -165,7 +174,6 @@ pub async fn serve_all(listeners: Vec<Listener>, served: Served, stop: impl Futu
     let door = Arc::new(Door {
         router: api::router(&api),
         crowd: Arc::default(),
-        slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         tls: served.tls,
         front: served.front,
         form: served.form,
@@ -194,7 +202,6 @@ pub async fn serve_all(listeners: Vec<Listener>, served: Served, stop: impl Futu
 struct Door {
     router: Router,
     crowd: Arc<Crowd>,
-    slots: Arc<Semaphore>,
     tls: Option<ServerTls>,
     front: Front,
     form: ApiForm,
@@ -212,10 +219,6 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 async fn accept(listener: Listener, door: Arc<Door>) {
     loop {
-        // The semaphore is never closed.
-        let Ok(slot) = door.slots.clone().acquire_owned().await else {
-            return;
-        };
         let accepted = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -229,15 +232,14 @@ async fn accept(listener: Listener, door: Arc<Door>) {
             Accepted::Tcp(_, from) => Some(*from),
             Accepted::Unix(_) => None,
         };
-        let Some(guest) = door.crowd.enter(from) else {
-            if door.crowded.allows() {
-                tracing::warn!(
-                    from = from.map(|from| from.to_string()),
-                    limit = MAX_FROM_ONE,
-                    "too many connections from one address; further ones are closed"
-                );
+        let guest = match door.crowd.enter(from) {
+            Ok(guest) => guest,
+            Err(crowded) => {
+                if door.crowded.allows() {
+                    complain(crowded, from);
+                }
+                continue;
             }
-            continue;
         };
         let door = Arc::clone(&door);
         tokio::spawn(async move {
@@ -246,8 +248,23 @@ async fn accept(listener: Listener, door: Arc<Door>) {
                 () = converse(accepted, guest, door) => {}
                 () = leave.notified() => {}
             }
-            drop(slot);
         });
+    }
+}
+
+fn complain(crowded: Crowded, from: Option<IpAddr>) {
+    let from = from.map(|from| from.to_string());
+    match crowded {
+        Crowded::Place => tracing::warn!(
+            from,
+            limit = MAX_FROM_ONE,
+            "too many connections from one address; further ones are closed"
+        ),
+        Crowded::Everywhere => tracing::warn!(
+            from,
+            limit = MAX_CONNECTIONS,
+            "too many connections; those from addresses that have most are closed"
+        ),
     }
 }
 
@@ -311,10 +328,11 @@ async fn shake_hands(
 async fn exchange(stream: Box<dyn Stream>, peer: Peer, guest: Guest, door: &Door) {
     let over_tls = peer.is_private && peer.address.is_some();
     let peer = Arc::new(peer);
+    let introduction = guest.introduction();
     let service = service_fn(|mut request: Request<Incoming>| {
-        guest.is_known();
         let turned = door.front.admit(request.headers(), &peer).err();
         request.extensions_mut().insert(Arc::clone(&peer));
+        request.extensions_mut().insert(introduction.clone());
         if door.form == ApiForm::Kubernetes {
             api::from_kubernetes_form(&mut request);
         }

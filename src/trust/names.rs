@@ -16,15 +16,26 @@ const UTF8_STRING: u8 = 0x0c;
 const PRINTABLE_STRING: u8 = 0x13;
 const IA5_STRING: u8 = 0x16;
 
+/// A name in a certificate, with its kind: an authority that lets clients choose one kind freely need not let them choose another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// A common name of the subject: any text.
+    Common(String),
+    /// A DNS name.
+    Dns(String),
+    /// A URI, such as a SPIFFE identity.
+    Uri(String),
+}
+
 /// The names in `certificate`: common names first, then alternative names. Empty if it cannot be read.
-pub fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
+pub fn names(certificate: &CertificateDer<'_>) -> Vec<Name> {
     let Ok(parsed) = EndEntityCert::try_from(certificate) else {
         return Vec::new();
     };
-    let mut names = common_names(parsed.subject());
-    names.extend(parsed.valid_dns_names().map(str::to_owned));
-    names.extend(parsed.valid_uri_names().map(str::to_owned));
-    names
+    let common = common_names(parsed.subject()).into_iter().map(Name::Common);
+    let dns = parsed.valid_dns_names().map(|name| Name::Dns(name.to_owned()));
+    let uris = parsed.valid_uri_names().map(|name| Name::Uri(name.to_owned()));
+    common.chain(dns).chain(uris).collect()
 }
 
 /// The common names of a distinguished name, given as the contents of its outer sequence: sets of pairs of identifier and
@@ -91,9 +102,9 @@ mod tests {
         assert_eq!(
             names(certificate.der()),
             [
-                "Node, first of its name",
-                "node-1.example",
-                "spiffe://example/node/1"
+                Name::Common("Node, first of its name".to_owned()),
+                Name::Dns("node-1.example".to_owned()),
+                Name::Uri("spiffe://example/node/1".to_owned()),
             ]
         );
     }
@@ -104,7 +115,7 @@ mod tests {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, long.clone());
         let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
-        assert_eq!(names(certificate.der())[0], long);
+        assert_eq!(names(certificate.der())[0], Name::Common(long));
     }
 
     #[test]

@@ -3,9 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use kersey::control::store::{RemoteStore, Store};
 use kersey::options::{RemoteOptions, ServeOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 use crate::authority::Authority;
 use crate::support::{Running, ask, client, node, tls};
@@ -254,6 +258,41 @@ async fn an_access_file_that_is_no_good_at_start_is_told() {
     assert!(!error.contains("short"), "{error}");
 }
 
+/// Connections that were only ever refused are closed for newer ones; one that was answered is not.
+#[tokio::test]
+async fn whoever_is_refused_stays_a_stranger() {
+    crate::abuse::raise_open_files();
+    let (server, _dir) = guarded(FILE).await;
+    let request = |token: &str| {
+        format!("GET /v1/_/config HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n")
+    };
+    let connect = async |token: &str| {
+        let mut stream = TcpStream::connect(&server.address).await.unwrap();
+        stream.write_all(request(token).as_bytes()).await.unwrap();
+        let mut bytes = [0; 2048];
+        let count = stream.read(&mut bytes).await.unwrap();
+        (crate::support::parse(&bytes[..count]).0, stream)
+    };
+    let (status, mut known) = connect(NODE).await;
+    assert_eq!(status, 200);
+    let (status, mut first) = connect("wrong-but-long-enough").await;
+    assert_eq!(status, 401);
+    let mut others = Vec::new();
+    for _ in 0..kersey::server::MAX_STRANGERS {
+        others.push(TcpStream::connect(&server.address).await.unwrap());
+    }
+    // An end or a reset.
+    let ended = timeout(Duration::from_secs(3), first.read(&mut [0])).await;
+    assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+    known.write_all(request(NODE).as_bytes()).await.unwrap();
+    let mut bytes = [0; 2048];
+    let count = timeout(Duration::from_secs(3), known.read(&mut bytes))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(crate::support::parse(&bytes[..count]).0, 200);
+}
+
 async fn guarded(file: &str) -> (Running, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let access = dir.path().join("access.toml");
@@ -271,7 +310,7 @@ fn write_secret(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
-fn another_address() -> Option<std::net::IpAddr> {
+pub(crate) fn another_address() -> Option<std::net::IpAddr> {
     // Nothing is sent: the kernel only says which address it would use.
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
     socket.connect("192.0.2.1:9").ok()?;

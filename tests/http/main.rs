@@ -14,6 +14,7 @@ mod failover;
 mod golden;
 mod listening;
 mod networks;
+mod ownership;
 mod process;
 mod support;
 mod tls;

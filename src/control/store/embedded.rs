@@ -5,7 +5,7 @@
 //! So reads never wait for the disk and go on while it is full or gone; a failed write changes nothing and is an
 //! error. After a failed write the file is opened anew at the next one, and memory follows it if the two disagree.
 //!
-//! Every change has a revision. The last 10,000 changes of each network are kept in memory for watchers; one that is further behind,
+//! Every change has a revision. The last 10,000 changes of each network, 8 MB at most, are kept in memory for watchers; one that is further behind,
 //! or comes with a cursor from another file or from before a restart it missed changes in, gets a snapshot. A cursor
 //! is `FILE.REVISION`, where `FILE` is a random number made with the file.
 //!
@@ -49,6 +49,8 @@ use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subne
 
 /// How many changes of each network are kept for watchers: an hour of a 1,000-node network in which every node changes thrice.
 const LOG: usize = 10_000;
+/// What they may hold in memory, so that a few nodes with long lease data cannot fill it: 800 bytes each.
+const LOG_BYTES: usize = 8 << 20;
 
 /// The least time a lease has after a restart: enough for its node to come back and renew.
 const GRACE: Duration = Duration::from_secs(60 * 60);
@@ -147,23 +149,53 @@ impl Host {
 #[derive(Debug)]
 struct Log<E> {
     events: VecDeque<(u64, E)>,
+    /// What they hold in memory, roughly.
+    bytes: usize,
     /// All changes after this revision are there.
     from: u64,
 }
 
-impl<E: Clone> Log<E> {
+/// What can be told apart in a [`Log`] by how much memory it takes.
+trait Weighed {
+    /// Bytes, roughly.
+    fn bytes(&self) -> usize;
+}
+
+impl Weighed for LeaseEvent {
+    fn bytes(&self) -> usize {
+        let data = match self {
+            Self::Added(lease) => lease.attrs.data_bytes(),
+            Self::Removed(_) => 0,
+        };
+        size_of::<Self>() + data
+    }
+}
+
+impl Weighed for NetworkEvent {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Added(name) | Self::Removed(name) => size_of::<Self>() + name.as_str().len(),
+        }
+    }
+}
+
+impl<E: Clone + Weighed> Log<E> {
     fn new(from: u64) -> Self {
         Self {
             events: VecDeque::new(),
+            bytes: 0,
             from,
         }
     }
 
     fn note(&mut self, revision: u64, event: E) {
+        self.bytes += event.bytes();
         self.events.push_back((revision, event));
-        if self.events.len() > LOG
-            && let Some((revision, _)) = self.events.pop_front()
-        {
+        while self.events.len() > LOG || self.bytes > LOG_BYTES {
+            let Some((revision, event)) = self.events.pop_front() else {
+                return;
+            };
+            self.bytes -= event.bytes();
             self.from = revision;
         }
     }
@@ -223,10 +255,10 @@ impl Clock {
         u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX).max(1)
     }
 
-    /// When a lease ends that was to end at `millis`, after a restart.
-    fn revive(self, millis: u64, ttl: Duration) -> Instant {
-        let left = millis.saturating_sub(self.millis(self.monotonic));
-        self.monotonic + Duration::from_millis(left).max(GRACE).min(ttl)
+    /// When a lease ends that was to end at `millis`, if the file is read at `now`.
+    fn revive(self, millis: u64, now: Instant, ttl: Duration) -> Instant {
+        let left = millis.saturating_sub(self.millis(now));
+        now + Duration::from_millis(left).max(GRACE).min(ttl)
     }
 }
 
@@ -234,7 +266,7 @@ impl EmbeddedRegistry {
     fn open(path: &Path, ttl: Duration) -> Result<Self, StoreError> {
         let clock = Clock::start();
         let database = open_database(path)?;
-        let state = load(&database, clock, ttl).map_err(|error| damaged(path, &error))?;
+        let state = load(&database, clock, clock.monotonic, ttl).map_err(|error| damaged(path, &error))?;
         let reached = watch::Sender::new(state.revision);
         let inner = Inner {
             path: path.to_owned(),
@@ -440,7 +472,8 @@ impl Inner {
     fn reopen(&self, doing: &'static str) -> Result<Database, StoreError> {
         let database =
             open_database(&self.path).map_err(|error| self.unavailable(doing, error.to_string()))?;
-        let found = load(&database, self.clock, self.ttl).map_err(|error| damaged(&self.path, &error))?;
+        let found = load(&database, self.clock, Instant::now(), self.ttl)
+            .map_err(|error| damaged(&self.path, &error))?;
         let mut state = self.state();
         if found.file != state.file || found.revision != state.revision {
             tracing::warn!(
@@ -725,3 +758,6 @@ fn parse_cursor(cursor: &Cursor) -> Option<(u64, u64)> {
 fn refused(doing: &'static str, cause: String) -> StoreError {
     StoreError::Refused { doing, cause }
 }
+
+#[cfg(test)]
+mod tests;

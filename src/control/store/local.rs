@@ -22,6 +22,15 @@ use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 /// each time, so ten rounds are ample; what still loses is tried again by the caller.
 const ATTEMPTS: usize = 10;
 
+/// Who a node was when it took its lease.
+#[derive(Clone, Copy)]
+enum Formerly<'a> {
+    /// The node of this process, or one that an administrator vouches for: what is reserved for it moves with it.
+    Ours(&'a LeaseAttrs),
+    /// What a client says it was.
+    Client(&'a LeaseAttrs),
+}
+
 /// A lease that ends sooner is not relied on before it is renewed: that takes some writes, each with the patience of a request.
 const RENEWAL: Duration = Duration::from_secs(30);
 
@@ -97,7 +106,7 @@ impl<R: Registry> LocalStore<R> {
     async fn try_renew(
         &self,
         lease: &Lease,
-        formerly: Option<&LeaseAttrs>,
+        formerly: Option<Formerly<'_>>,
     ) -> Result<Option<Lease>, StoreError> {
         let subnet = lease.subnet;
         let lost = |holder: &Entry| StoreError::LeaseLost {
@@ -110,20 +119,31 @@ impl<R: Registry> LocalStore<R> {
         // One key, not all: a thousand nodes renew at once when a store comes back.
         if let Some(entry) = self.registry.get(subnet).await? {
             let held_by = &entry.lease.attrs;
-            if !held_by.same_node(&lease.attrs) && !formerly.is_some_and(|old| held_by.same_node(old)) {
+            let lifetime = lifetime(&entry.lease);
+            let moves = |formerly: Formerly<'_>| match formerly {
+                Formerly::Client(old) => held_by.same_node(old) && lifetime == Lifetime::Ttl,
+                Formerly::Ours(old) => held_by.same_node(old),
+            };
+            if !held_by.same_node(&lease.attrs) && !formerly.is_some_and(moves) {
                 return Err(lost(&entry));
             }
-            let lifetime = lifetime(&entry.lease);
             let updated = self
                 .registry
                 .update(subnet, entry.revision, &lease.attrs, lifetime)
                 .await?;
             return Ok(updated.map(|entry| entry.lease));
         }
-        // It ran out while nobody renewed it. It is ours again unless someone moved in.
+        // It ran out while nobody renewed it. It is ours again unless someone moved in, or we did elsewhere.
         let entries = self.registry.list().await?;
-        if let Some(entry) = entries.iter().find(|entry| entry.lease.subnet.overlaps(subnet)) {
+        let in_the_way =
+            |entry: &&Entry| entry.lease.subnet.overlaps(subnet) || entry.lease.attrs.same_node(&lease.attrs);
+        if let Some(entry) = entries.iter().find(in_the_way) {
             return Err(lost(entry));
+        }
+        // Whether it ever was ours nobody knows: it must be one that could have been.
+        if !self.network("renew a lease").await?.fits(subnet) {
+            let cause = "it is gone, and the network config would not hand it out".to_owned();
+            return Err(StoreError::LeaseLost { subnet, cause });
         }
         // A reservation that was deleted is not brought back as one: that is the operator's to decide.
         let created = self.registry.create(subnet, &lease.attrs, Lifetime::Ttl).await?;
@@ -177,22 +197,33 @@ impl<R: Registry> LocalStore<R> {
         const DOING: &str = "reserve a subnet";
         let refuse = |cause: String| StoreError::Refused { doing: DOING, cause };
         let config = self.network(DOING).await?;
-        let right_len = config
-            .v4
-            .is_some_and(|range| range.subnet_len() == subnet.v4.len() && range.network.covers(subnet.v4));
-        if !right_len {
+        let entries = self.registry.list().await?;
+        let taken: Vec<Subnet> = entries.iter().map(|entry| entry.lease.subnet).collect();
+        let held = |found: &&Subnet| subnet.v6.is_none() && found.ipv4().is_some() && found.v4 == subnet.v4;
+        let subnet = match taken.iter().find(held) {
+            Some(&held) => held,
+            None => allocate::complete(&config, &taken, subnet, &mut rand::rng())
+                .map_err(|error| refuse(error.to_string()))?,
+        };
+        let entry = entries.iter().find(|entry| entry.lease.subnet == subnet);
+        // One's own lease may be kept for good though the config was changed since.
+        if entry.is_none() && !config.fits(subnet) {
             return Err(refuse(format!("{subnet} is no subnet of the network")));
         }
-        let Some(entry) = self.registry.get(subnet).await? else {
+        let in_the_way = |entry: &&Entry| {
+            let lease = &entry.lease;
+            lease.subnet.overlaps(subnet) && !(lease.subnet == subnet && lease.attrs.same_node(attrs))
+        };
+        if let Some(other) = entries.iter().find(in_the_way) {
+            return Err(refuse(format!(
+                "{subnet}: {} is already taken by {}",
+                other.lease.subnet, other.lease.attrs.public_ip
+            )));
+        }
+        let Some(entry) = entry else {
             let created = self.registry.create(subnet, attrs, Lifetime::Forever).await?;
             return Ok(created.map(|_| ()));
         };
-        if !entry.lease.attrs.same_node(attrs) {
-            return Err(refuse(format!(
-                "{subnet}: lease already taken by {}",
-                entry.lease.attrs.public_ip
-            )));
-        }
         let updated = self
             .registry
             .update(subnet, entry.revision, &entry.lease.attrs, Lifetime::Forever)
@@ -222,6 +253,20 @@ impl<R: Registry> LocalStore<R> {
             });
         };
         Ok(self.registry.delete(subnet, entry.revision).await?.then_some(()))
+    }
+
+    async fn try_revoke_if(
+        &self,
+        subnet: Subnet,
+        may_go: &(dyn Fn(&Lease) -> bool + Sync),
+    ) -> Result<Option<bool>, StoreError> {
+        match self.registry.get(subnet).await? {
+            Some(entry) if may_go(&entry.lease) => {
+                let deleted = self.registry.delete(subnet, entry.revision).await?;
+                Ok(deleted.then_some(true))
+            }
+            Some(_) | None => Ok(Some(false)),
+        }
     }
 }
 
@@ -272,11 +317,26 @@ impl<R: Registry> Store for LocalStore<R> {
                 self.be_the_only(DOING, holder, &lease.attrs).await?;
             }
             for _ in 0..ATTEMPTS {
-                if let Some(lease) = self.try_renew(lease, Some(formerly)).await? {
+                if let Some(lease) = self.try_renew(lease, Some(Formerly::Ours(formerly))).await? {
                     return Ok(lease);
                 }
             }
             Err(races_lost(DOING))
+        })
+    }
+
+    fn readdress_client<'a>(
+        &'a self,
+        lease: &'a Lease,
+        formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(lease) = self.try_renew(lease, Some(Formerly::Client(formerly))).await? {
+                    return Ok(lease);
+                }
+            }
+            Err(races_lost("give a lease another address"))
         })
     }
 
@@ -349,6 +409,21 @@ impl<R: Registry> Store for LocalStore<R> {
             for _ in 0..ATTEMPTS {
                 if let Some(()) = self.try_revoke(subnet).await? {
                     return Ok(());
+                }
+            }
+            Err(races_lost("revoke a lease"))
+        })
+    }
+
+    fn revoke_if<'a>(
+        &'a self,
+        subnet: Subnet,
+        may_go: &'a (dyn Fn(&Lease) -> bool + Sync),
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                if let Some(went) = self.try_revoke_if(subnet, may_go).await? {
+                    return Ok(went);
                 }
             }
             Err(races_lost("revoke a lease"))

@@ -174,6 +174,16 @@ pub trait Store: Send + Sync {
         Box::pin(async { Ok(()) })
     }
 
+    /// [`readdress`](Self::readdress) for a client that is not trusted with reservations: those stay with the address that the operator
+    /// gave.
+    fn readdress_client<'a>(
+        &'a self,
+        lease: &'a Lease,
+        _formerly: &'a LeaseAttrs,
+    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
+        self.renew(lease)
+    }
+
     /// This host has other addresses: connections made before may lead nowhere, and are not to be waited for.
     fn distrust(&self) {}
 
@@ -192,8 +202,24 @@ pub trait Store: Send + Sync {
         unsupported("revoke a lease", subnet)
     }
 
+    /// Gives up a lease if there is one and `may_go` says so of it as it is at that moment; tells whether it went.
+    fn revoke_if<'a>(
+        &'a self,
+        subnet: Subnet,
+        _may_go: &'a (dyn Fn(&Lease) -> bool + Sync),
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        let cause = format!("{subnet}: this kind of store cannot tell whose it is");
+        Box::pin(async move {
+            Err(StoreError::Refused {
+                doing: "revoke a lease",
+                cause,
+            })
+        })
+    }
+
     /// Binds `subnet` for good to the node whose public address `attrs` carries: a free subnet is reserved, the
-    /// node's own lease loses its end.
+    /// node's own lease loses its end. Where the network has two families and `subnet` is IPv4 only, it is that of the lease with this
+    /// IPv4 half, or else IPv6 is chosen.
     fn reserve<'a>(
         &'a self,
         subnet: Subnet,

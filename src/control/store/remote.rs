@@ -30,7 +30,7 @@ use hyper::Method;
 
 pub use self::networks::RemoteNetworks;
 pub use self::node::NodeHeader;
-use self::objects::{attrs_json, lease_json, parse_lease, parse_watch};
+use self::objects::{attrs_json, lease_json, parse_lease, parse_watch, reservation_json};
 use self::poll::{Watched, poll};
 use self::servers::{Ask, REQUEST_TIMEOUT, Servers};
 use super::{Cursor, LEASE_TTL, Store, StoreError, WatchItem, expires_in};
@@ -296,10 +296,7 @@ impl Store for RemoteStore {
                 doing: "reserve the subnet",
                 method: Method::POST,
                 path: format!("{}/reservations", self.base),
-                body: format!(
-                    "{{\"Subnet\":\"{}\",\"PublicIP\":\"{}\"}}",
-                    subnet.v4, attrs.public_ip
-                ),
+                body: reservation_json(subnet, attrs),
                 previous: None,
                 formerly: None,
                 node: None,
@@ -392,7 +389,10 @@ fn garbled(doing: &'static str, why: String) -> StoreError {
     }
 }
 
-/// The key under which every server knows a lease: its IPv4 half.
+/// The key under which every server knows a lease: its IPv4 half. Without one, which no old server knows of, the whole key.
 fn old_key(subnet: Subnet) -> Subnet {
-    Subnet { v6: None, ..subnet }
+    match subnet.ipv4() {
+        Some(v4) => Subnet { v4, v6: None },
+        None => subnet,
+    }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use redb::{
     Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
 };
+use tokio::time::Instant;
 
 use super::{Change, Clock, Host, REVIVED, Record, State, refused};
 use crate::addr::NetworkName;
@@ -130,10 +131,11 @@ fn open_file(path: &Path) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// Reads everything in the file.
+/// Reads everything in the file; what is left of leases' time is counted from `now`.
 pub(super) fn load(
     database: &Database,
     clock: Clock,
+    now: Instant,
     ttl: Duration,
 ) -> Result<State, Box<dyn std::error::Error>> {
     let write = database.begin_write()?;
@@ -165,7 +167,7 @@ pub(super) fn load(
         LeaseAttrs::from_json(value.as_bytes()).map(|attrs| Record {
             attrs,
             revision,
-            ends: (ends != 0).then(|| clock.revive(ends, ttl)),
+            ends: (ends != 0).then(|| clock.revive(ends, now, ttl)),
         })
     };
     state.network_mut(None).config = read
@@ -189,7 +191,7 @@ pub(super) fn load(
         let (subnet, record) = (key.parse()?, record(row.value())?);
         state.network_mut(Some(&name)).leases.insert(subnet, record);
     }
-    let ends = Some(clock.monotonic + REVIVED);
+    let ends = Some(now + REVIVED);
     for row in read.open_table(HOSTS)?.iter()? {
         let (key, row) = row?;
         let (name, address) = key.value();

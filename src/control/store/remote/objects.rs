@@ -47,6 +47,21 @@ pub fn lease_json(lease: &Lease) -> String {
     out
 }
 
+/// Writes a reservation. Old servers know of IPv4 only and skip the rest.
+pub fn reservation_json(subnet: Subnet, attrs: &LeaseAttrs) -> String {
+    let mut out = format!("{{\"Subnet\":\"{}\"", subnet.v4);
+    // Writing into a String cannot fail.
+    if let Some(v6) = subnet.v6 {
+        let _ = write!(out, ",\"IPv6Subnet\":\"{v6}\"");
+    }
+    let _ = write!(out, ",\"PublicIP\":\"{}\"", attrs.public_ip);
+    if let Some(v6) = attrs.public_ipv6 {
+        let _ = write!(out, ",\"PublicIPv6\":\"{v6}\"");
+    }
+    out.push('}');
+    out
+}
+
 /// Reads a lease.
 ///
 /// `Attrs` may be `null` or absent, as from v0.5 servers; it is then `None`.
@@ -122,10 +137,20 @@ pub fn event_json(event: &LeaseEvent) -> String {
 /// Writes the answer to a watch: events.
 pub fn events_json<'a>(events: impl Iterator<Item = &'a LeaseEvent>, cursor: &str) -> String {
     let events: Vec<String> = events.map(event_json).collect();
-    format!(
-        "{{\"events\":[{}],\"snapshot\":null,\"cursor\":\"{cursor}\"}}\n",
-        events.join(",")
-    )
+    join_events(events.iter().map(String::as_str), cursor)
+}
+
+/// Writes the answer to a watch: events that were written one by one.
+pub fn join_events<'a>(events: impl Iterator<Item = &'a str>, cursor: &str) -> String {
+    let mut out = String::from("{\"events\":[");
+    for (i, event) in events.enumerate() {
+        if i > 0 {
+            out.push(',');
+        }
+        out.push_str(event);
+    }
+    let _ = writeln!(out, "],\"snapshot\":null,\"cursor\":\"{cursor}\"}}");
+    out
 }
 
 /// Writes the answer to a watch: a snapshot.

@@ -22,6 +22,7 @@ use tokio::time::Instant;
 
 use super::connect::{Connector, explain};
 use super::{ERROR_HEADER, ErrorKind, FORMERLY_HEADER, NODE_HEADER, NodeHeader, PREVIOUS_HEADER};
+use crate::control::peers::MAX_LEASES;
 use crate::control::store::StoreError;
 use crate::lease::Subnet;
 use crate::options::{RemoteOptions, Scheme, ServerAddress, TlsFiles};
@@ -34,8 +35,10 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long after a better server failed it is looked at again; half as much more by chance, so that not all nodes come at
 /// once.
 const RETURN_AFTER: Duration = Duration::from_secs(20);
-/// The largest answer read: a snapshot of some ten thousand ordinary leases.
-const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
+/// The largest answer read: a snapshot of as many leases as a node knows ([`MAX_LEASES`]), of 640 bytes each; ordinary ones have 200
+/// to 400.
+const MAX_ANSWER_BYTES: usize = 64_000_000;
+const _: () = assert!(MAX_ANSWER_BYTES >= MAX_LEASES * 640);
 
 /// Servers, and the connections to them.
 #[derive(Debug)]
