@@ -187,6 +187,18 @@ fn kernel_vxlan_devices_on_one_port_reach_the_networks_of_one_daemon() {
         kernel.follow(READY, |known| known.len() == 1).unwrap();
         kernel
     });
+    // Each node of a lab takes the loopback device for its own.
+    several
+        .overlay
+        .namespace(2)
+        .netlink(async |netlink| {
+            let loopback = netlink.link("lo").await?.index;
+            for pod in kernels.iter().flat_map(KernelNode::pods) {
+                netlink.add_address(loopback, *pod, 32).await?;
+            }
+            Ok(())
+        })
+        .unwrap();
     several.wait(1, |networks| {
         BOTH.iter()
             .all(|&name| networks.get(name).is_some_and(|network| network.peers.len() == 1))
