@@ -380,6 +380,7 @@ mod tests {
         lock.lock().unwrap();
         let options = CleanupOptions {
             socket: socket.clone(),
+            data_dir: dir.path().to_owned(),
             mode: CleanupMode::DryRun,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
