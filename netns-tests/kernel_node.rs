@@ -153,7 +153,7 @@ fn what_is_installed_is_what_flannel_installs() {
     assert_eq!(onlink, [two.lease().subnet.v4.into()]);
     let installed = network.neighbours(1);
     for line in [
-        format!("{base} dev flannel.1 lladdr {mac} PERMANENT"),
+        format!("{base} dev flannel.1 lladdr {mac} PERMANENT proto 75"),
         format!("{mac} dev flannel.1 dst 192.0.2.2 self permanent"),
     ] {
         assert!(
