@@ -1,5 +1,7 @@
 //! The network config of a node that runs: which one it goes by after a reload, another address, an outage.
 
+use std::time::Duration;
+
 use kersey::lab::topology::INTERFACE;
 use nix::sys::signal::Signal;
 
@@ -52,10 +54,7 @@ fn a_config_changed_while_a_node_was_down_and_its_store_away_is_taken_when_it_re
     }
     let mut overlay = Blueprint::new("confaway", 2).start();
     let subnet = overlay.subnet(2);
-    wait_for("the cache is written", READY, || {
-        std::fs::read_to_string(overlay.file("2.data/control.json"))
-            .is_ok_and(|text| text.contains("192.0.2.1"))
-    });
+    cached(&overlay);
     overlay.terminate(2);
     overlay.put("config", VXLAN);
     overlay.etcd_process().signal(Signal::SIGSTOP).unwrap();
@@ -70,6 +69,44 @@ fn a_config_changed_while_a_node_was_down_and_its_store_away_is_taken_when_it_re
         overlay.wait(nth, READY, |status| status.ready && status.peers.len() == 1);
     }
     assert_eq!((overlay.subnet(2), overlay.daemon(2).pid()), (subnet, pid));
+}
+
+/// What reads well and cannot be run here is tried once: the node has traffic to carry.
+#[test]
+fn a_config_from_after_an_outage_that_cannot_be_run_is_given_up_for_good() {
+    if !require_etcd("a_config_from_after_an_outage_that_cannot_be_run_is_given_up_for_good") {
+        return;
+    }
+    let mut blueprint = Blueprint::new("confbad", 2);
+    let nat = ["--public-ip=192.0.2.77", "--firewall=off"].map(str::to_owned);
+    blueprint.own_flags.insert(2, nat.to_vec());
+    let mut overlay = blueprint.start();
+    cached(&overlay);
+    overlay.terminate(2);
+    // Peers would reach a gateway at an address that nobody has.
+    overlay.put(
+        "config",
+        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#,
+    );
+    overlay.etcd_process().signal(Signal::SIGSTOP).unwrap();
+    overlay.restart(2);
+    runs(&mut overlay, 2, "udp");
+    overlay.etcd_process().signal(Signal::SIGCONT).unwrap();
+    let tried = |overlay: &Overlay| overlay.log(2).matches("cannot be run here").count();
+    wait_for("it is tried", READY, || tried(&overlay) > 0);
+    runs(&mut overlay, 2, "udp");
+    std::thread::sleep(Duration::from_secs(3));
+    let status = overlay.status(2);
+    assert!(status.ready && status.backend.name == "udp", "{status:#?}");
+    assert_eq!(tried(&overlay), 1, "{}", overlay.log(2));
+}
+
+/// Waits until node 2 has its peer in its cache.
+fn cached(overlay: &Overlay) {
+    wait_for("the cache is written", READY, || {
+        std::fs::read_to_string(overlay.file("2.data/control.json"))
+            .is_ok_and(|text| text.contains("192.0.2.1"))
+    });
 }
 
 fn runs(overlay: &mut Overlay, nth: usize, backend: &str) {

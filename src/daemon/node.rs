@@ -107,7 +107,11 @@ pub(super) async fn run(
             }
             Err(Err(error)) if last_good.is_some() && exit_status(&error) == CONFIG => {
                 tracing::warn!("the new network config cannot be run here, so the last one is: {error:#}");
-                given.clone_from(&last_good);
+                // The store has been heard; its config is looked at again when somebody asks for it.
+                given = last_good.clone().map(|chosen| Chosen {
+                    cached: false,
+                    ..chosen
+                });
             }
             Err(Err(error)) => return Err(error),
             Ok(()) => return Ok(()),
