@@ -418,15 +418,22 @@ fn no_route_is_answered_with_net_unreachable_at_a_limited_rate() {
         assert!(flood(&mut node, Duration::ZERO).is_empty());
         assert_eq!(node.drops(), [(DropReason::NoRoute, 100)], "{dst}");
         let answers = std::mem::take(&mut node.outbound.device().answers);
-        assert_eq!(answers.len(), 10, "{dst}: ten at once");
-        assert_eq!(node.counted(Count::IcmpSent), 10);
-        assert_eq!(node.counted(Count::IcmpLimited), 90);
-        is_error(&answers[0], own, src, kind, &packet);
+        // How many is a matter of chance, within bounds: each takes 200 to 300 ms to come back, and a second's worth may be owed.
+        let sent = answers.len();
+        assert!((4..=6).contains(&sent), "{dst}: {sent} at once");
+        assert_eq!(node.counted(Count::IcmpSent), sent as u64);
+        assert_eq!(node.counted(Count::IcmpLimited), 100 - sent as u64);
+        for answer in &answers {
+            is_error(answer, own, src, kind, &packet);
+        }
         flood(&mut node, Duration::from_millis(500));
-        assert_eq!(
-            node.outbound.device().answers.len(),
-            5,
-            "{dst}: five more half a second later"
+        let more = std::mem::take(&mut node.outbound.device().answers).len();
+        assert!((1..=3).contains(&more), "{dst}: {more} half a second later");
+        flood(&mut node, Duration::from_millis(999));
+        let last = node.outbound.device().answers.len();
+        assert!(
+            last > 0 && sent + more + last <= 10,
+            "{dst}: {sent}, {more} and {last} within a second"
         );
     }
 }
