@@ -1,47 +1,49 @@
 //! The data plane of one lease: device, sockets, threads, kernel routes, and the route table that follows the peers.
 
+mod device;
+mod sockets;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::iter::once;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use netlink_packet_route::link::LinkFlags;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::addr::{Ipv6Prefix, Mtu, Prefix, Vni};
+use crate::addr::{Mtu, Prefix};
 use crate::backend::{Backend, Carrier, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
-use crate::daemon::{ports, succession, switches};
-use crate::dataplane::endpoint::LocalSids;
+use crate::daemon::succession;
+use crate::dataplane::Encap;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
 use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
-use crate::dataplane::{Encap, Oversize};
-use crate::host::endpoint::{Endpoint, Outlet, SidOptions, SidWorker};
+use crate::host::endpoint::Endpoint;
 use crate::host::firewall::Guard;
-use crate::host::handover::{Bundle, Kind};
+use crate::host::handover::Bundle;
 use crate::host::interface::UnderlayInterface;
-use crate::host::netlink::{Netlink, NetlinkError, Route};
-use crate::host::outer_tun::{self, OuterTun, PathMtus};
+use crate::host::netlink::Netlink;
+use crate::host::outer_tun::{self, PathMtus};
 use crate::host::pulse::Pulse;
 use crate::host::queues::{Layout, Queues};
-use crate::host::raw::{self, RawError, RawOptions, RawUnderlay};
-use crate::host::shared_port::SharedPorts;
-use crate::host::socket::{self, SocketOffloads, Switch, UdpUnderlay, UnderlayOptions};
-use crate::host::sysctl::{self, Forwarding, SysctlError};
-use crate::host::tun::{Tun, TunError, TunOffloads, TunOptions};
+use crate::host::socket::{self, SocketOffloads};
+use crate::host::tun::{Tun, TunOffloads, TunOptions};
 use crate::host::underlay::AnyUnderlay;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
-use crate::options::{self, InnerChecksums, Offload, OuterDf, PacketPathOptions, Srv6Io, ThreadLayout};
+use crate::options::{self, InnerChecksums, PacketPathOptions, ThreadLayout};
+
+pub(super) use self::device::{Repair, own_locators, repair_device};
+use self::device::{claim_locators, configure_device, route_locators, tidy_device};
+use self::sockets::{Opened, choose_io, make_tun, open_outer, open_underlays, start_endpoint, switch};
 
 /// What stays the same for as long as the daemon runs.
 pub(super) struct Setup<'a, B> {
@@ -559,420 +561,9 @@ impl<B: Backend> Drop for DataPlane<B> {
     }
 }
 
-/// Takes over the queues of an earlier life, or makes the device; and which of the two it was.
-fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), TunError> {
-    if bundle.is_empty() {
-        return Ok((Tun::create(options)?, false));
-    }
-    let adopted = match bundle.take(Kind::Tun, options.queues) {
-        Some(queues) => Tun::adopt(queues, options),
-        None => Err(std::io::Error::other("another number of queues")),
-    };
-    match adopted {
-        Ok(tun) => {
-            tracing::info!(
-                device = options.name,
-                "went on with the device of an earlier life"
-            );
-            Ok((tun, true))
-        }
-        Err(error) => {
-            // That it is gone is why there is a new life.
-            if error.raw_os_error() != Some(libc::EBADFD) {
-                tracing::warn!(device = options.name, %error, "the device of an earlier life is of no use; making it anew");
-            }
-            // Its sockets go with it, and so does who still has the device.
-            *bundle = Bundle::default();
-            succession::held().release(&options.name);
-            succession::held().tell_stop();
-            Ok((Tun::create(options)?, false))
-        }
-    }
-}
-
-/// Decides how SRv6 packets come and go, and gives what the kernel said if that is not how it should be; `None` for a backend without them.
-fn choose_io<B: Backend>(setup: &Setup<'_, B>) -> Result<(Option<SegmentIo>, Option<RawError>)> {
-    let Carrier::Raw { sids, source, .. } = setup.backend.carrier() else {
-        return Ok((None, None));
-    };
-    match setup.options.srv6_io {
-        Srv6Io::Raw => Ok((Some(SegmentIo::Raw), None)),
-        Srv6Io::Tun => Ok((Some(SegmentIo::TunForced), None)),
-        Srv6Io::Auto => match RawUnderlay::open(&raw_options(setup, &sids, source, 1), 0) {
-            Ok(_) => Ok((Some(SegmentIo::Raw), None)),
-            Err(error) if error.is_refused() => Ok((Some(SegmentIo::TunInstead), Some(error))),
-            Err(error) => Err(error.into()),
-        },
-    }
-}
-
-/// What carries the packets of all queues.
-struct Opened {
-    underlays: Vec<AnyUnderlay>,
-    /// Those of UDP sockets, if there are any.
-    socket_offloads: Option<SocketOffloads>,
-    /// Counters of what deals with packets that are not the queues', if that is done already.
-    others: Option<Arc<WorkerStats>>,
-}
-
-/// Makes the outer TUN device, with what deals with packets that are not the queue's.
-fn open_outer<B: Backend>(
-    setup: &Setup<'_, B>,
-    routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
-    heard: PathMtus,
-) -> Result<Opened> {
-    let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
-        anyhow::bail!("there are no SIDs to route");
-    };
-    let name = outer_tun::name(&setup.options.device);
-    let device = OuterTun::create(&name).with_context(|| format!("cannot create TUN device {name:?}"))?;
-    let stats = Arc::<WorkerStats>::default();
-    let out = Outlet::tun(device.try_clone()?, Arc::clone(&sids), source, Arc::clone(&stats));
-    let has_next_hops = sids.iter().any(|(_, sid)| sid.has_next_hop());
-    if has_next_hops && !out.reaches_next_hops() {
-        tracing::warn!(
-            "a SID of this node sends to a next hop of its own, which takes raw sockets (CAP_NET_RAW); its packets are dropped and counted as underlay_denied"
-        );
-    }
-    let options = SidOptions {
-        sids: Arc::clone(&sids),
-        domain,
-        link_mtu: setup.interface.mtu,
-    };
-    let worker = SidWorker::new(options, routes, out);
-    Ok(Opened {
-        underlays: vec![AnyUnderlay::Tun(OuterTun::new(device, sids, worker, heard))],
-        socket_offloads: None,
-        others: Some(stats),
-    })
-}
-
-/// Opens the sockets of all queues.
-fn open_underlays<B: Backend>(setup: &Setup<'_, B>, queues: usize, bundle: &mut Bundle) -> Result<Opened> {
-    let options = setup.options;
-    match setup.backend.carrier() {
-        Carrier::Udp {
-            port,
-            source_ports,
-            vni,
-        } => {
-            let wanted = UnderlayOptions {
-                v4: setup.interface.v4,
-                v6: setup.interface.v6,
-                port,
-                source_ports: options
-                    .source_ports
-                    .map_or(source_ports, |ports| usize::from(ports.get())),
-                queues,
-                gso: switch(options.udp_gso),
-                gro: switch(options.udp_gro),
-                v4_oversize: match options.outer_df {
-                    OuterDf::Auto => setup.backend.oversize().v4,
-                    OuterDf::Set => Oversize::Refuse,
-                    OuterDf::Clear => Oversize::FragmentAnywhere,
-                },
-                v6_oversize: setup.backend.oversize().v6,
-            };
-            let bundle = std::mem::take(bundle);
-            let underlays = match vni.zip(ports::shared()) {
-                Some((vni, ports)) => share_underlays((ports, vni), &wanted, bundle, &options.device)?,
-                None => open_or_adopt(&wanted, bundle, &options.device)?,
-            };
-            let offloads = underlays.first().context("no queue")?.offloads();
-            Ok(Opened {
-                underlays: underlays.into_iter().map(AnyUnderlay::Udp).collect(),
-                socket_offloads: Some(offloads),
-                others: None,
-            })
-        }
-        Carrier::Raw { sids, source, .. } => {
-            let wanted = raw_options(setup, &sids, source, queues);
-            let has_sockets = bundle.has_sockets();
-            let underlays = match adopt_raw(&wanted, bundle) {
-                Some(underlays) => underlays,
-                None => {
-                    // Two owners of such sockets would both get every packet.
-                    *bundle = Bundle::default();
-                    if has_sockets {
-                        give_up_sockets(&options.device);
-                    }
-                    (0..queues)
-                        .map(|queue| RawUnderlay::open(&wanted, queue))
-                        .collect::<Result<Vec<_>, _>>()?
-                }
-            };
-            Ok(Opened {
-                underlays: underlays.into_iter().map(AnyUnderlay::Raw).collect(),
-                socket_offloads: None,
-                others: None,
-            })
-        }
-    }
-}
-
-/// Takes over the sockets of an earlier life, or opens new ones.
-fn open_or_adopt(wanted: &UnderlayOptions, mut bundle: Bundle, device: &str) -> Result<Vec<UdpUnderlay>> {
-    let has_sockets = bundle.has_sockets();
-    if let Some(underlays) = adopt_underlays(wanted, &mut bundle) {
-        return Ok(underlays);
-    }
-    drop(bundle);
-    if has_sockets {
-        give_up_sockets(device);
-    }
-    let opened = (0..wanted.queues).map(|_| UdpUnderlay::open(wanted));
-    Ok(opened.collect::<Result<_, _>>()?)
-}
-
-/// Whoever still has a socket of an earlier life has its port.
-fn give_up_sockets(device: &str) {
-    succession::held().release_sockets(device);
-    succession::held().tell_stop();
-}
-
-/// The same for one of several networks that may have one port: sockets that another of them has go before those of an earlier life, which are
-/// the same.
-fn share_underlays(
-    sharing: (&SharedPorts, Vni),
-    wanted: &UnderlayOptions,
-    mut bundle: Bundle,
-    device: &str,
-) -> Result<Vec<UdpUnderlay>> {
-    let has_sockets = bundle.has_sockets();
-    let mut earlier = |kind, asked: bool| {
-        let held = asked.then(|| bundle.take(kind, wanted.queues)).flatten();
-        held.unwrap_or_default().into_iter()
-    };
-    let mut v4 = earlier(Kind::Udp4, wanted.v4.is_some());
-    let mut v6 = earlier(Kind::Udp6, wanted.v6.is_some());
-    let held: Vec<_> = (0..wanted.queues).map(|_| [v4.next(), v6.next()]).collect();
-    let shared = held
-        .into_iter()
-        .enumerate()
-        .map(|(queue, held)| UdpUnderlay::share(sharing, queue, wanted, held));
-    match shared.collect::<Result<Vec<_>, _>>() {
-        Ok(underlays) => return Ok(underlays),
-        Err(error) if has_sockets => {
-            tracing::warn!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "the sockets of an earlier life are of no use; opening new ones"
-            );
-        }
-        Err(error) => return Err(error.into()),
-    }
-    drop(bundle);
-    give_up_sockets(device);
-    let new = (0..wanted.queues).map(|queue| UdpUnderlay::share(sharing, queue, wanted, [None, None]));
-    Ok(new.collect::<Result<_, _>>()?)
-}
-
-/// Takes over the sockets of an earlier life, if they are all there and fit.
-fn adopt_underlays(wanted: &UnderlayOptions, bundle: &mut Bundle) -> Option<Vec<UdpUnderlay>> {
-    if bundle.is_empty() {
-        return None;
-    }
-    let mut of = |kind, asked: bool| match asked {
-        true => bundle.take(kind, wanted.queues),
-        false => Some(Vec::new()),
-    };
-    let (v4, v6) = (
-        of(Kind::Udp4, wanted.v4.is_some())?,
-        of(Kind::Udp6, wanted.v6.is_some())?,
-    );
-    let (mut v4, mut v6) = (v4.into_iter(), v6.into_iter());
-    let adopted = (0..wanted.queues).map(|_| UdpUnderlay::adopt(wanted, v4.next(), v6.next()));
-    match adopted.collect::<Result<Vec<_>, _>>() {
-        Ok(underlays) => Some(underlays),
-        Err(error) => {
-            tracing::warn!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "the sockets of an earlier life are of no use; opening new ones"
-            );
-            None
-        }
-    }
-}
-
-/// Takes over the raw sockets of an earlier life, if they are all there and fit.
-fn adopt_raw(wanted: &RawOptions, bundle: &mut Bundle) -> Option<Vec<RawUnderlay>> {
-    if bundle.is_empty() {
-        return None;
-    }
-    let [v4, v6, routing] = raw::QUEUE_KINDS;
-    let v4 = bundle.take(v4, wanted.queues)?;
-    let v6 = bundle.take(v6, wanted.queues)?;
-    let routing = bundle.take(routing, wanted.queues)?;
-    let queues = v4.into_iter().zip(v6).zip(routing).enumerate();
-    let adopted = queues.map(|(queue, ((v4, v6), routing))| {
-        RawUnderlay::adopt(wanted, queue, [Some(v4), Some(v6), Some(routing)])
-    });
-    match adopted.collect::<Result<Vec<_>, _>>() {
-        Ok(underlays) => Some(underlays),
-        Err(error) => {
-            tracing::warn!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "the raw sockets of an earlier life are of no use; opening new ones"
-            );
-            None
-        }
-    }
-}
-
-fn raw_options<B>(setup: &Setup<'_, B>, sids: &LocalSids, source: Ipv6Addr, queues: usize) -> RawOptions {
-    RawOptions {
-        interface: setup.interface.name.clone(),
-        locators: sids.locators().to_vec(),
-        ends: sids.ends().collect(),
-        source,
-        queues,
-    }
-}
-
-/// Starts what deals with packets to SIDs that do not end in the device, for a backend that has SIDs.
-fn start_endpoint<B: Backend>(
-    setup: &Setup<'_, B>,
-    routes: &SharedRoutes<<B::Encap as Encap>::Hop>,
-    bundle: &mut Bundle,
-    held: &mut Bundle,
-) -> Result<Option<Endpoint>> {
-    let Carrier::Raw { sids, domain, source } = setup.backend.carrier() else {
-        return Ok(None);
-    };
-    let raw = raw_options(setup, &sids, source, 1);
-    let options = SidOptions {
-        sids,
-        domain,
-        link_mtu: setup.interface.mtu,
-    };
-    let given = raw::SID_KINDS.map(|kind| bundle.take(kind, 1).and_then(|mut found| found.pop()));
-    Ok(Some(Endpoint::start(&raw, options, routes, given, held)?))
-}
-
-/// The prefixes of the underlay that are this node's own.
-pub(super) fn own_locators(carrier: &Carrier) -> impl Iterator<Item = Ipv6Prefix> {
-    let locators: &[Ipv6Prefix] = match carrier {
-        Carrier::Udp { .. } => &[],
-        Carrier::Raw { sids, .. } => sids.locators(),
-    };
-    locators.iter().copied()
-}
-
-/// Makes the node's locators its own, and gives back what an earlier life had. They stay when the daemon ends: without them the kernel
-/// would pass peers' packets on, back to where they came from.
-async fn claim_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<()> {
-    let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
-    let blocks = setup.backend.blocks();
-    if blocks.is_empty() {
-        return Ok(());
-    }
-    // Another Kersey on this host may have its own, in another block.
-    let in_blocks = |held: Ipv6Prefix| blocks.iter().any(|block| block.covers(held));
-    for held in setup.netlink.own_local_prefixes().await? {
-        if in_blocks(held) && !wanted.contains(&held) {
-            setup.netlink.delete_local_prefix(held).await?;
-        }
-    }
-    for &locator in &wanted {
-        setup.netlink.add_local_prefix(locator).await?;
-    }
-    for held in setup.netlink.own_backstops().await? {
-        if in_blocks(held) {
-            setup.netlink.delete_backstop(held).await?;
-        }
-    }
-    if !wanted.is_empty()
-        && let Ok(tunnels) = setup.netlink.v6_tunnels().await
-        && !tunnels.is_empty()
-    {
-        tracing::warn!(
-            devices = tunnels.join(" "),
-            "the kernel has tunnels of its own that look at packets to our SIDs, and may answer peers that their port is unreachable; if it does, take them down or use --srv6-io tun"
-        );
-    }
-    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
-    if !wanted.is_empty() && sysctl::disable_seg6(&setup.interface.name, &mut ledger)? {
-        tracing::warn!(
-            interface = setup.interface.name,
-            "the kernel's own segment routing was on here and would have taken packets to our SIDs; switched off (seg6_enabled=0)"
-        );
-    }
-    Ok(())
-}
-
-/// Routes the node's locators to the outer device, whose number it gives, and has the kernel forward. When the daemon ends, a blackhole stays
-/// in the place of those routes, for the same reason.
-async fn route_locators<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
-    let netlink = &setup.netlink;
-    let wanted: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
-    // As above: others' stay.
-    let blocks = setup.backend.blocks();
-    let in_blocks = |held: Ipv6Prefix| blocks.iter().any(|block| block.covers(held));
-    for held in netlink.own_backstops().await? {
-        if in_blocks(held) && !wanted.contains(&held) {
-            netlink.delete_backstop(held).await?;
-        }
-    }
-    for &locator in &wanted {
-        netlink.add_backstop(locator).await?;
-    }
-    // Local routes come first, and the device would get nothing.
-    for held in netlink.own_local_prefixes().await? {
-        if in_blocks(held) {
-            netlink.delete_local_prefix(held).await?;
-        }
-    }
-    let index = configure_outer(setup).await?;
-    let name = outer_tun::name(&setup.options.device);
-    let underlay = setup.interface.name.as_str();
-    let mut ledger = |changes: &[sysctl::Change]| switches::remember(setup.data_dir, changes);
-    let forwarding = sysctl::forward_ipv6([underlay, &name], &mut ledger)
-        .context("cannot have the kernel forward IPv6, which is needed without raw sockets; where /proc/sys is read-only, set net.ipv6.conf.all.forwarding=1 outside")?;
-    match forwarding {
-        Forwarding::Global => {}
-        Forwarding::PerLink => tracing::info!(
-            links = format!("{underlay} {name}"),
-            "IPv6 packets that come in by these are forwarded (force_forwarding=1)"
-        ),
-        Forwarding::MadeGlobal => tracing::warn!(
-            "this host now forwards IPv6 between all its interfaces (net.ipv6.conf.all.forwarding=1); those that took router advertisements still do (accept_ra=2)"
-        ),
-    }
-    Ok(index)
-}
-
-/// Sets the outer device up, and the locators' routes to it.
-async fn configure_outer<B: Backend>(setup: &Setup<'_, B>) -> Result<u32> {
-    let name = outer_tun::name(&setup.options.device);
-    let netlink = &setup.netlink;
-    let index = netlink.link(&name).await?.index;
-    sysctl::enable_ipv6(&name)?;
-    if let Err(error) = sysctl::no_link_local_address(&name) {
-        tracing::warn!(%error, "the kernel may send link-local packets into the outer device; they are dropped and counted");
-    }
-    if let Err(error) = sysctl::believe_nobody(&name) {
-        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the outer device");
-    }
-    netlink.set_mtu(index, outer_tun::MTU_BYTES).await?;
-    netlink.set_tx_queue_len(index, outer_tun::QUEUE_LEN).await?;
-    netlink.set_up(index).await?;
-    for locator in own_locators(&setup.backend.carrier()) {
-        netlink
-            .replace_route(&Route::direct(locator.into(), index))
-            .await?;
-    }
-    Ok(index)
-}
-
 /// Half the cores from four on, at most eight; more queues on few cores cost throughput.
 fn default_queues(cores: usize) -> usize {
     if cores < 4 { 1 } else { (cores / 2).min(8) }
-}
-
-fn switch(offload: Offload) -> Switch {
-    match offload {
-        Offload::Auto => Switch::Auto,
-        Offload::Off => Switch::Off,
-    }
 }
 
 fn overlay(config: &NetworkConfig, own: Subnet) -> Overlay {
@@ -999,160 +590,6 @@ pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> + Clone {
         .map(Prefix::V4)
         .into_iter()
         .chain(subnet.v6.map(Prefix::V6))
-}
-
-/// Turns IPv6 on on the device if the network has it, for a host may have it off by default; whether the device has it.
-///
-/// # Errors
-/// The network has it, and the device cannot.
-fn device_v6<B: Backend>(setup: &Setup<'_, B>) -> Result<bool, SysctlError> {
-    if setup.config.v6.is_none() {
-        return Ok(false);
-    }
-    sysctl::enable_ipv6(&setup.options.device).map(|()| true)
-}
-
-/// Which of these the device can have, where not both families.
-fn carried(prefixes: impl Iterator<Item = Prefix> + Clone, v6: bool) -> impl Iterator<Item = Prefix> + Clone {
-    prefixes.filter(move |prefix| v6 || matches!(prefix, Prefix::V4(_)))
-}
-
-/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it. Where
-/// it can have no IPv6, IPv4 must do.
-async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<u32> {
-    let name = &setup.options.device;
-    let netlink = &setup.netlink;
-    // Packets of the kernel's own making (router solicitations, multicast reports) have no place in a tunnel.
-    let quiet = if setup.config.v6.is_some() {
-        sysctl::no_link_local_address(name)
-    } else {
-        sysctl::disable_ipv6(name)
-    };
-    if let Err(error) = quiet {
-        tracing::warn!(%error, "the kernel may send link-local packets into the device; they are dropped and counted");
-    }
-    if let Err(error) = sysctl::believe_nobody(name) {
-        tracing::warn!(%error, "the kernel may believe router advertisements that come in by the device; peers could send some");
-    }
-    let v6 = match device_v6(setup) {
-        Ok(v6) => v6,
-        Err(error) if own.ipv4().is_some() => {
-            tracing::warn!(
-                device = name,
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "IPv6 is off on the device and cannot be turned on, so it carries IPv4 alone; where /proc/sys is read-only, set net.ipv6.conf.default.disable_ipv6=0 outside, before the start"
-            );
-            false
-        }
-        Err(error) => {
-            return Err(anyhow::Error::from(error).context(
-                "IPv6 is off on the device and the network has nothing else; where /proc/sys is read-only, set net.ipv6.conf.default.disable_ipv6=0 outside, before the start",
-            ));
-        }
-    };
-    let index = netlink.link(name).await?.index;
-    netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;
-    netlink.set_up(index).await?;
-    for prefix in carried(prefixes(own), v6) {
-        let host_len = match prefix {
-            Prefix::V4(_) => 32,
-            Prefix::V6(_) => 128,
-        };
-        let addr: IpAddr = prefix.addr();
-        netlink.add_address(index, addr, host_len).await?;
-    }
-    for network in carried(networks(setup.config), v6) {
-        netlink.replace_route(&Route::direct(network, index)).await?;
-    }
-    Ok(index)
-}
-
-/// Takes away what an earlier life of the device had and this one has not: its addresses and routes are those of another lease.
-async fn tidy_device<B: Backend>(setup: &Setup<'_, B>, index: u32, own: Subnet) -> Result<()> {
-    let netlink = &setup.netlink;
-    let addresses = netlink.addresses().await?;
-    for held in addresses.iter().filter(|held| held.index == index) {
-        let link_local = matches!(held.addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
-        if !link_local && !prefixes(own).any(|prefix| prefix.addr() == held.addr) {
-            netlink.delete_address(index, held.addr, held.prefix_len).await?;
-        }
-    }
-    let routes = netlink.own_routes().await?;
-    for route in routes.iter().filter(|route| route.index == index) {
-        if !networks(setup.config).any(|network| Route::direct(network, index) == *route) {
-            netlink.delete_route(route).await?;
-        }
-    }
-    Ok(())
-}
-
-/// What a look at the device came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Repair {
-    /// It was as it should be, or gone; that the threads notice.
-    NotNeeded,
-    /// It was not, and is now.
-    Done,
-}
-
-/// Puts the device right again if somebody set it down, or changed its address or MTU; the kernel takes its routes away
-/// when it goes down.
-pub(super) async fn repair_device<B: Backend>(
-    setup: &Setup<'_, B>,
-    own: Subnet,
-    outer_index: Option<u32>,
-) -> Result<Repair> {
-    let netlink = &setup.netlink;
-    if let Some(index) = outer_index
-        && repair_outer(setup, index).await? == Repair::Done
-    {
-        return Ok(Repair::Done);
-    }
-    let link = match netlink.link(&setup.options.device).await {
-        Ok(link) => link,
-        Err(NetlinkError::NoLink(_)) => return Ok(Repair::NotNeeded),
-        Err(error) => return Err(error.into()),
-    };
-    let held = netlink.addresses().await?;
-    let routes = netlink.own_routes().await?;
-    // Without it on the device there is nothing to put right.
-    let v6 = device_v6(setup).unwrap_or(false);
-    let has_addresses = carried(prefixes(own), v6).all(|prefix| {
-        held.iter()
-            .any(|held| held.index == link.index && held.addr == prefix.addr())
-    });
-    let has_routes = carried(networks(setup.config), v6)
-        .all(|network| routes.contains(&Route::direct(network, link.index)));
-    let as_it_should_be = link.flags.contains(LinkFlags::Up)
-        && link.mtu_bytes == u32::from(setup.inner_mtu.bytes())
-        && has_addresses
-        && has_routes;
-    if as_it_should_be {
-        return Ok(Repair::NotNeeded);
-    }
-    configure_device(setup, own).await?;
-    Ok(Repair::Done)
-}
-
-/// The same for the outer device.
-async fn repair_outer<B: Backend>(setup: &Setup<'_, B>, index: u32) -> Result<Repair> {
-    let netlink = &setup.netlink;
-    let link = match netlink.link(&outer_tun::name(&setup.options.device)).await {
-        Ok(link) if link.index == index => link,
-        // Gone; the thread that reads it notices.
-        Ok(_) | Err(NetlinkError::NoLink(_)) => return Ok(Repair::NotNeeded),
-        Err(error) => return Err(error.into()),
-    };
-    let routes = netlink.own_routes().await?;
-    let has_routes = own_locators(&setup.backend.carrier())
-        .all(|locator| routes.contains(&Route::direct(locator.into(), index)));
-    let as_it_should_be =
-        link.flags.contains(LinkFlags::Up) && link.mtu_bytes == outer_tun::MTU_BYTES && has_routes;
-    if as_it_should_be {
-        return Ok(Repair::NotNeeded);
-    }
-    configure_outer(setup).await?;
-    Ok(Repair::Done)
 }
 
 /// The overlay's networks, one a family.
