@@ -127,7 +127,11 @@ impl Heard {
         if let (Some(name), true) = (name, text.contains("FDSTORE=1")) {
             assert!(text.contains("FDPOLL=0"), "{text}");
             for fd in descriptors {
-                if !self.kept.iter().any(|(_, kept)| is_same_file(kept, &fd)) {
+                if !self
+                    .kept
+                    .iter()
+                    .any(|(_, kept)| sys::is_same_open_file(kept, &fd))
+                {
                     self.kept.insert(0, (name.to_owned(), fd));
                 }
             }
@@ -135,26 +139,6 @@ impl Heard {
         self.told.extend(text.lines().map(str::to_owned));
         self.messages.push(text.to_owned());
     }
-}
-
-/// Whether two descriptors are of one open file: what systemd asks, too.
-#[expect(unsafe_code, reason = "there is no safe function for this system call")]
-fn is_same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
-    /// linux/kcmp.h
-    const KCMP_FILE: libc::c_int = 0;
-    let pid = std::process::id();
-    // SAFETY: it compares numbers that the kernel looks up, and writes nothing.
-    let order = unsafe {
-        libc::syscall(
-            libc::SYS_kcmp,
-            pid,
-            pid,
-            KCMP_FILE,
-            libc::c_long::from(one.as_raw_fd()),
-            libc::c_long::from(other.as_raw_fd()),
-        )
-    };
-    order == 0
 }
 
 fn del_device(overlay: &Overlay) {

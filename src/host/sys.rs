@@ -7,7 +7,7 @@
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use crate::dataplane::datagram::{DATAGRAM_SLOTS, DatagramBatch, Envelope};
@@ -868,6 +868,17 @@ fn wait<'fd>(
     }
 }
 
+/// Whether two descriptors of this process are of one open file, as a service manager asks before it keeps a second: kcmp(2). What cannot be
+/// compared is not.
+pub fn is_same_open_file(one: &impl AsFd, other: &impl AsFd) -> bool {
+    /// linux/kcmp.h
+    const KCMP_FILE: libc::c_int = 0;
+    let pid = std::process::id();
+    let [one, other] = [one.as_fd(), other.as_fd()].map(|fd| libc::c_long::from(fd.as_raw_fd()));
+    // SAFETY: it compares numbers that the kernel looks up, and writes nothing.
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one, other) == 0 }
+}
+
 /// What a process in a [sandbox](crate::host::sandbox) must not be able to do, and for which there is no safe wrapper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Escape {
@@ -945,8 +956,6 @@ mod tests {
 
     #[test]
     fn descriptors_that_come_where_there_is_no_room_for_all_are_closed() {
-        use std::os::fd::AsFd;
-
         use nix::sys::resource::{Resource, getrlimit, setrlimit};
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         use std::os::unix::net::UnixStream;
