@@ -206,6 +206,49 @@ fn a_default_route_that_moves_takes_the_node_along() {
     });
 }
 
+/// B23: the only default route is one of policy routing, and a rule that comes and goes moves the node.
+#[test]
+fn policy_routing_chooses_the_underlay_and_is_followed() {
+    if !require_root("policy_routing_chooses_the_underlay_and_is_followed") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("policy", 2).start();
+    let subnet = overlay.subnet(2);
+    second_uplink(&overlay);
+    ip(&overlay, 2, "route del default");
+    ip(
+        &overlay,
+        2,
+        "route add default via 198.51.100.254 dev eth1 table 100",
+    );
+    ip(&overlay, 2, "rule add table 100 priority 40000");
+    without_iface(&mut overlay);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    let status = overlay.status(2);
+    assert_eq!(
+        (status.node.interface.as_str(), status.node.public_ips.as_slice()),
+        ("eth1", &["198.51.100.2".to_owned()][..])
+    );
+    followed(&mut overlay, "198.51.100.2:8285");
+    overlay.ping_all();
+
+    // Another rule comes first. It is the only event there is: no route changes.
+    ip(
+        &overlay,
+        2,
+        "route add default via 192.0.2.254 dev eth0 table 101",
+    );
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(overlay.status(2).node.interface, "eth1");
+    ip(&overlay, 2, "rule add table 101 priority 39000");
+    followed(&mut overlay, "192.0.2.2:8285");
+    ip(&overlay, 2, "rule del table 101 priority 39000");
+    followed(&mut overlay, "198.51.100.2:8285");
+    assert_eq!(overlay.subnet(2), subnet);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    overlay.ping_all();
+}
+
 #[test]
 fn an_address_behind_nat_is_published_without_naming_the_interface() {
     if !require_etcd("an_address_behind_nat_is_published_without_naming_the_interface") {
