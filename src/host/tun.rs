@@ -21,7 +21,7 @@ use crate::dataplane::packet::{PacketBatch, shape_places};
 use crate::dataplane::stats::{Call, Calls, WorkerStats};
 use crate::dataplane::{Device, DeviceError};
 use crate::host::handover::{Bundle, Kind};
-use crate::host::socket::{Probed, Switch};
+use crate::host::probe::{Probed, Switch};
 use crate::host::sys;
 use crate::wire::virtio::VirtioHeader;
 
