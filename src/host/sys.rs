@@ -22,7 +22,7 @@ pub const IPV6_FLOWINFO: i32 = 11;
 /// Control data, aligned as `cmsghdr` wants.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
-struct Control([u8; CONTROL_BYTES]);
+pub struct Control([u8; CONTROL_BYTES]);
 
 /// Turns -1 into the error of the call.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -411,17 +411,83 @@ impl MessageTo {
     }
 }
 
+/// Where an IPv6 packet goes on a link of Ethernet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkTo {
+    /// Number of the link.
+    pub index: u32,
+    /// Whom it is for there.
+    pub mac: [u8; 6],
+}
+
+impl From<LinkTo> for RawAddr {
+    fn from(to: LinkTo) -> Self {
+        let mut raw = Self::zeroed();
+        let mut value = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as libc::c_ushort,
+            sll_protocol: (libc::ETH_P_IPV6 as u16).to_be(),
+            sll_ifindex: to.index as libc::c_int,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 6,
+            sll_addr: [0; 8],
+        };
+        value.sll_addr[..6].copy_from_slice(&to.mac);
+        // SAFETY: `sockaddr_storage` is larger than `sockaddr_ll` and at least as aligned.
+        unsafe {
+            ptr::from_mut(&mut raw.storage)
+                .cast::<libc::sockaddr_ll>()
+                .write(value)
+        };
+        raw.len = mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        raw
+    }
+}
+
+/// What a message is sent with besides its bytes.
+pub trait Message {
+    /// Its destination.
+    fn addr(&self) -> RawAddr;
+    /// Its control messages, and their length.
+    fn control(&self) -> (Control, usize);
+}
+
+impl Message for MessageTo {
+    #[inline]
+    fn addr(&self) -> RawAddr {
+        self.to.into()
+    }
+
+    #[inline]
+    fn control(&self) -> (Control, usize) {
+        send_control(self)
+    }
+}
+
+impl Message for LinkTo {
+    #[inline]
+    fn addr(&self) -> RawAddr {
+        (*self).into()
+    }
+
+    #[inline]
+    fn control(&self) -> (Control, usize) {
+        (Control([0; CONTROL_BYTES]), 0)
+    }
+}
+
 /// Sends messages, each given as its destination and its pieces; gives how many were sent. Never blocks.
 ///
 /// # Errors
 /// The kernel's, about the first message: if it fails, nothing was sent.
-pub fn send_messages<'a, M, P>(
+pub fn send_messages<'a, I, M, P>(
     fd: BorrowedFd<'_>,
-    messages: M,
+    messages: I,
     scratch: &mut SendScratch,
 ) -> io::Result<usize>
 where
-    M: Iterator<Item = (MessageTo, P)>,
+    I: Iterator<Item = (M, P)>,
+    M: Message,
     P: Iterator<Item = &'a [u8]>,
 {
     scratch.headers.clear();
@@ -439,10 +505,10 @@ where
         // SAFETY: all-zero bytes are a valid `mmsghdr`.
         let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
         header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
-        let (control, control_len) = send_control(&message);
+        let (control, control_len) = message.control();
         header.msg_hdr.msg_controllen = control_len as _;
         scratch.headers.push(header);
-        scratch.addrs.push(message.to.into());
+        scratch.addrs.push(message.addr());
         scratch.controls.push(control);
     }
     // Pointers are set once nothing grows any more.
