@@ -248,7 +248,7 @@ impl Choices {
         }
     }
 
-    /// The way of run number `index`, decided once: asked again, it is the same.
+    /// The way of run number `index`: the same when asked again, as long as no other was asked about.
     #[inline]
     fn way(&mut self, index: usize, to: SocketAddr, packet_bytes: usize) -> Option<Way> {
         if let Some((known, way)) = self.last
