@@ -127,6 +127,38 @@ fn the_kernels_vxlan_carries_what_flannel_would_send_over_it() {
 }
 
 #[test]
+fn a_loop_that_only_copies_carries_packets_and_ends() {
+    if !require_root("a_loop_that_only_copies_carries_packets_and_ends") {
+        return;
+    }
+    let mut plan = Plan::private("copies", 2);
+    plan.wiring = Wiring::Pair;
+    let lab = plan.build().unwrap();
+    let kersey = contestant::Kersey {
+        backend: "udp".to_owned(),
+        folder: "/nonexistent".into(),
+        arguments: Vec::new(),
+    };
+    // Twice: the first has left nothing behind.
+    for seed in [5, 6] {
+        let running = contestant::start(Contestant::Copies, &lab, &kersey).unwrap();
+        let (one, two) = running.ends(&lab).unwrap();
+        let ping = Ping {
+            data_bytes: 1472 - 28,
+            ..Ping::default()
+        };
+        let report = ping.run(one, two.addr).unwrap();
+        assert!(report.all(), "{report:?}");
+        let transfer = Verified {
+            bytes: 16 << 20,
+            seed,
+            patience: Duration::from_secs(5),
+        };
+        assert!(transfer.run(one, two).unwrap().intact);
+    }
+}
+
+#[test]
 fn every_measurement_measures() {
     if !require_root("every_measurement_measures") {
         return;
@@ -250,7 +282,14 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("bench.json");
     let output = Command::new(env!("CARGO_BIN_EXE_kersey"))
-        .args(["bench", "vs-kernel", "--quick", "--backend", "vxlan"])
+        .args([
+            "bench",
+            "vs-kernel",
+            "--quick",
+            "--backend",
+            "vxlan",
+            "--with-copies",
+        ])
         .args([
             "--pairs",
             "1",
@@ -269,7 +308,12 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
     let text = String::from_utf8_lossy(&output.stdout);
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}");
-    for word in ["kersey to kernel", "kernel to kersey", "UDP 1400 B, no loss"] {
+    for word in [
+        "kersey to kernel",
+        "kernel to kersey",
+        "copies only",
+        "UDP 1400 B, no loss",
+    ] {
         assert!(text.contains(word), "{word:?} is not in {text}");
     }
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
@@ -282,7 +326,13 @@ fn a_bench_over_vxlan_measures_mixed_pairs_too() {
         let samples = samples[1].as_array().unwrap();
         samples.iter().filter_map(serde_json::Value::as_f64).collect()
     };
-    for contestant in ["kernel-vxlan", "kersey", "kersey-to-kernel", "kernel-to-kersey"] {
+    for contestant in [
+        "kernel-vxlan",
+        "kersey",
+        "kersey-to-kernel",
+        "kernel-to-kersey",
+        "copies",
+    ] {
         let rates = of("TCP 1 stream, cubic", contestant);
         assert!(rates.len() == 1 && rates[0] > 0.01, "{contestant}: {rates:?}");
     }

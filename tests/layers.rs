@@ -84,11 +84,14 @@ fn unsafe_code_has_its_places() {
                 .lines()
                 .any(|line| line.contains("unsafe {") || line.contains("unsafe impl"))
             {
-                places.insert(file.to_string_lossy().into_owned());
+                // `sys` is one place, whatever files it has.
+                let of_sys = file.starts_with("src/host/sys");
+                let place = if of_sys { Path::new("src/host/sys") } else { &file };
+                places.insert(place.to_string_lossy().into_owned());
             }
         }
     }
-    let expected = ["src/host/ethtool.rs", "src/host/sys.rs", "src/wire/checksum.rs"];
+    let expected = ["src/host/ethtool.rs", "src/host/sys", "src/wire/checksum.rs"];
     assert_eq!(places.iter().map(String::as_str).collect::<Vec<_>>(), expected);
 }
 

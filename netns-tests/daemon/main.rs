@@ -23,6 +23,7 @@ mod config;
 mod expiry;
 mod faults;
 mod firewall;
+mod firewall_fallback;
 mod firewall_helper;
 mod firewall_others;
 mod handover;

@@ -94,6 +94,9 @@ struct VsKernel {
     /// Measure the veth without any tunnel too
     #[arg(long)]
     with_veth: bool,
+    /// Measure a loop too that copies between TUN device and socket and does nothing else: what is possible in userspace
+    #[arg(long)]
+    with_copies: bool,
     /// A further argument for the daemons; may be repeated
     #[arg(long = "daemon-arg", value_name = "ARG", allow_hyphen_values = true)]
     daemon_args: Vec<String>,
@@ -175,6 +178,13 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     }
     if options.with_veth {
         contestants.push(Contestant::Veth);
+    }
+    if options.with_copies {
+        ensure!(
+            !options.underlay_offloads.contains(&Switch::Off) && options.mtu >= 1500,
+            "--with-copies needs runs that arrive whole: --underlay-offloads on, and an MTU of at least 1500"
+        );
+        contestants.push(Contestant::Copies);
     }
     contestants.dedup();
     let folder = tempfile::Builder::new()
@@ -458,38 +468,29 @@ impl VsKernel {
                 .and_then(|samples| Spread::of(samples.to_vec()));
             spread.map_or_else(|| "–".to_owned(), |spread| metric.unit.show(spread.median))
         };
-        let rows = scenario.metrics.iter().map(|metric| {
-            let (ratio, spread) = match metric.ratio(self.contender) {
-                Some(ratio) => (ratio.show(), format!("{:.2} to {:.2}", ratio.min, ratio.max)),
-                None => ("–".to_owned(), "–".to_owned()),
-            };
-            [
-                metric.name.clone(),
-                median(metric, baseline),
-                median(metric, self.contender),
-                ratio,
-                spread,
-                median(metric, Contestant::Veth),
-            ]
-        });
-        let rows = without_repeats(rows.collect());
-        let head = [
-            "",
-            baseline.name(),
-            contender,
-            "ratio",
-            "min to max",
-            "plain veth",
-        ];
-        if contestants.contains(&Contestant::Veth) && self.contender != Contestant::Veth {
-            text += &table(head, &rows);
-        } else {
-            let [a, b, c, d, e, _] = head;
-            let rows: Vec<_> = rows
-                .into_iter()
-                .map(|[a, b, c, d, e, _]| [a, b, c, d, e])
-                .collect();
-            text += &table([a, b, c, d, e], &rows);
+        let compared = |contestant| {
+            let rows = scenario.metrics.iter().map(|metric| {
+                let (ratio, spread) = match metric.ratio(contestant) {
+                    Some(ratio) => (ratio.show(), format!("{:.2} to {:.2}", ratio.min, ratio.max)),
+                    None => ("–".to_owned(), "–".to_owned()),
+                };
+                [
+                    metric.name.clone(),
+                    median(metric, baseline),
+                    median(metric, contestant),
+                    ratio,
+                    spread,
+                ]
+            });
+            let head = ["", baseline.name(), contestant.name(), "ratio", "min to max"];
+            table(head, &without_repeats(rows.collect()))
+        };
+        text += &compared(self.contender);
+        for yardstick in [Contestant::Veth, Contestant::Copies] {
+            if contestants.contains(&yardstick) && self.contender != yardstick {
+                text += "\n";
+                text += &compared(yardstick);
+            }
         }
         let mixed = scenario.metrics.iter().filter_map(|metric| {
             let [there, back] = MIXED.map(|of| metric.samples_of(of).is_some_and(|found| !found.is_empty()));

@@ -17,22 +17,7 @@
 //!
 //! Without it the successor asks ([`ask`]). The daemon that runs then ends all that talks to a store or listens, but parks the threads that move
 //! packets ([`Handover::park`]), gives the descriptors, and waits. Both move packets until the successor says that it is ready; if
-//! it goes away instead, the first starts again on what it still holds.
-//!
-//! # The message
-//!
-//! Lines of JSON on a stream socket, descriptors attached to what follows:
-//!
-//! ```text
-//!  successor                            daemon that runs
-//!  {"take":[1]}            ─────────▶                          the versions it understands
-//!                          ◀─────────   {"give":1,"names":[…]} and a byte for each 64 descriptors
-//!                   or     ◀─────────   {"refuse":[1]}         the versions it could speak; it goes on as before
-//!  {"done":true}           ─────────▶                          it ends with status 0
-//!                   or     {"stop":true}                       as after SIGTERM: the successor makes all anew
-//! ```
-//!
-//! `take`, `refuse`, `done` and `stop` are the same in every version; what `give` holds is that version's.
+//! it goes away instead, the first starts again on what it still holds. What they say to one another: `message`.
 //!
 //! # Limits
 //!
@@ -40,187 +25,21 @@
 //! never had twice, for each would get every packet: if those given are of no use, the predecessor ends first. Anything that does not fit what
 //! the successor wants (name, queues, headers, address, port) is closed, and made anew.
 
+mod bundle;
 mod fd_store;
+mod message;
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io::{self, IoSlice, Read, Write};
-use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use serde::{Deserialize, Serialize};
-use socket2::SockRef;
-
+pub use self::bundle::{Bundle, Foreign, Kind, Label};
 use self::fd_store::FdStore;
 pub use self::fd_store::{Kept, from_service_manager};
-use crate::host::sys;
-
-/// The forms of `give` understood here, best first.
-pub const VERSIONS: [u32; 1] = [1];
-/// Descriptors sent at a time; the kernel takes 253.
-const AT_A_TIME: usize = 64;
-/// Longest line: a thousand names of a hundred bytes.
-const MAX_LINE: usize = 128 * 1024;
-/// How long the other side may take for a line, once it has begun to talk. The daemon that runs closes its store first.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// What every name begins with, so that others' descriptors are left alone.
-const PREFIX: &str = "kersey-";
-
-/// What a descriptor is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// A queue of the TUN device.
-    Tun,
-    /// The UDP socket on the well-known port, IPv4.
-    Udp4,
-    /// The same, IPv6.
-    Udp6,
-    /// SRv6 that ends in the device: the raw socket for IPv4 behind the outer header.
-    RawV4,
-    /// The same, IPv6.
-    RawV6,
-    /// The same, a routing header.
-    RawRouting,
-    /// All other SRv6: the raw socket for IPv4 behind the outer header.
-    SidV4,
-    /// The same, IPv6.
-    SidV6,
-    /// The same, a routing header.
-    SidRouting,
-}
-
-impl Kind {
-    const ALL: [Self; 9] = [
-        Self::Tun,
-        Self::Udp4,
-        Self::Udp6,
-        Self::RawV4,
-        Self::RawV6,
-        Self::RawRouting,
-        Self::SidV4,
-        Self::SidV6,
-        Self::SidRouting,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Tun => "tun",
-            Self::Udp4 => "udp4",
-            Self::Udp6 => "udp6",
-            Self::RawV4 => "raw4",
-            Self::RawV6 => "raw41",
-            Self::RawRouting => "raw43",
-            Self::SidV4 => "sid4",
-            Self::SidV6 => "sid41",
-            Self::SidRouting => "sid43",
-        }
-    }
-}
-
-/// A descriptor's name: `kersey-KIND.NETWORK.QUEUE`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Label {
-    /// What it is.
-    pub kind: Kind,
-    /// Whose; `_` is the network without a name.
-    pub network: String,
-    /// Of which queue.
-    pub queue: usize,
-}
-
-impl fmt::Display for Label {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, network, queue } = self;
-        write!(f, "{PREFIX}{}.{network}.{queue}", kind.name())
-    }
-}
-
-/// A name is not one of ours.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a descriptor of ours")]
-pub struct Foreign;
-
-impl FromStr for Label {
-    type Err = Foreign;
-
-    fn from_str(text: &str) -> Result<Self, Foreign> {
-        let rest = text.strip_prefix(PREFIX).ok_or(Foreign)?;
-        let (kind, rest) = rest.split_once('.').ok_or(Foreign)?;
-        let (network, queue) = rest.rsplit_once('.').ok_or(Foreign)?;
-        let kind = Kind::ALL.into_iter().find(|known| known.name() == kind);
-        Ok(Self {
-            kind: kind.ok_or(Foreign)?,
-            network: network.to_owned(),
-            queue: queue.parse().map_err(|_| Foreign)?,
-        })
-    }
-}
-
-/// The descriptors of one network.
-#[derive(Debug, Default)]
-pub struct Bundle(BTreeMap<(Kind, usize), OwnedFd>);
-
-impl Bundle {
-    /// Whether there is nothing.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Puts a descriptor in, unless its place is taken: what comes first is the newest.
-    pub fn insert(&mut self, kind: Kind, queue: usize, fd: OwnedFd) {
-        self.0.entry((kind, queue)).or_insert(fd);
-    }
-
-    /// Whether there is a socket.
-    pub fn has_sockets(&self) -> bool {
-        self.0.keys().any(|(kind, _)| *kind != Kind::Tun)
-    }
-
-    fn try_clone(&self) -> io::Result<Self> {
-        let clones = self.0.iter().map(|(place, fd)| Ok((*place, fd.try_clone()?)));
-        clones.collect::<io::Result<_>>().map(Self)
-    }
-
-    fn labelled<'a>(&'a self, network: &'a str) -> impl Iterator<Item = (Label, &'a OwnedFd)> {
-        self.0.iter().map(move |((kind, queue), fd)| {
-            let label = Label {
-                kind: *kind,
-                network: network.to_owned(),
-                queue: *queue,
-            };
-            (label, fd)
-        })
-    }
-
-    /// Takes all of a kind, by queue; none unless there is one for each of `queues` and no other.
-    pub fn take(&mut self, kind: Kind, queues: usize) -> Option<Vec<OwnedFd>> {
-        let whole =
-            self.count(kind) == queues && (0..queues).all(|queue| self.0.contains_key(&(kind, queue)));
-        if !whole || queues == 0 {
-            return None;
-        }
-        (0..queues).map(|queue| self.0.remove(&(kind, queue))).collect()
-    }
-
-    fn count(&self, kind: Kind) -> usize {
-        self.0.keys().filter(|(of, _)| *of == kind).count()
-    }
-
-    /// Whether one of the sockets has this port.
-    fn has_port(&self, port: u16) -> bool {
-        let is_udp = |kind| matches!(kind, Kind::Udp4 | Kind::Udp6);
-        let sockets = self.0.iter().filter(|((kind, _), _)| is_udp(*kind));
-        sockets
-            .filter_map(|(_, fd)| SockRef::from(fd).local_addr().ok()?.as_socket())
-            .any(|addr: SocketAddr| addr.port() == port)
-    }
-}
+pub use self::message::{Given, VERSIONS, Wish, ask, await_end, hear};
+use self::message::{Request, send_line};
 
 /// Threads that go on while nobody looks after them; they end when this is dropped.
 type Threads = Box<dyn Send>;
@@ -298,7 +117,7 @@ impl Handover {
     /// Lets go of a network's sockets, of which its data plane has no use.
     pub fn release_sockets(&self, network: &str) {
         if let Some(bundle) = lock(&self.held).get_mut(network) {
-            bundle.0.retain(|(kind, _), _| *kind == Kind::Tun);
+            bundle.retain_device();
         }
         self.store
             .remove(|label| label.network == network && label.kind != Kind::Tun);
@@ -378,7 +197,6 @@ impl Handover {
     /// # Errors
     /// It is gone, or takes too long.
     pub fn give(&self, successor: &mut UnixStream, version: u32) -> io::Result<()> {
-        successor.set_write_timeout(Some(PATIENCE))?;
         let held = lock(&self.held);
         let mut names = Vec::new();
         let mut descriptors = Vec::new();
@@ -388,18 +206,7 @@ impl Handover {
                 descriptors.push(fd.as_raw_fd());
             }
         }
-        send_line(
-            successor,
-            &Answer {
-                give: Some(version),
-                names,
-                refuse: None,
-            },
-        )?;
-        for chunk in descriptors.chunks(AT_A_TIME) {
-            send_descriptors(successor.as_fd(), chunk)?;
-        }
-        Ok(())
+        message::give(successor, version, names, &descriptors)
     }
 }
 
@@ -407,277 +214,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Request {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    take: Option<Vec<u32>>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    done: bool,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    stop: bool,
-}
-
-impl Request {
-    fn done() -> Self {
-        Self {
-            done: true,
-            ..Self::default()
-        }
-    }
-
-    fn stop() -> Self {
-        Self {
-            stop: true,
-            ..Self::default()
-        }
-    }
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Answer {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    give: Option<u32>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    names: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    refuse: Option<Vec<u32>>,
-}
-
-/// What a successor wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
-    /// Everything, in this version of the message.
-    Take(u32),
-    /// That we end; it has all it needs, or wants nothing of us.
-    End,
-    /// It speaks no version of ours. It has been told so.
-    Refused,
-    /// It went away.
-    Gone,
-}
-
-/// Hears what a successor wants, and answers if there is nothing to give.
-///
-/// # Errors
-/// It says nothing in time, or nothing of sense.
-pub fn hear(successor: &mut UnixStream) -> io::Result<Wish> {
-    successor.set_read_timeout(Some(PATIENCE))?;
-    successor.set_write_timeout(Some(PATIENCE))?;
-    let Some(line) = read_line(successor)? else {
-        return Ok(Wish::Gone);
-    };
-    let request: Request = serde_json::from_slice(&line)?;
-    if request.done || request.stop {
-        return Ok(Wish::End);
-    }
-    let theirs = request.take.unwrap_or_default();
-    match VERSIONS.into_iter().find(|version| theirs.contains(version)) {
-        Some(version) => Ok(Wish::Take(version)),
-        None => {
-            let refuse = Answer {
-                refuse: Some(VERSIONS.to_vec()),
-                ..Answer::default()
-            };
-            send_line(successor, &refuse)?;
-            Ok(Wish::Refused)
-        }
-    }
-}
-
-/// Waits until a successor says how things went, for as long as it lives.
-///
-/// # Errors
-/// It says nothing of sense.
-pub fn await_end(successor: &mut UnixStream) -> io::Result<Wish> {
-    let Some(line) = read_line(successor)? else {
-        return Ok(Wish::Gone);
-    };
-    let request: Request = serde_json::from_slice(&line)?;
-    Ok(if request.done || request.stop {
-        Wish::End
-    } else {
-        Wish::Gone
-    })
-}
-
-/// What a daemon that runs gave.
-#[derive(Debug)]
-pub enum Given {
-    /// Nobody runs there.
-    Nobody,
-    /// What it has; it waits to be told how things went.
-    Everything(BTreeMap<String, Bundle>, UnixStream),
-    /// Nothing of use, and it has been told to end; it may take a moment.
-    Nothing(&'static str),
-}
-
-/// Asks the daemon that listens at `path` for all it has.
-///
-/// # Errors
-/// It is there and does not answer.
-pub fn ask(path: &Path) -> io::Result<Given> {
-    let mut stream = match UnixStream::connect(path) {
-        Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(Given::Nobody);
-        }
-        Err(error) => return Err(error),
-    };
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    send_line(
-        &mut stream,
-        &Request {
-            take: Some(VERSIONS.to_vec()),
-            ..Request::default()
-        },
-    )?;
-    let (line, mut descriptors) = read_line_with_descriptors(&stream)?;
-    let answer: Answer = serde_json::from_slice(&line)?;
-    let give_up = |mut stream: UnixStream, why| {
-        send_line(&mut stream, &Request::stop())?;
-        // It has gone when it closes.
-        let _ = stream.read(&mut [0]);
-        Ok(Given::Nothing(why))
-    };
-    match answer.give {
-        Some(version) if VERSIONS.contains(&version) => {}
-        Some(_) => return give_up(stream, "it speaks another version"),
-        None if answer.refuse.is_some() => return give_up(stream, "it understands no version of ours"),
-        None => return give_up(stream, "it gives nothing"),
-    }
-    while descriptors.len() < answer.names.len() {
-        let (len, more) = sys::receive_descriptors(stream.as_fd(), &mut [0; 16])?;
-        if len == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        descriptors.extend(more);
-    }
-    let mut given = BTreeMap::<String, Bundle>::new();
-    for (name, fd) in answer.names.iter().zip(descriptors) {
-        // A kind we do not know is closed.
-        if let Ok(label) = name.parse::<Label>() {
-            given
-                .entry(label.network)
-                .or_default()
-                .insert(label.kind, label.queue, fd);
-        }
-    }
-    Ok(Given::Everything(given, stream))
-}
-
-fn send_line(stream: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(message)?;
-    line.push(b'\n');
-    stream.write_all(&line)
-}
-
-/// Reads a line without its end; `None` at the end of the stream.
-fn read_line(stream: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    loop {
-        if stream.read(&mut byte)? == 0 {
-            return Ok(None);
-        }
-        if byte == [b'\n'] {
-            return Ok(Some(line));
-        }
-        line.push(byte[0]);
-        if line.len() > MAX_LINE {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-    }
-}
-
-/// Reads a line and what descriptors come along with it or right after.
-fn read_line_with_descriptors(stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let mut line = Vec::new();
-    let mut descriptors = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        let (len, more) = sys::receive_descriptors(stream.as_fd(), &mut buffer)?;
-        descriptors.extend(more);
-        if len == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        line.extend_from_slice(&buffer[..len]);
-        if let Some(end) = line.iter().position(|&byte| byte == b'\n') {
-            line.truncate(end);
-            return Ok((line, descriptors));
-        }
-        if line.len() > MAX_LINE {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-    }
-}
-
-fn send_descriptors(stream: BorrowedFd<'_>, descriptors: &[RawFd]) -> io::Result<()> {
-    let control = [ControlMessage::ScmRights(descriptors)];
-    sendmsg::<()>(
-        stream.as_raw_fd(),
-        &[IoSlice::new(&[0])],
-        &control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
     use std::thread;
 
+    use socket2::SockRef;
+
+    use super::bundle::tests::bundle;
     use super::*;
-
-    fn descriptor() -> OwnedFd {
-        std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into()
-    }
-
-    fn bundle(queues: usize) -> Bundle {
-        let mut bundle = Bundle::default();
-        for queue in 0..queues {
-            bundle.insert(Kind::Tun, queue, descriptor());
-            bundle.insert(Kind::Udp4, queue, descriptor());
-        }
-        bundle
-    }
-
-    #[test]
-    fn names_survive_the_trip_through_a_service_manager() {
-        for network in ["_", "blue", "a.b-c_d", ""] {
-            let label = Label {
-                kind: Kind::Udp6,
-                network: network.to_owned(),
-                queue: 7,
-            };
-            assert_eq!(label.to_string().parse(), Ok(label), "{network}");
-        }
-        for foreign in [
-            "",
-            "connection",
-            "kersey-tap._.0",
-            "kersey-tun._",
-            "kersey-tun._.x",
-            "tun._.0",
-        ] {
-            assert_eq!(foreign.parse::<Label>(), Err(Foreign), "{foreign}");
-        }
-    }
-
-    #[test]
-    fn a_bundle_gives_whole_sets_only() {
-        assert_eq!(bundle(2).take(Kind::Tun, 2).unwrap().len(), 2);
-        assert!(bundle(2).take(Kind::Tun, 1).is_none());
-        assert!(bundle(2).take(Kind::Tun, 3).is_none());
-        assert!(bundle(2).take(Kind::Udp6, 2).is_none());
-        assert!(bundle(0).take(Kind::Tun, 0).is_none());
-    }
 
     #[test]
     fn a_successor_gets_what_is_held_and_the_predecessor_keeps_it() {
@@ -705,45 +250,6 @@ mod tests {
         next.tell_done();
         assert_eq!(hear(&mut successor).unwrap(), Wish::End);
         assert!(!next.has_predecessor());
-    }
-
-    #[test]
-    fn another_version_is_refused_and_a_successor_that_goes_is_noticed() {
-        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-        theirs
-            .write_all(b"{\"take\":[98,99],\"and\":\"more\"}\n")
-            .unwrap();
-        assert_eq!(hear(&mut ours).unwrap(), Wish::Refused);
-        let mut line = [0; 64];
-        let len = theirs.read(&mut line).unwrap();
-        assert_eq!(&line[..len], b"{\"refuse\":[1]}\n");
-        theirs.write_all(b"{\"stop\":true}\n").unwrap();
-        assert_eq!(hear(&mut ours).unwrap(), Wish::End);
-        theirs.write_all(b"nonsense\n").unwrap();
-        assert!(hear(&mut ours).is_err());
-        drop(theirs);
-        assert_eq!(hear(&mut ours).unwrap(), Wish::Gone);
-    }
-
-    #[test]
-    fn a_predecessor_of_another_version_is_told_to_stop() {
-        for answer in [
-            "{\"give\":2,\"things\":[]}\n",
-            "{\"refuse\":[7]}\n",
-            "{\"sing\":true}\n",
-        ] {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("takeover");
-            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-            let asking = thread::spawn(move || ask(&path).unwrap());
-            let mut successor = listener.accept().unwrap().0;
-            hear(&mut successor).unwrap();
-            successor.write_all(answer.as_bytes()).unwrap();
-            assert_eq!(hear(&mut successor).unwrap(), Wish::End, "{answer}");
-            drop(successor);
-            assert!(matches!(asking.join().unwrap(), Given::Nothing(_)), "{answer}");
-        }
-        assert!(matches!(ask(Path::new("/nowhere")).unwrap(), Given::Nobody));
     }
 
     #[test]
@@ -798,16 +304,5 @@ mod tests {
         assert!(handover.lend("_").unwrap().has_sockets());
         handover.release("_");
         assert!(handover.lend("_").unwrap().is_empty());
-    }
-
-    #[test]
-    fn of_two_with_one_name_the_first_counts() {
-        let mut bundle = Bundle::default();
-        let (newest, older) = (descriptor(), descriptor());
-        let port = |fd: &OwnedFd| SockRef::from(fd).local_addr().unwrap().as_socket().unwrap();
-        let expected = port(&newest);
-        bundle.insert(Kind::Udp4, 0, newest);
-        bundle.insert(Kind::Udp4, 0, older);
-        assert_eq!(port(&bundle.take(Kind::Udp4, 1).unwrap()[0]), expected);
     }
 }

@@ -16,6 +16,7 @@ pub mod limits;
 pub mod netlink;
 pub mod outer_tun;
 pub mod packet;
+pub mod probe;
 pub mod pulse;
 pub mod queues;
 pub mod raw;

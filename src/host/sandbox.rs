@@ -41,7 +41,7 @@ use nix::sys::prctl;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid};
 
-use crate::host::socket::Probed;
+use crate::host::probe::Probed;
 pub use crate::host::sys::{Escape, attempt};
 
 /// Whoever started us does not let us: what a part says in place of what it did.

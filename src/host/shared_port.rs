@@ -307,7 +307,8 @@ mod tests {
     use super::*;
     use crate::dataplane::Oversize;
     use crate::dataplane::Underlay;
-    use crate::host::socket::{Switch, UdpUnderlay, UnderlayOptions};
+    use crate::host::probe::Switch;
+    use crate::host::socket::{UdpUnderlay, UnderlayOptions};
     use crate::host::sys;
 
     #[test]

@@ -21,14 +21,17 @@ use crate::dataplane::packet::{PacketBatch, shape_places};
 use crate::dataplane::stats::{Call, Calls, WorkerStats};
 use crate::dataplane::{Device, DeviceError};
 use crate::host::handover::{Bundle, Kind};
-use crate::host::socket::{Probed, Switch};
+use crate::host::probe::{Probed, Switch};
 use crate::host::sys;
 use crate::wire::virtio::VirtioHeader;
 
-/// TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 (linux/if_tun.h).
-const CSUM: u32 = 0x01;
-const TSO4: u32 = 0x02;
-const TSO6: u32 = 0x04;
+/// TUN_F_CSUM (linux/if_tun.h).
+pub const CSUM: u32 = 0x01;
+/// TUN_F_TSO4.
+pub const TSO4: u32 = 0x02;
+/// TUN_F_TSO6.
+pub const TSO6: u32 = 0x04;
+/// TUN_F_USO4, TUN_F_USO6.
 const USO4: u32 = 0x20;
 const USO6: u32 = 0x40;
 /// linux/if_tun.h; libc lacks it on some targets.

@@ -6,6 +6,7 @@
 //!   flannel0               kersey's TUN      flannel0  or, in a mixed pair, the kernel's flannel.3
 //!   flannel.1 10.245.1.0   kernel VXLAN      flannel.1 10.245.2.0
 //!   pods      10.245.1.0   or kernel SRv6    pods      10.245.2.0
+//!   copies0   10.246.1.0   copies only       copies0   10.246.2.0
 //!   eth0      192.0.2.1 ------ veth -------- eth0      192.0.2.2
 //! ```
 //!
@@ -24,6 +25,7 @@ use crate::addr::{Ipv4Prefix, Ipv6Prefix};
 use crate::host::netlink::{self, Behavior, Gateway, Route, Seg6Mode, Seg6Route, Sid, Vxlan};
 use crate::host::sysctl;
 use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind, VXLAN_PORT};
+use crate::lab::copies::Copies;
 use crate::lab::topology::{INTERFACE, Node, Topology};
 use crate::lab::traffic::End;
 
@@ -50,6 +52,8 @@ pub enum Contestant {
     KernelToKersey,
     /// No tunnel at all.
     Veth,
+    /// Through userspace with nothing done there.
+    Copies,
 }
 
 impl Contestant {
@@ -62,6 +66,7 @@ impl Contestant {
             Self::KerseyToKernel => "kersey to kernel",
             Self::KernelToKersey => "kernel to kersey",
             Self::Veth => "plain veth",
+            Self::Copies => "copies only",
         }
     }
 }
@@ -72,6 +77,7 @@ pub struct Running {
     addrs: [std::net::IpAddr; 2],
     sender: Sender,
     _cluster: Option<Cluster>,
+    _copies: Vec<Copies>,
 }
 
 /// Which node traffic comes from.
@@ -104,9 +110,11 @@ pub fn prepare(contestant: Contestant, topology: &Topology) -> Result<()> {
     match contestant {
         Contestant::KernelVxlan => add_kernel_vxlan(topology),
         Contestant::KernelSeg6 => add_kernel_seg6(topology),
-        Contestant::Kersey | Contestant::KerseyToKernel | Contestant::KernelToKersey | Contestant::Veth => {
-            Ok(())
-        }
+        Contestant::Kersey
+        | Contestant::KerseyToKernel
+        | Contestant::KernelToKersey
+        | Contestant::Veth
+        | Contestant::Copies => Ok(()),
     }
 }
 
@@ -215,6 +223,24 @@ fn tunnel_subnet(nth: u8) -> Result<Ipv4Prefix> {
     Ok(Ipv4Prefix::new(Ipv4Addr::new(10, 245, nth, 0), 24)?)
 }
 
+fn copies(topology: &Topology) -> Result<Running> {
+    let [one, two] = topology.nodes.as_slice() else {
+        anyhow::bail!("a comparison takes 2 nodes");
+    };
+    let subnet = |nth| Ipv4Prefix::new(Ipv4Addr::new(10, 246, nth, 0), 24);
+    let subnets = [subnet(1)?, subnet(2)?];
+    let copies = vec![
+        Copies::start(one, subnets[0].addr(), two, subnets[1])?,
+        Copies::start(two, subnets[1].addr(), one, subnets[0])?,
+    ];
+    Ok(Running {
+        addrs: subnets.map(|subnet| subnet.addr().into()),
+        sender: Sender::One,
+        _cluster: None,
+        _copies: copies,
+    })
+}
+
 /// How Kersey takes part in a comparison.
 #[derive(Clone, Debug)]
 pub struct Kersey {
@@ -266,12 +292,14 @@ pub fn start(contestant: Contestant, topology: &Topology, kersey: &Kersey) -> Re
             addrs: [cluster.pod(topology, 1)?.addr, cluster.pod(topology, 2)?.addr],
             sender,
             _cluster: Some(cluster),
+            _copies: Vec::new(),
         })
     };
     let standing = |addrs| Running {
         addrs,
         sender: Sender::One,
         _cluster: None,
+        _copies: Vec::new(),
     };
     let kernels = [tunnel_subnet(1)?.addr().into(), tunnel_subnet(2)?.addr().into()];
     let kernel = if kersey.backend == "srv6" {
@@ -293,5 +321,6 @@ pub fn start(contestant: Contestant, topology: &Topology, kersey: &Kersey) -> Re
         Contestant::Kersey => pair(Peer::Kersey, Sender::One),
         Contestant::KerseyToKernel => pair(kernel, Sender::One),
         Contestant::KernelToKersey => pair(kernel, Sender::Two),
+        Contestant::Copies => copies(topology),
     }
 }

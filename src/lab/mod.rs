@@ -11,11 +11,13 @@
 
 pub mod cluster;
 pub mod contestant;
+mod copies;
 pub mod daemon;
 pub mod interrupt;
 pub mod kernel_node;
 mod leases;
 pub mod netns;
+mod pages;
 pub mod seg6_node;
 pub mod topology;
 pub mod traffic;

@@ -21,14 +21,16 @@
 //!
 //! Limits: one process at a time. The file never shrinks.
 
+mod clock;
 mod file;
+mod log;
 mod networks;
+mod state;
 
-use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream};
@@ -36,8 +38,10 @@ use redb::Database;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::clock::Clock;
 use self::file::{damaged, load, open_database, persist};
 pub use self::networks::EmbeddedNetworks;
+use self::state::{Change, Host, MAX_HOSTS, Network, Record, State};
 use crate::addr::NetworkName;
 use crate::control::RateLimit;
 use crate::control::config::NetworkConfig;
@@ -46,20 +50,6 @@ use crate::control::store::{
     Cursor, Entry, Life, Lifetime, LocalStore, NetworkEvent, Registry, Rival, StoreError, WatchItem,
 };
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
-
-/// How many changes of each network are kept for watchers: an hour of a 1,000-node network in which every node changes thrice.
-const LOG: usize = 10_000;
-/// What they may hold in memory, so that a few nodes with long lease data cannot fill it: 800 bytes each.
-const LOG_BYTES: usize = 8 << 20;
-
-/// The least time a lease has after a restart: enough for its node to come back and renew.
-const GRACE: Duration = Duration::from_secs(60 * 60);
-
-/// How long a host counts as alive after a restart: longer than its node takes to find the server again.
-const REVIVED: Duration = Duration::from_secs(90);
-
-/// How many hosts each network knows at most: as many as a node knows leases.
-const MAX_HOSTS: usize = 100_000;
 
 /// A store in a file.
 pub type EmbeddedStore = LocalStore<EmbeddedRegistry>;
@@ -101,165 +91,6 @@ struct Inner {
     /// The revision reached.
     reached: watch::Sender<u64>,
     complaints: RateLimit,
-}
-
-#[derive(Debug)]
-struct State {
-    file: u64,
-    revision: u64,
-    /// The revision the file had when it was read: what came before is in no log.
-    loaded: u64,
-    networks: BTreeMap<Option<NetworkName>, Network>,
-    /// Networks with a name that came and went.
-    names: Log<NetworkEvent>,
-}
-
-/// One network.
-#[derive(Debug)]
-struct Network {
-    /// Without it there is no such network.
-    config: Option<String>,
-    leases: BTreeMap<Subnet, Record>,
-    /// Who has which public address.
-    hosts: BTreeMap<IpAddr, Host>,
-    log: Log<LeaseEvent>,
-}
-
-/// Who has a public address.
-#[derive(Clone, Debug)]
-struct Host {
-    holder: Holder,
-    /// When it counts as gone; `None` if it is the host of this process.
-    ends: Option<Instant>,
-}
-
-impl Host {
-    fn lives(&self, now: Instant) -> bool {
-        self.ends.is_none_or(|end| end > now)
-    }
-
-    fn as_rival(&self) -> Rival {
-        Rival {
-            host: self.holder.host.clone(),
-        }
-    }
-}
-
-/// The last changes of one kind, oldest first, each with its revision.
-#[derive(Debug)]
-struct Log<E> {
-    events: VecDeque<(u64, E)>,
-    /// What they hold in memory, roughly.
-    bytes: usize,
-    /// All changes after this revision are there.
-    from: u64,
-}
-
-/// What can be told apart in a [`Log`] by how much memory it takes.
-trait Weighed {
-    /// Bytes, roughly.
-    fn bytes(&self) -> usize;
-}
-
-impl Weighed for LeaseEvent {
-    fn bytes(&self) -> usize {
-        let data = match self {
-            Self::Added(lease) => lease.attrs.data_bytes(),
-            Self::Removed(_) => 0,
-        };
-        size_of::<Self>() + data
-    }
-}
-
-impl Weighed for NetworkEvent {
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Added(name) | Self::Removed(name) => size_of::<Self>() + name.as_str().len(),
-        }
-    }
-}
-
-impl<E: Clone + Weighed> Log<E> {
-    fn new(from: u64) -> Self {
-        Self {
-            events: VecDeque::new(),
-            bytes: 0,
-            from,
-        }
-    }
-
-    fn note(&mut self, revision: u64, event: E) {
-        self.bytes += event.bytes();
-        self.events.push_back((revision, event));
-        while self.events.len() > LOG || self.bytes > LOG_BYTES {
-            let Some((revision, event)) = self.events.pop_front() else {
-                return;
-            };
-            self.bytes -= event.bytes();
-            self.from = revision;
-        }
-    }
-
-    /// The first changes after `revision`, and the revision of the last of them; `None` if there are none.
-    fn after(&self, revision: u64) -> Option<(Vec<E>, u64)> {
-        /// How many at most, so that a watcher far behind does not hold up the state.
-        const BATCH: usize = 1000;
-        let start = self.events.partition_point(|(change, _)| *change <= revision);
-        let batch = self.events.range(start..).take(BATCH);
-        let last = batch.clone().last()?.0;
-        Some((batch.map(|(_, event)| event.clone()).collect(), last))
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Record {
-    attrs: LeaseAttrs,
-    revision: u64,
-    ends: Option<Instant>,
-}
-
-#[derive(Debug)]
-enum Change {
-    Config(Option<String>),
-    Put(Subnet, Record),
-    Delete(Subnet),
-    Claim(IpAddr, Host),
-    Unclaim(IpAddr),
-}
-
-/// Relates the monotonic clock to the wall clock as it was when the store was opened.
-#[derive(Debug, Clone, Copy)]
-struct Clock {
-    wall: SystemTime,
-    monotonic: Instant,
-}
-
-impl Clock {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "ends of leases are kept in wall-clock time across restarts; it is read once"
-    )]
-    fn start() -> Self {
-        Self {
-            wall: SystemTime::now(),
-            monotonic: Instant::now(),
-        }
-    }
-
-    fn wall(self, at: Instant) -> SystemTime {
-        self.wall + at.saturating_duration_since(self.monotonic)
-    }
-
-    fn millis(self, at: Instant) -> u64 {
-        let since_1970 = self.wall(at).duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX).max(1)
-    }
-
-    /// When a lease ends that was to end at `millis`, if the file is read at `now`.
-    fn revive(self, millis: u64, now: Instant, ttl: Duration) -> Instant {
-        let left = millis.saturating_sub(self.millis(now));
-        now + Duration::from_millis(left).max(GRACE).min(ttl)
-    }
 }
 
 impl EmbeddedRegistry {
@@ -507,61 +338,6 @@ impl Inner {
             place: self.path.display().to_string(),
             cause,
         }
-    }
-}
-
-impl State {
-    fn new(file: u64, revision: u64) -> Self {
-        Self {
-            file,
-            revision,
-            loaded: revision,
-            networks: BTreeMap::new(),
-            names: Log::new(revision),
-        }
-    }
-
-    fn network(&self, name: Option<&NetworkName>) -> Option<&Network> {
-        self.networks.get(&name.cloned())
-    }
-
-    fn network_mut(&mut self, name: Option<&NetworkName>) -> &mut Network {
-        let loaded = self.loaded;
-        self.networks.entry(name.cloned()).or_insert_with(|| Network {
-            config: None,
-            leases: BTreeMap::new(),
-            hosts: BTreeMap::new(),
-            log: Log::new(loaded),
-        })
-    }
-}
-
-impl Network {
-    /// What makes `address` that of `host`; hosts that are gone go. `None` if another live host has it, or there are too many.
-    fn claim(&self, address: IpAddr, host: Host, now: Instant) -> Option<Vec<Change>> {
-        let taken = |there: &Host| there.lives(now) && there.holder.differs_from(&host.holder);
-        if self.hosts.get(&address).is_some_and(taken) {
-            return None;
-        }
-        let goes = |(other, there): &(&IpAddr, &Host)| {
-            // This process has one host: if it has another address by now, the old one is free.
-            let moved = there.ends.is_none() && host.ends.is_none();
-            **other != address && (moved || !there.lives(now))
-        };
-        let gone: Vec<Change> = self
-            .hosts
-            .iter()
-            .filter(goes)
-            .map(|(address, _)| Change::Unclaim(*address))
-            .collect();
-        if self.hosts.len() - gone.len() >= MAX_HOSTS && !self.hosts.contains_key(&address) {
-            return None;
-        }
-        Some(gone.into_iter().chain([Change::Claim(address, host)]).collect())
-    }
-
-    fn next_end(&self) -> Option<Instant> {
-        self.leases.values().filter_map(|record| record.ends).min()
     }
 }
 

@@ -12,7 +12,7 @@ use landlock::{
 };
 
 use super::{REFUSED, SandboxError};
-use crate::host::socket::Probed;
+use crate::host::probe::Probed;
 
 /// The newest set of rules known here; an older kernel enforces what it knows of them.
 const NEWEST: ABI = ABI::V6;

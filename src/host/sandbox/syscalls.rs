@@ -16,7 +16,7 @@ use seccompiler::{
 };
 
 use super::{Role, SandboxError, Sockets};
-use crate::host::socket::Probed;
+use crate::host::probe::Probed;
 
 /// What the process may do: files, sockets, memory, threads, time.
 const PROCESS: &[c_long] = &[

@@ -12,14 +12,13 @@ use sha2::{Digest, Sha256};
 use socket2::{Domain, Socket, Type};
 
 use crate::lab::interrupt;
+use crate::lab::pages::Pages;
 use crate::lab::traffic::cpu::MachineCpu;
 use crate::lab::traffic::tally::mix;
 use crate::lab::traffic::{End, POLL, gbit_per_s, timed_out};
 
 /// What one read or write moves at most, bytes: two full-size super-packets and more, and still in the L2 cache.
 const CHUNK: usize = 256 << 10;
-/// Bytes in a page.
-const PAGE: usize = 4096;
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -237,10 +236,9 @@ fn connect(
 }
 
 fn send_zeros(mut stream: TcpStream, stop: &AtomicBool) -> Result<()> {
-    let mut space = space();
-    let chunk = whole_pages(&mut space);
+    let chunk = Pages::new(CHUNK);
     while !stop.load(Ordering::Relaxed) {
-        match stream.write(chunk) {
+        match stream.write(&chunk) {
             Ok(_) => {}
             Err(error) if timed_out(&error) => {}
             // The receiving side may have closed first.
@@ -252,10 +250,9 @@ fn send_zeros(mut stream: TcpStream, stop: &AtomicBool) -> Result<()> {
 }
 
 fn count(mut stream: TcpStream, counter: &AtomicU64, stop: &AtomicBool) -> Result<()> {
-    let mut space = space();
-    let chunk = whole_pages(&mut space);
+    let mut chunk = Pages::new(CHUNK);
     while !stop.load(Ordering::Relaxed) {
-        match stream.read(chunk) {
+        match stream.read(&mut chunk) {
             Ok(0) => break,
             Ok(len) => _ = counter.fetch_add(len as u64, Ordering::Relaxed),
             Err(error) if timed_out(&error) => {}
@@ -264,19 +261,6 @@ fn count(mut stream: TcpStream, counter: &AtomicU64, stop: &AtomicBool) -> Resul
         }
     }
     Ok(())
-}
-
-/// Room for a chunk at a page's begin.
-fn space() -> Vec<u8> {
-    vec![0; CHUNK + PAGE]
-}
-
-/// [`CHUNK`] bytes that begin with a page, as most programs' large buffers do that map them. The allocator's own begin 16 bytes into a page,
-/// and some processors (AMD's Zen 3) copy seven times slower where the destination is 1 to 31 bytes ahead of the source, modulo 4096: what
-/// the kernel's buffers happen to be then makes two machines of one.
-fn whole_pages(space: &mut [u8]) -> &mut [u8] {
-    let begin = space.as_ptr().align_offset(PAGE);
-    &mut space[begin..begin + CHUNK]
 }
 
 fn send_all(stream: &mut TcpStream, mut bytes: &[u8], patience: Duration) -> Result<()> {

@@ -14,7 +14,9 @@ use redb::{
 };
 use tokio::time::Instant;
 
-use super::{Change, Clock, Host, REVIVED, Record, State, refused};
+use super::clock::Clock;
+use super::refused;
+use super::state::{Change, Host, Record, State};
 use crate::addr::NetworkName;
 use crate::control::identity::Holder;
 use crate::control::store::StoreError;
@@ -35,6 +37,9 @@ const NETWORK_LEASES: TableDefinition<'_, (&str, &str), LeaseRow> = TableDefinit
 
 /// Who has a public address, by network (empty: the one without a name) and address: number, name and boot of the host.
 const HOSTS: TableDefinition<'_, (&str, &str), (&str, &str, &str)> = TableDefinition::new("hosts");
+
+/// How long a host counts as alive after a restart: longer than its node takes to find the server again.
+const REVIVED: Duration = Duration::from_secs(90);
 
 /// The layout above; a file with another number is refused.
 const FORMAT: u64 = 1;

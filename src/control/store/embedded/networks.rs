@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream};
 
-use super::{Change, EmbeddedRegistry, EmbeddedStore, cursor, parse_cursor, refused};
+use super::state::{Change, Network};
+use super::{EmbeddedRegistry, EmbeddedStore, cursor, parse_cursor, refused};
 use crate::addr::NetworkName;
 use crate::control::store::{
     Cursor, LocalStore, NetworkItem, NetworkUpdate, Networks, Registry, Store, StoreError,
@@ -37,7 +38,7 @@ impl EmbeddedNetworks {
     /// # Errors
     /// The file cannot be written.
     pub async fn remove(&self, name: &NetworkName) -> Result<(), StoreError> {
-        let decide = |network: &super::Network| match network.config {
+        let decide = |network: &Network| match network.config {
             Some(_) => vec![Change::Config(None)],
             None => vec![],
         };

@@ -1,4 +1,4 @@
-//! What cannot be seen from outside: a write that failed and was made all the same, and what is kept in memory.
+//! What cannot be seen from outside: a write that failed and was made all the same.
 
 use super::*;
 use crate::control::store::{LEASE_TTL, Store};
@@ -45,27 +45,6 @@ async fn a_failed_write_that_was_made_ends_no_lease_however_long_the_server_runs
     assert!(apart < Duration::from_secs(1), "{apart:?}");
     tokio::time::advance(DAY / 2).await;
     assert_eq!(store.registry().list().await.unwrap().len(), 3);
-}
-
-#[test]
-fn long_lease_data_does_not_fill_the_memory_for_watchers() {
-    let mut log = Log::new(0);
-    let mut attrs = node(1);
-    attrs.backend_data = Some(format!("\"{}\"", "x".repeat(60_000)));
-    for revision in 1..=2_000 {
-        let lease = Lease {
-            subnet: "10.0.9.0-24".parse().unwrap(),
-            attrs: attrs.clone(),
-            expiration: Expiration::Never,
-            created: None,
-        };
-        log.note(revision, LeaseEvent::Added(lease));
-    }
-    assert!(log.bytes <= LOG_BYTES && log.events.len() > 100, "{}", log.bytes);
-    let held: usize = log.events.iter().map(|(_, event)| event.bytes()).sum();
-    assert_eq!(log.bytes, held);
-    // Who is further behind gets a snapshot.
-    assert_eq!(log.from, log.events.front().unwrap().0 - 1);
 }
 
 fn node(i: u8) -> LeaseAttrs {
