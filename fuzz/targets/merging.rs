@@ -8,7 +8,7 @@ use kersey::dataplane::forward::flow_hash;
 use kersey::dataplane::offload::SuperPacket;
 use kersey::wire::checksum::Sum;
 use kersey::wire::ip::IpHeader;
-use kersey::wire::transport::{tcp, udp};
+use kersey::wire::transport::tcp;
 use kersey::wire::virtio::VirtioHeader;
 
 use super::checksums_hold;
