@@ -218,6 +218,7 @@ fn changes_are_reported() {
                 | LinkChange::AddressGone(_)
                 | LinkChange::RouteGone(_)
                 | LinkChange::DefaultRoute(_)
+                | LinkChange::Rule
                 | LinkChange::Overrun => {}
             }
         }
@@ -265,6 +266,96 @@ fn the_underlay_is_found_by_default_route_and_by_reach() {
         text.contains("--iface-can-reach 192.0.2.254 (cannot find a route to"),
         "{text}"
     );
+}
+
+/// B23: of several default routes the best counts, by the metric of its family; where the main table has none, what policy routing says.
+#[test]
+fn metrics_and_policy_routing_decide_between_two_uplinks() {
+    if !require_root("metrics_and_policy_routing_decide_between_two_uplinks") {
+        return;
+    }
+    in_namespace("uplinks", async |netlink| {
+        for (nth, link) in (1..).zip(["up1", "up2"]) {
+            netlink.add_veth(link, &format!("far{nth}"), None).await?;
+            for name in [link.to_owned(), format!("far{nth}")] {
+                netlink.set_up(netlink.link(&name).await?.index).await?;
+            }
+            let index = netlink.link(link).await?.index;
+            for (addr, len) in [(format!("198.51.{nth}.2"), 24), (format!("fd00:{nth}::2"), 64)] {
+                netlink.add_address(index, addr.parse()?, len).await?;
+            }
+        }
+        let request = |families| InterfaceRequest {
+            ifaces: Vec::new(),
+            iface_regexes: Vec::new(),
+            can_reach: None,
+            public_ip: None,
+            public_ipv6: None,
+            families,
+        };
+        let ip = |words: &str| {
+            let mut command = std::process::Command::new("ip");
+            let ended = command.args(words.split_whitespace()).status().unwrap();
+            assert!(ended.success(), "ip {words}");
+        };
+        let chosen = async |families| {
+            let chosen = request(families).choose(&netlink).await;
+            chosen
+                .map(|chosen| chosen.name)
+                .map_err(|error| error.to_string())
+        };
+        for (families, family, near, no_default) in [
+            (Families::V4, "-4", "198.51.N.1", "there is no IPv4 default route"),
+            (Families::V6, "-6", "fd00:N::1", "there is no IPv6 default route"),
+        ] {
+            let route = |verb: &str, nth: u8, more: &str| {
+                let via = near.replace('N', &nth.to_string());
+                ip(&format!(
+                    "{family} route {verb} default via {via} dev up{nth} {more}"
+                ));
+            };
+            assert!(chosen(families).await.unwrap_err().contains(no_default));
+            // The one with the worse metric stands first or last, as it was added.
+            for (best, other) in [(1, 2), (2, 1)] {
+                route("add", 1, &format!("metric {}", if best == 1 { 100 } else { 600 }));
+                route("add", 2, &format!("metric {}", if best == 2 { 100 } else { 600 }));
+                assert_eq!(chosen(families).await, Ok(format!("up{best}")), "{families:?}");
+                route("del", best, "metric 100");
+                assert_eq!(chosen(families).await, Ok(format!("up{other}")), "{families:?}");
+                route("del", other, "metric 600");
+            }
+            // The only default route is in a table of its own, which a rule leads to, behind the main table and before it.
+            route("add", 2, "table 100");
+            assert!(chosen(families).await.unwrap_err().contains(no_default));
+            for priority in [40000, 1000] {
+                ip(&format!("{family} rule add table 100 priority {priority}"));
+                assert_eq!(
+                    chosen(families).await,
+                    Ok("up2".to_owned()),
+                    "{families:?}, {priority}"
+                );
+                ip(&format!("{family} rule del table 100 priority {priority}"));
+            }
+            // A rule for other senders is none for us, and a route that leads nowhere is none.
+            ip(&format!(
+                "{family} rule add from {} table 100",
+                near.replace('N', "9")
+            ));
+            assert!(chosen(families).await.unwrap_err().contains(no_default));
+            ip(&format!("{family} route add unreachable default metric 50"));
+            route("add", 1, "metric 700");
+            assert_eq!(chosen(families).await, Ok("up1".to_owned()), "{families:?}");
+            ip(&format!("{family} route del unreachable default metric 50"));
+            route("del", 1, "metric 700");
+            ip(&format!("{family} rule add table 100 priority 40000"));
+        }
+        // Both families by policy routing, and by the same link.
+        assert_eq!(chosen(Families::Dual).await, Ok("up2".to_owned()));
+        ip("-6 route replace default via fd00:1::1 dev up1 table 100");
+        let differ = chosen(Families::Dual).await.unwrap_err();
+        assert!(differ.contains("different interfaces, up2 and up1"), "{differ}");
+        Ok(())
+    });
 }
 
 fn in_namespace(tag: &str, work: impl AsyncFnOnce(Netlink) -> anyhow::Result<()> + Send) {

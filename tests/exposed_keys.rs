@@ -1,4 +1,4 @@
-//! S10: a key or token that every user of the machine may read is pointed out, by the server and by a node, when the file is read.
+//! S10, S11: a key or token that every user of the machine may read is pointed out, by the server and by a node, when the file is read.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
 
@@ -127,4 +127,19 @@ fn a_node_of_etcd_warns_of_a_key_that_everybody_may_read() {
         format!("--etcd-keyfile={}", key.display()),
     ]);
     assert_warned("etcd", &key, &args, "store opened");
+}
+
+#[test]
+fn a_node_warns_of_keys_for_hmacs_that_everybody_may_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().join("the-hmac-keys");
+    fs::write(&keys, "7 sha256 not-for-everybody\n").unwrap();
+    let mut args = node(dir.path());
+    args.extend([
+        "--listen=127.0.0.1:0".to_owned(),
+        // What becomes of the keys is told by each backend; the line of this one comes right after they were read.
+        r#"--network-config={"Network":"10.1.0.0/16","Backend":{"Type":"auto"}}"#.to_owned(),
+        format!("--srv6-hmac-keys={}", keys.display()),
+    ]);
+    assert_warned("hmac", &keys, &args, "backend chosen");
 }

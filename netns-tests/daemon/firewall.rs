@@ -49,6 +49,11 @@ fn masquerade(tag: &str, tool: &str) {
     blueprint.flags = flags(&["--ip-masq", "--firewall", tool]);
     let overlay = blueprint.start();
     assert_eq!(overlay.status(1).firewall, tool);
+    assert_masqueraded(&overlay, tag);
+}
+
+/// Asserts that what leaves node 1's subnet for the world is masqueraded, in both families, and what stays inside is not.
+pub(crate) fn assert_masqueraded(overlay: &Overlay, tag: &str) {
     let env = fs::read_to_string(overlay.file("1.env")).unwrap();
     assert!(env.ends_with("FLANNEL_IPMASQ=true\n"), "{env}");
     let pod = Pod::behind(overlay.namespace(1), &overlay.status(1).node.subnets, tag, 1500);

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::overlay::{Blueprint, READY, figure, wait_for};
-use crate::support::require_etcd;
+use crate::support::{require_etcd, require_strace};
 
 /// Texts that mean something to a shell, a terminal, a path or a log.
 const NASTY: [&str; 12] = [
@@ -38,7 +38,8 @@ const FIREWALL: [&str; 8] = [
 
 #[test]
 fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
-    if !require_etcd("nothing_the_store_says_is_executed_or_forges_a_log_line") {
+    let test = "nothing_the_store_says_is_executed_or_forges_a_log_line";
+    if !require_etcd(test) || !require_strace(test) {
         return;
     }
     let mut blueprint = Blueprint::new("hostile", 2);

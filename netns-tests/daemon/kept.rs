@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use kersey::host::sys;
+use kersey::lab::cluster::ClusterPlan;
 use kersey::lab::daemon::Child;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -147,10 +148,25 @@ fn del_device(overlay: &Overlay) {
 
 #[test]
 fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
-    if !require_etcd("a_service_manager_keeps_device_and_sockets_through_stop_and_crash") {
-        return;
+    if require_etcd("a_service_manager_keeps_device_and_sockets_through_stop_and_crash") {
+        through_stop_and_crash("fdstore", "udp", &["tun", "udp4"]);
     }
-    let mut overlay = Blueprint::new("fdstore", 2).start();
+}
+
+/// Its sockets have no port: those of the SIDs that end in the device, and those of all others.
+#[test]
+fn a_service_manager_keeps_the_raw_sockets_of_srv6_through_stop_and_crash() {
+    if require_etcd("a_service_manager_keeps_the_raw_sockets_of_srv6_through_stop_and_crash") {
+        let sockets = ["raw4", "raw41", "raw43", "sid4", "sid41", "sid43", "tun"];
+        through_stop_and_crash("fdsrv6", "srv6", &sockets);
+    }
+}
+
+/// `kinds` are the descriptors kept, by name.
+fn through_stop_and_crash(tag: &str, backend: &str, kinds: &[&str]) {
+    let mut blueprint = Blueprint::new(tag, 2);
+    blueprint.network = ClusterPlan::network(backend, false);
+    let mut overlay = blueprint.start();
     overlay.terminate(2);
     let manager = Manager::listen(&overlay);
     overlay.nodes[1].child = manager.start(&mut overlay, 2, &[]);
@@ -161,13 +177,14 @@ fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
     manager.wait_for("WATCHDOG=1");
     manager.wait_for("STATUS=10.244.");
     let (subnet, device) = (overlay.subnet(2), overlay.device(2).unwrap().0.index);
+    let names: Vec<String> = kinds
+        .iter()
+        .map(|kind| format!("kersey-{kind}.{DEVICE}.0"))
+        .collect();
     let mut conversation = Conversation::start(overlay.pod(1), overlay.pod(2));
     conversation.exchange();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        assert_eq!(
-            manager.kept(),
-            ["kersey-tun.flannel0.0", "kersey-udp4.flannel0.0"]
-        );
+        assert_eq!(manager.kept(), names);
         let report = under_probe(&mut overlay, |overlay| {
             overlay.daemon(2).signal(signal).unwrap();
             overlay
@@ -181,7 +198,7 @@ fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
             });
         });
         figure(
-            &format!("{signal} under a manager that keeps descriptors: lost, longest gap"),
+            &format!("{backend}, {signal} under a manager that keeps descriptors: lost, longest gap"),
             (report.lost(), report.longest_gap()),
         );
         // What comes in the meantime waits in the kernel: 500 packets in the device, 16 MiB in the socket.
@@ -192,9 +209,58 @@ fn a_service_manager_keeps_device_and_sockets_through_stop_and_crash() {
         );
         assert_eq!(overlay.device(2).unwrap().0.index, device);
         assert_eq!(overlay.subnet(2), subnet);
+        let log = overlay.log(2);
+        assert!(log.contains("kept device and sockets"), "{log}");
+        assert!(!log.contains("of no use"), "{log}");
         conversation.exchange();
         overlay.ping_all();
     }
+}
+
+/// What `systemctl status` shows is never older than a few seconds, and what comes and goes in between is not told one by one.
+#[test]
+fn the_line_for_systemctl_status_follows_the_node() {
+    if !require_etcd("the_line_for_systemctl_status_follows_the_node") {
+        return;
+    }
+    const SOON: Duration = Duration::from_secs(4);
+    let mut overlay = Blueprint::new("statusline", 1).build();
+    let manager = Manager::listen(&overlay);
+    let mut command = overlay.command(1);
+    // Without a watchdog, which would have it looked at more often.
+    command.env("NOTIFY_SOCKET", overlay.file("notify.sock"));
+    overlay.adopt(1, command);
+    manager.wait_for("READY=1");
+    let subnet = overlay.subnet(1);
+    let last = || {
+        let heard = manager.heard();
+        let mut lines = heard.told.iter().rev();
+        lines.find_map(|line| line.strip_prefix("STATUS=").map(str::to_owned))
+    };
+    let wait = |what: &str, limit: Duration| {
+        let line = format!("{subnet} by udp, {what}");
+        let took = wait_for(&line, within(limit), || last().as_ref() == Some(&line));
+        figure(&format!("{what:?} told after"), took);
+    };
+    // What was told before it was ready is not left standing.
+    wait("0 peers", Duration::from_millis(500));
+    let before = manager.count("STATUS=");
+    let key = |nth: u8| format!("subnets/10.244.{nth}.0-24");
+    let own: u8 = subnet.addr().octets()[2];
+    let peers: Vec<u8> = (1..=41).filter(|nth| *nth != own).take(40).collect();
+    for nth in &peers {
+        overlay.put(&key(*nth), format!(r#"{{"PublicIP":"192.0.2.{}"}}"#, 100 + nth));
+        thread::sleep(Duration::from_millis(50));
+    }
+    wait("40 peers", SOON);
+    // It took two seconds at least to make forty, and a line is told each other second at most.
+    let told = manager.count("STATUS=") - before;
+    assert!((1..=8).contains(&told), "{:?}", manager.heard().told);
+    overlay.delete(&key(peers[0]));
+    wait("39 peers", SOON);
+    overlay.etcd_process().signal(Signal::SIGKILL).unwrap();
+    overlay.wait(1, READY, |status| !status.store.connected);
+    wait("39 peers, store away", SOON);
 }
 
 /// What a service manager keeps is let go of as soon as it is of no use: else device and port stay busy, by the node's own former self.
@@ -403,10 +469,7 @@ fn a_manager_is_told_when_a_reload_begins_and_when_it_has_ended() {
     overlay.nodes[1].child = manager.start(&mut overlay, 2, &[]);
     manager.wait_for("READY=1");
     for (config, outcome) in [
-        (
-            kersey::lab::cluster::ClusterPlan::network("udp", false),
-            "Applied",
-        ),
+        (ClusterPlan::network("udp", false), "Applied"),
         ("junk".to_owned(), "Refused"),
     ] {
         overlay.put("config", config);

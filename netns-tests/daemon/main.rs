@@ -25,6 +25,7 @@ mod direct_routing;
 mod expiry;
 mod faults;
 mod firewall;
+mod firewall_fallback;
 mod firewall_guard;
 mod firewall_helper;
 mod firewall_others;

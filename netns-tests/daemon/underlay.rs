@@ -183,7 +183,7 @@ fn a_default_route_that_moves_takes_the_node_along() {
     }
     let mut overlay = Blueprint::new("defroute", 2).start();
     let subnet = overlay.subnet(2);
-    second_uplink(&overlay);
+    second_uplink(&overlay, "198.51.100");
     without_iface(&mut overlay);
     overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
     assert_eq!(overlay.status(2).node.interface, INTERFACE);
@@ -204,6 +204,56 @@ fn a_default_route_that_moves_takes_the_node_along() {
         ping.run(overlay.pod(1), overlay.pod(2).addr)
             .is_ok_and(|report| report.all())
     });
+}
+
+/// B23: the only default route is one of policy routing, and a rule that comes and goes moves the node.
+#[test]
+fn policy_routing_chooses_the_underlay_and_is_followed() {
+    if !require_root("policy_routing_chooses_the_underlay_and_is_followed") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("policy", 2).start();
+    let subnet = overlay.subnet(2);
+    // Not of the network of the address by which a node asks where policy routing leads.
+    second_uplink(&overlay, "203.0.113");
+    without_iface(&mut overlay);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    // As long as the main table has a default route, that counts.
+    ip(
+        &overlay,
+        2,
+        "route add default via 203.0.113.254 dev eth1 table 100",
+    );
+    ip(&overlay, 2, "rule add table 100 priority 40000");
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(overlay.status(2).node.interface, INTERFACE);
+    ip(&overlay, 2, "route del default");
+    followed(&mut overlay, "203.0.113.2:8285");
+
+    // Another rule comes first, and goes. That is the only event there is: no route changes.
+    ip(
+        &overlay,
+        2,
+        "route add default via 192.0.2.254 dev eth0 table 101",
+    );
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(overlay.status(2).node.interface, "eth1");
+    ip(&overlay, 2, "rule add table 101 priority 39000");
+    followed(&mut overlay, "192.0.2.2:8285");
+    ip(&overlay, 2, "rule del table 101 priority 39000");
+    followed(&mut overlay, "203.0.113.2:8285");
+
+    // And for who starts there.
+    without_iface(&mut overlay);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    let node = overlay.status(2).node;
+    assert_eq!(
+        (node.interface.as_str(), node.public_ips),
+        ("eth1", vec!["203.0.113.2".to_owned()])
+    );
+    assert_eq!(overlay.subnet(2), subnet);
+    overlay.wait(1, READY, |status| status.peers.len() == 1);
+    overlay.ping_all();
 }
 
 #[test]
@@ -300,14 +350,14 @@ fn followed(overlay: &mut Overlay, endpoint: &str) {
     figure("F13: followed after", took);
 }
 
-/// Gives node 2 a second uplink through the hub.
-fn second_uplink(overlay: &Overlay) {
+/// Gives node 2 a second uplink through the hub, of a network of 256 addresses.
+fn second_uplink(overlay: &Overlay, network: &str) {
     let (namespace, hub) = (overlay.namespace(2).name(), overlay.hub().name());
     for words in [
         format!("-n {hub} link add s2 type veth peer name eth1 netns {namespace}"),
-        format!("-n {hub} address add 198.51.100.254/24 dev s2"),
+        format!("-n {hub} address add {network}.254/24 dev s2"),
         format!("-n {hub} link set s2 up"),
-        format!("-n {namespace} address add 198.51.100.2/24 dev eth1"),
+        format!("-n {namespace} address add {network}.2/24 dev eth1"),
         format!("-n {namespace} link set eth1 up"),
     ] {
         let ended = Command::new("ip")

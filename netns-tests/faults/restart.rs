@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Conversation, Overlay, READY, figure, wait_for, within};
+use crate::support::require_strace;
 use crate::{assert_gap, flows, probe, require_etcd, warm};
 use nix::sys::signal::Signal;
 
@@ -66,7 +67,8 @@ pub(crate) fn lives(tag: &str, kills: u64) {
 #[expect(clippy::disallowed_methods, reason = "a test measures")]
 fn f10_a_restart_does_not_wait_for_the_disk_of_the_store() {
     const WRITE: Duration = Duration::from_millis(150);
-    if !require_etcd("f10_a_restart_does_not_wait_for_the_disk_of_the_store") {
+    let test = "f10_a_restart_does_not_wait_for_the_disk_of_the_store";
+    if !require_etcd(test) || !require_strace(test) {
         return;
     }
     let mut overlay = Blueprint::new("slowdisk", 2).start();

@@ -78,3 +78,22 @@ pub(crate) fn require_etcd(test: &str) -> bool {
     eprintln!("skipped: {test} needs etcd (apt-get install etcd-server)");
     false
 }
+
+/// Whether strace is there; as [`require_root`].
+///
+/// # Panics
+/// Under `CI=true`, if it is not.
+#[allow(dead_code, reason = "not every test binary traces")]
+#[expect(clippy::print_stderr, reason = "a test that is skipped has to say so")]
+pub(crate) fn require_strace(test: &str) -> bool {
+    let found = std::process::Command::new("strace").arg("--version").output();
+    if found.is_ok() {
+        return true;
+    }
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{test} needs strace, and CI must run it"
+    );
+    eprintln!("skipped: {test} needs strace (apt-get install strace)");
+    false
+}

@@ -8,14 +8,17 @@
 //! In colour, for a terminal, the formatter's own sequences for colours pass, and with them any other for colours: they can
 //! do no more than annoy.
 //!
+//! To systemd's journal a line begins with its priority, `<6>` say, which the journal takes off and keeps (sd-daemon(3)).
+//!
 //! A line of JSON stays JSON: the marks are written in its own way, and where it is too long its longest texts are cut, never its end.
 
 use std::io::{self, Write};
 
 use serde_json::{Value, json};
+use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// The longest line, its end included. A journal or collector cuts at some KB anyway.
+/// The longest line, its end included and its priority not. A journal or collector cuts at some KB anyway.
 const MAX_BYTES: usize = 2048;
 /// What shows that a line was cut.
 const CUT: &str = " ...";
@@ -26,6 +29,13 @@ pub(super) struct LogLines {
     pub(super) form: Form,
 }
 
+/// Writes the lines of one event.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EventWriter {
+    form: Form,
+    level: Level,
+}
+
 /// What the formatter makes of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
@@ -33,23 +43,51 @@ pub(super) enum Form {
     Plain,
     /// Text in which sequences for colours may pass.
     Coloured,
+    /// Text with a priority before it.
+    Journal,
     /// One object.
     Json,
 }
 
 impl<'a> MakeWriter<'a> for LogLines {
-    type Writer = Self;
+    type Writer = EventWriter;
 
-    fn make_writer(&'a self) -> Self {
-        *self
+    fn make_writer(&'a self) -> EventWriter {
+        EventWriter {
+            form: self.form,
+            level: Level::INFO,
+        }
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> EventWriter {
+        EventWriter {
+            form: self.form,
+            level: *event.level(),
+        }
     }
 }
 
-impl Write for LogLines {
+/// A level as syslog(3) counts them.
+fn priority(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "<3>",
+        Level::WARN => "<4>",
+        Level::INFO => "<6>",
+        Level::DEBUG | Level::TRACE => "<7>",
+    }
+}
+
+impl Write for EventWriter {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let event = String::from_utf8_lossy(event);
         let line = match self.form {
             Form::Plain | Form::Coloured => printable(&event, self.form),
+            Form::Journal => {
+                // In one piece with its line: other threads write as well.
+                let mut line = printable(&event, self.form);
+                line.insert_str(0, priority(self.level));
+                line
+            }
             Form::Json => printable_json(&event),
         };
         io::stderr().write_all(line.as_bytes())?;
@@ -72,7 +110,7 @@ fn printable(event: &str, form: Form) -> String {
     while let Some(first) = rest.chars().next() {
         let sequence = match form {
             Form::Coloured => colour_sequence(rest),
-            Form::Plain | Form::Json => None,
+            Form::Plain | Form::Journal | Form::Json => None,
         };
         let taken = match sequence {
             Some(sequence) => {

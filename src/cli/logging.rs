@@ -1,6 +1,9 @@
 //! Logging: its flags and its start.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
 
 use tracing_subscriber::Layer;
@@ -50,43 +53,57 @@ static SET_LEVEL: OnceLock<SetLevel> = OnceLock::new();
 
 /// Sends log lines to standard error from here on. A second call changes nothing.
 pub fn start_logging(options: LogOptions) {
-    let for_people = options.format == LogFormat::Text
-        && io::IsTerminal::is_terminal(&io::stderr())
-        && std::env::var_os("NO_COLOR").is_none();
-    let form = match options.format {
-        LogFormat::Json => Form::Json,
-        LogFormat::Text if for_people => Form::Coloured,
-        LogFormat::Text => Form::Plain,
-    };
+    let form = form(options.format);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(LogLines { form })
-        .with_ansi(for_people);
+        .with_ansi(form == Form::Coloured);
+    let (filter, handle) = reload::Layer::new(shown(options.level));
+    let lines = match form {
+        Form::Json => lines.json().with_filter(filter).boxed(),
+        // The journal has its own clock.
+        Form::Journal => lines.without_time().with_filter(filter).boxed(),
+        Form::Plain | Form::Coloured => lines.with_filter(filter).boxed(),
+    };
     let subscriber = tracing_subscriber::registry().with(Dam::default());
     // An error says that logging was started before, by a test or an embedding program; that one stays.
-    let _already_started = match options.format {
-        LogFormat::Text => {
-            let (shown, handle) = reload::Layer::new(shown(options.level));
-            subscriber.with(lines.with_filter(shown)).try_init().map(|()| {
-                let set = move |level| {
-                    // The subscriber lives as long as the process.
-                    let _ = handle.modify(|now| *now = self::shown(level));
-                };
-                SET_LEVEL.set(Box::new(set)).ok()
-            })
+    let _already_started = subscriber.with(lines).try_init().map(|()| {
+        let set = move |level| {
+            // The subscriber lives as long as the process.
+            let _ = handle.modify(|now| *now = self::shown(level));
+        };
+        SET_LEVEL.set(Box::new(set)).ok()
+    });
+}
+
+fn form(format: LogFormat) -> Form {
+    match format {
+        LogFormat::Json => Form::Json,
+        LogFormat::Text if is_journal() => Form::Journal,
+        LogFormat::Text
+            if io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none() =>
+        {
+            Form::Coloured
         }
-        LogFormat::Json => {
-            let (shown, handle) = reload::Layer::new(shown(options.level));
-            subscriber
-                .with(lines.json().with_filter(shown))
-                .try_init()
-                .map(|()| {
-                    let set = move |level| {
-                        let _ = handle.modify(|now| *now = self::shown(level));
-                    };
-                    SET_LEVEL.set(Box::new(set)).ok()
-                })
-        }
+        LogFormat::Text => Form::Plain,
+    }
+}
+
+/// Whether standard error leads to systemd's journal: `JOURNAL_STREAM` has the device and inode of the socket (systemd.exec(5)). A shell
+/// that was started by a service hands the variable on, and sends standard error elsewhere; so both are compared.
+fn is_journal() -> bool {
+    let Some(named) = std::env::var("JOURNAL_STREAM").ok() else {
+        return false;
     };
+    let Some((device, inode)) = named.split_once(':') else {
+        return false;
+    };
+    // A copy to ask by; closing it leaves the original open.
+    let Ok(copy) = io::stderr().as_fd().try_clone_to_owned() else {
+        return false;
+    };
+    File::from(copy)
+        .metadata()
+        .is_ok_and(|held| device.parse() == Ok(held.dev()) && inode.parse() == Ok(held.ino()))
 }
 
 /// Shows lines of another level from here on.

@@ -115,8 +115,8 @@ pub(super) async fn withdraw(options: FirewallOptions, network: String) {
 fn choice(tool: FirewallTool) -> Option<Choice> {
     match tool {
         FirewallTool::Auto => Some(Choice::Auto),
-        FirewallTool::Nft => Some(Choice::Only(Mode::Nft)),
-        FirewallTool::Iptables => Some(Choice::Only(Mode::Iptables)),
+        FirewallTool::Nft => Some(Choice::Nft),
+        FirewallTool::Iptables => Some(Choice::Iptables),
         FirewallTool::Off => None,
     }
 }
@@ -352,7 +352,7 @@ impl Thread {
                 tunnel_guard = rules.guard.is_some(),
                 "firewall rules are in place"
             );
-            if look.mode == Mode::Iptables && !firewall::sees_bridges() {
+            if look.mode != Mode::Nft && !firewall::sees_bridges() {
                 tracing::info!(
                     "br_netfilter is not there: packets between pods on one bridge pass no iptables rules, which Kubernetes' services need"
                 );

@@ -135,29 +135,12 @@ impl Health {
     pub(super) fn summary(&self) -> String {
         let networks = lock(&self.networks);
         let lines = networks.iter().map(|(network, report)| {
-            let status = report.status();
             let name = if network == "_" {
                 String::new()
             } else {
                 format!("{network}: ")
             };
-            if !status.ready {
-                return match status.problem {
-                    Some(problem) => format!("{name}not ready: {problem}"),
-                    None => format!("{name}not ready"),
-                };
-            }
-            let store = if status.store.connected {
-                ""
-            } else {
-                ", store away"
-            };
-            format!(
-                "{name}{} by {}, {} peers{store}",
-                status.node.subnets.join(" "),
-                status.backend.name,
-                status.peers.len()
-            )
+            format!("{name}{}", report.line())
         });
         lines.collect::<Vec<_>>().join("; ")
     }

@@ -164,7 +164,7 @@ impl KernelRoutes {
             LinkChange::Link(link) | LinkChange::LinkGone(link) => link.name == underlay,
             LinkChange::Address(held) | LinkChange::AddressGone(held) => held.index == self.underlay,
             LinkChange::RouteGone(route) => self.wanted.get(&route.destination) == Some(route),
-            LinkChange::DefaultRoute(_) => false,
+            LinkChange::DefaultRoute(_) | LinkChange::Rule => false,
             LinkChange::Overrun => true,
         };
         if concerns {

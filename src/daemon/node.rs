@@ -539,7 +539,7 @@ fn concerns(change: &LinkChange, devices: &[u32]) -> bool {
         LinkChange::Link(link) => devices.contains(&link.index),
         LinkChange::Address(held) | LinkChange::AddressGone(held) => devices.contains(&held.index),
         LinkChange::RouteGone(route) => devices.contains(&route.index),
-        LinkChange::DefaultRoute(_) => false,
+        LinkChange::DefaultRoute(_) | LinkChange::Rule => false,
         // Its threads notice.
         LinkChange::LinkGone(_) => false,
         LinkChange::Overrun => true,

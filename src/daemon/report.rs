@@ -340,6 +340,31 @@ impl Report {
         parts.fixed.problem.clone().filter(|_| parts.is_up)
     }
 
+    /// How the node is, in a few words. Asked for every other second: unlike the document, it does not go through the peers.
+    pub(super) fn line(&self) -> String {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if !parts.fixed.ready {
+            return match &parts.fixed.problem {
+                Some(problem) => format!("not ready: {problem}"),
+                None => "not ready".to_owned(),
+            };
+        }
+        let (mut subnets, mut store) = (parts.fixed.node.subnets.join(" "), "");
+        if let Some(published) = &parts.published {
+            let subnet = published.lease.borrow().subnet;
+            let all: Vec<String> = prefixes(subnet).map(|prefix| prefix.to_string()).collect();
+            subnets = all.join(" ");
+            if !published.health.borrow().connected {
+                store = ", store away";
+            }
+        }
+        let peers = match parts.fixed.peers.len() + parts.peers.len() {
+            1 => "1 peer".to_owned(),
+            many => format!("{many} peers"),
+        };
+        format!("{subnets} by {}, {peers}{store}", parts.fixed.backend.name)
+    }
+
     /// Waits until the node is ready.
     pub(super) async fn until_ready(&self) {
         self.until(true).await;

@@ -9,7 +9,7 @@
 //! it, so the node joins the network as if it were new - but for its lease, which it takes along (`Control::moving`). What was chosen stays
 //! as long as it is there ([`InterfaceRequest::choose_again`]); where nothing is usable for the moment, the node stays as it is, and waits.
 //!
-//! Limits: of routes only default routes make an event. `--iface-can-reach` is looked at every [`PERIOD`] as well.
+//! Limits: of routes only default routes, and rules of policy routing, make an event. `--iface-can-reach` is looked at every [`PERIOD`] as well.
 
 use std::time::Duration;
 
@@ -94,7 +94,7 @@ impl UnderlayWatch {
                 held.index == self.index || !self.usable
             }
             LinkChange::RouteGone(route) | LinkChange::DefaultRoute(route) => route.destination.len() == 0,
-            LinkChange::Overrun => true,
+            LinkChange::Rule | LinkChange::Overrun => true,
         };
         if concerns {
             let due = (Instant::now() + GATHER).max(self.not_before);

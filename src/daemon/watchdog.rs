@@ -11,20 +11,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::sync::Notify;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::daemon::health::Health;
 use crate::server::monitor::Monitored;
 
-/// How often the line is looked at, if there is no watchdog to feed sooner.
-const STATUS: Duration = Duration::from_secs(5);
+/// How often the line is looked at, and told if it is another; a shorter watchdog has it looked at more often.
+const STATUS: Duration = Duration::from_secs(2);
 
 static TOLD_READY: AtomicBool = AtomicBool::new(false);
+/// Has the line told at once: the one from before would contradict what was just told.
+static LINE_IS_OLD: Notify = Notify::const_new();
 
 /// Tells that the daemon is up, or has done with a reload. Without a service manager there is nobody to tell.
 pub(super) fn tell_ready() {
     TOLD_READY.store(true, Ordering::Relaxed);
     let _ = sd_notify::notify(&[NotifyState::Ready]);
+    LINE_IS_OLD.notify_one();
 }
 
 /// Whether [`tell_ready`] was called.
@@ -65,7 +69,10 @@ pub(super) async fn tend(health: Arc<Health>) -> Infallible {
     let mut told = String::new();
     let mut ill = false;
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = LINE_IS_OLD.notified() => {}
+        }
         match health.alive() {
             Ok(()) => {
                 if watchdog.is_some() {

@@ -9,7 +9,8 @@
 //!                          └─────▶ with iptables  FLANNEL-POSTRTG, FLANNEL-FWD, KERSEY-GUARD
 //! ```
 //!
-//! **Which tool.** nft if it is there and the kernel takes the rules from it, else iptables. What is chosen stays chosen.
+//! **Which tool.** nft if it is there and the kernel takes the rules from it, else the program called `iptables`, else, where that is the
+//! one over nf_tables and the kernel has not what it needs, `iptables-legacy`. A note says why. What is chosen stays chosen.
 //!
 //! **Where accepts have to be.** Each base chain at the forward hook is asked, and each can drop: an accept in a table of ours cannot
 //! overrule a drop in Docker's `FORWARD`. So with nft the forward rules are made in iptables *as well* where its `FORWARD` has a policy of
@@ -40,10 +41,12 @@ use self::xtables::{Wanted, Written};
 /// Which tool to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// nft, else iptables.
+    /// nft, else iptables, else the old one.
     Auto,
-    /// This one.
-    Only(Mode),
+    /// nft.
+    Nft,
+    /// iptables, else the old one.
+    Iptables,
 }
 
 /// A tool rules are made with.
@@ -51,8 +54,10 @@ pub enum Choice {
 pub enum Mode {
     /// nft.
     Nft,
-    /// iptables and ip6tables.
+    /// The programs called iptables and ip6tables.
     Iptables,
+    /// iptables-legacy and ip6tables-legacy, where the others are over nf_tables and the kernel lacks that.
+    Legacy,
 }
 
 impl Mode {
@@ -61,6 +66,7 @@ impl Mode {
         match self {
             Self::Nft => "nft",
             Self::Iptables => "iptables",
+            Self::Legacy => "iptables-legacy",
         }
     }
 }
@@ -86,8 +92,13 @@ pub enum FirewallError {
     #[error(transparent)]
     Tool(#[from] ToolError),
     /// Every tool there is failed.
-    #[error("{0}; {1}")]
-    Both(ToolError, ToolError),
+    #[error("{}", join(.0))]
+    All(Vec<ToolError>),
+}
+
+fn join(errors: &[ToolError]) -> String {
+    let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    all.join("; ")
 }
 
 /// The keeper of one network's rules.
@@ -130,43 +141,58 @@ impl Firewall {
         if let Some(mode) = self.mode {
             return Ok(self.keep_with(mode, rules)?);
         }
-        let nft = Tool::Nft.path().is_some();
-        let iptables = Tool::Iptables(Family::V4, Flavour::Default).path().is_some();
-        let (first, second) = match (self.choice, nft, iptables) {
-            (Choice::Auto, true, true) => (Mode::Nft, Some(Mode::Iptables)),
-            (Choice::Auto | Choice::Only(Mode::Nft), true, _) => (Mode::Nft, None),
-            (Choice::Auto | Choice::Only(Mode::Iptables), _, true) => (Mode::Iptables, None),
-            (Choice::Auto, false, false) => {
-                return Err(FirewallError::NoTool("there is neither nft nor iptables"));
+        let mut failed = Vec::new();
+        for mode in self.candidates()? {
+            // Another name of one that was tried.
+            if mode == Mode::Legacy && flavour_of_default(Family::V4).is_ok_and(|it| it == Flavour::Legacy) {
+                continue;
             }
-            (Choice::Only(Mode::Nft), false, _) => return Err(FirewallError::NoTool("there is no nft")),
-            (Choice::Only(Mode::Iptables), _, false) => {
-                return Err(FirewallError::NoTool("there is no iptables"));
-            }
-        };
-        let mode = match (self.keep_with(first, rules), second) {
-            (Ok(look), _) => {
-                self.mode = Some(first);
-                return Ok(look);
-            }
-            (Err(error), None) => return Err(error.into()),
-            (Err(error), Some(second)) => match self.keep_with(second, rules) {
+            match self.keep_with(mode, rules) {
                 Ok(mut look) => {
-                    look.notes
-                        .insert(format!("{} is not used: {error}", first.name()));
-                    self.mode = Some(second);
+                    if !failed.is_empty() {
+                        let (tool, why) = (mode.name(), join(&failed));
+                        look.notes
+                            .insert(format!("firewall rules are made with {tool}: {why}"));
+                    }
+                    self.mode = Some(mode);
                     return Ok(look);
                 }
-                Err(other) => FirewallError::Both(error, other),
-            },
+                Err(error) => failed.push(error),
+            }
+        }
+        Err(FirewallError::All(failed))
+    }
+
+    /// The tools that are there and may be used, best first.
+    fn candidates(&self) -> Result<Vec<Mode>, FirewallError> {
+        let nft = Tool::Nft.path().is_some();
+        let iptables = Tool::Iptables(Family::V4, Flavour::Default).path().is_some();
+        let legacy = Tool::Iptables(Family::V4, Flavour::Legacy).path().is_some();
+        let (with_nft, with_iptables, missing) = match self.choice {
+            Choice::Auto => (nft, iptables, "there is neither nft nor iptables"),
+            Choice::Nft => (nft, false, "there is no nft"),
+            Choice::Iptables => (false, iptables, "there is no iptables"),
         };
-        Err(mode)
+        let all = [
+            (Mode::Nft, with_nft),
+            (Mode::Iptables, with_iptables),
+            (Mode::Legacy, with_iptables && legacy),
+        ];
+        let found: Vec<Mode> = all
+            .into_iter()
+            .filter_map(|(mode, may)| may.then_some(mode))
+            .collect();
+        if found.is_empty() {
+            return Err(FirewallError::NoTool(missing));
+        }
+        Ok(found)
     }
 
     fn keep_with(&mut self, mode: Mode, rules: &RuleSet) -> Result<Look, ToolError> {
         match mode {
             Mode::Nft => self.keep_nft(rules),
-            Mode::Iptables => self.keep_iptables(rules),
+            Mode::Iptables => self.keep_iptables(rules, mode, Flavour::Default),
+            Mode::Legacy => self.keep_iptables(rules, mode, Flavour::Legacy),
         }
     }
 
@@ -186,6 +212,7 @@ impl Firewall {
             look.notes.insert(PLAIN_ONLY.to_owned());
         }
         let chains = nft::forward_chains()?;
+        let tables = NfTables::look()?;
         if self.written_for.as_ref() != Some(rules) {
             // Other rules than last time: what is there will be different, and that is nobody's doing.
             for written in self.written.values_mut().flatten() {
@@ -195,7 +222,7 @@ impl Firewall {
         }
         for family in [Family::V4, Family::V6] {
             for flavour in [Flavour::Nft, Flavour::Legacy] {
-                match self.beside_nft(rules, family, flavour, &chains, &mut look) {
+                match self.beside_nft(rules, family, flavour, (&chains, &tables), &mut look) {
                     Ok(()) => {}
                     Err(error) if flavour == Flavour::Legacy => {
                         let list = Tool::LegacyTables(family).name();
@@ -257,10 +284,10 @@ impl Firewall {
         rules: &RuleSet,
         family: Family,
         flavour: Flavour,
-        chains: &[nft::ForwardChain],
+        (chains, tables): (&[nft::ForwardChain], &NfTables),
         look: &mut Look,
     ) -> Result<(), ToolError> {
-        let present = present_tables(family, flavour, Tool::Nft.path().is_some())?;
+        let present = present_tables(family, flavour, tables)?;
         if present.is_empty() {
             return Ok(());
         }
@@ -297,9 +324,9 @@ impl Firewall {
         Ok(())
     }
 
-    fn keep_iptables(&mut self, rules: &RuleSet) -> Result<Look, ToolError> {
-        let mut look = Look::new(Mode::Iptables);
-        let has_nft = Tool::Nft.path().is_some();
+    fn keep_iptables(&mut self, rules: &RuleSet, mode: Mode, program: Flavour) -> Result<Look, ToolError> {
+        let mut look = Look::new(mode);
+        let tables = NfTables::look()?;
         if self.written_for.as_ref() != Some(rules) {
             for written in self.written.values_mut().flatten() {
                 written.values_mut().for_each(Vec::clear);
@@ -309,17 +336,20 @@ impl Firewall {
         for family in [Family::V4, Family::V6] {
             let needed = rules.overlay(family).is_some() && !rules.is_empty();
             let guards = xtables::has_guard(rules, family);
-            if Tool::Iptables(family, Flavour::Default).path().is_none() {
+            if Tool::Iptables(family, program).path().is_none() {
                 if needed || guards {
-                    let name = Tool::Iptables(family, Flavour::Default).name();
+                    let name = Tool::Iptables(family, program).name();
                     look.notes
                         .insert(format!("{name} is not installed: no rules of that family"));
                 }
                 continue;
             }
-            let flavour = flavour_of_default(family)?;
-            let present = present_tables(family, flavour, has_nft)?;
-            let written = self.written.entry((family, Flavour::Default)).or_default();
+            let flavour = match program {
+                Flavour::Default => flavour_of_default(family)?,
+                Flavour::Nft | Flavour::Legacy => program,
+            };
+            let present = present_tables(family, flavour, &tables)?;
+            let written = self.written.entry((family, program)).or_default();
             let mut wanted = Wanted {
                 rules,
                 masquerade: rules.masquerade,
@@ -330,10 +360,10 @@ impl Firewall {
             if self.plain_only && wanted.masquerade == Masquerade::Random {
                 wanted.masquerade = Masquerade::Plain;
             }
-            let amiss = match xtables::sync(&wanted, family, Flavour::Default, written) {
+            let amiss = match xtables::sync(&wanted, family, program, written) {
                 Err(ToolError::Refused { .. }) if wanted.masquerade == Masquerade::Random => {
                     wanted.masquerade = Masquerade::Plain;
-                    let amiss = xtables::sync(&wanted, family, Flavour::Default, written)?;
+                    let amiss = xtables::sync(&wanted, family, program, written)?;
                     self.plain_only = true;
                     amiss
                 }
@@ -344,7 +374,7 @@ impl Firewall {
                 look.notes.insert(PLAIN_ONLY.to_owned());
             }
             if !self.cleared {
-                clear_others(rules, family, flavour, has_nft, &mut look)?;
+                clear_others(rules, family, flavour, &tables, &mut look)?;
             }
         }
         self.cleared = true;
@@ -357,21 +387,19 @@ fn clear_others(
     rules: &RuleSet,
     family: Family,
     used: Flavour,
-    has_nft: bool,
+    tables: &NfTables,
     look: &mut Look,
 ) -> Result<(), ToolError> {
-    if has_nft {
-        let table = rules.names.table(family);
-        if nft::tables()?.contains(&(family, table.clone())) {
-            nft::remove(&table, family)?;
-            look.amiss.push(format!("nft table {table}, of another time"));
-        }
+    let table = rules.names.table(family);
+    if tables.own().contains(&(family, table.clone())) {
+        nft::remove(&table, family)?;
+        look.amiss.push(format!("nft table {table}, of another time"));
     }
     let other = match used {
         Flavour::Legacy => Flavour::Nft,
         Flavour::Default | Flavour::Nft => Flavour::Legacy,
     };
-    let present = match present_tables(family, other, has_nft) {
+    let present = match present_tables(family, other, tables) {
         Ok(present) => present,
         Err(error) => {
             look.notes.insert(format!(
@@ -381,18 +409,21 @@ fn clear_others(
             return Ok(());
         }
     };
-    if let (Some(program), false) = (program(family, other), present.is_empty())
-        && program != Flavour::Default
-    {
-        let wanted = Wanted {
-            rules,
-            masquerade: Masquerade::Off,
-            forward: false,
-            guard: false,
-            present: &present,
-        };
-        look.amiss
-            .extend(xtables::sync(&wanted, family, program, &mut None)?);
+    let Some(program) = program(family, other).filter(|_| !present.is_empty()) else {
+        return Ok(());
+    };
+    let wanted = Wanted {
+        rules,
+        masquerade: Masquerade::Off,
+        forward: false,
+        guard: false,
+        present: &present,
+    };
+    match xtables::sync(&wanted, family, program, &mut None) {
+        Ok(amiss) => look.amiss.extend(amiss),
+        // Where it does not work, nobody has made anything with it.
+        Err(error) if error.is_unsupported() => {}
+        Err(error) => return Err(error),
     }
     Ok(())
 }
@@ -409,24 +440,53 @@ impl Look {
 
 const PLAIN_ONLY: &str = "random source ports are refused (masquerade fully-random); masquerading without";
 
+/// What there is of nf_tables in this namespace.
+enum NfTables {
+    /// There is no nft to ask.
+    Unknown,
+    /// The kernel has no nf_tables.
+    Unsupported,
+    /// All tables, as nft lists them.
+    Listed(String),
+}
+
+impl NfTables {
+    fn look() -> Result<Self, ToolError> {
+        if Tool::Nft.path().is_none() {
+            return Ok(Self::Unknown);
+        }
+        match nft::list() {
+            Ok(list) => Ok(Self::Listed(list)),
+            Err(error) if error.is_unsupported() => Ok(Self::Unsupported),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Those of flannel's and ours, of all networks.
+    fn own(&self) -> Vec<(Family, String)> {
+        match self {
+            Self::Unknown | Self::Unsupported => Vec::new(),
+            Self::Listed(list) => nft::own_tables(list),
+        }
+    }
+}
+
 /// Which tables of iptables the kernel has in this namespace; none are made by asking.
 fn present_tables(
     family: Family,
     flavour: Flavour,
-    has_nft: bool,
+    tables: &NfTables,
 ) -> Result<BTreeSet<&'static str>, ToolError> {
     const TABLES: [&str; 2] = ["filter", "nat"];
     match flavour {
-        Flavour::Nft | Flavour::Default if !has_nft => Ok(TABLES.into()),
-        Flavour::Nft | Flavour::Default => {
-            let mut present = BTreeSet::new();
-            for table in TABLES {
-                if nft::has_iptables_table(family, table)? {
-                    present.insert(table);
-                }
+        Flavour::Nft | Flavour::Default => Ok(match tables {
+            NfTables::Unknown => TABLES.into(),
+            NfTables::Unsupported => BTreeSet::new(),
+            NfTables::Listed(list) => {
+                let has = |table: &&str| nft::has_iptables_table(list, family, table);
+                TABLES.into_iter().filter(has).collect()
             }
-            Ok(present)
-        }
+        }),
         Flavour::Legacy => {
             // Not there: nobody has used that iptables since the kernel started.
             let listed = Invocation::new(Tool::LegacyTables(family), &[]).execute()?;
@@ -495,20 +555,18 @@ enum Removal {
 /// # Errors
 /// A tool that is there fails.
 pub fn leftovers() -> Result<Vec<Leftover>, ToolError> {
-    let mut found = Vec::new();
-    let has_nft = Tool::Nft.path().is_some();
-    if has_nft {
-        found.extend(nft::tables()?.into_iter().map(|(family, table)| Leftover {
-            told: vec![format!("nft table {} {table}", nft::keyword(family))],
-            removal: Removal::Table(family, table),
-        }));
-    }
+    let tables = NfTables::look()?;
+    let of_nft = |(family, table): (Family, String)| Leftover {
+        told: vec![format!("nft table {} {table}", nft::keyword(family))],
+        removal: Removal::Table(family, table),
+    };
+    let mut found: Vec<Leftover> = tables.own().into_iter().map(of_nft).collect();
     for family in [Family::V4, Family::V6] {
         for flavour in [Flavour::Nft, Flavour::Legacy] {
             let Some(program) = program(family, flavour) else {
                 continue;
             };
-            for table in present_tables(family, flavour, has_nft)? {
+            for table in present_tables(family, flavour, &tables)? {
                 if let Some((told, script)) = xtables::leftovers(family, program, table)? {
                     found.push(Leftover {
                         told,

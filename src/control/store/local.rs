@@ -98,12 +98,17 @@ impl<R: Registry> LocalStore<R> {
                 cause: error.to_string(),
             }
         })?;
-        self.create(subnet, attrs).await
+        self.create(subnet, attrs, Lifetime::Ttl).await
     }
 
-    /// Creates a lease, unless somebody was faster.
-    async fn create(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<Lease>, StoreError> {
-        let Some(ours) = self.registry.create(subnet, attrs, Lifetime::Ttl).await? else {
+    /// Creates a lease or a reservation, unless somebody was faster.
+    async fn create(
+        &self,
+        subnet: Subnet,
+        attrs: &LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> Result<Option<Lease>, StoreError> {
+        let Some(ours) = self.registry.create(subnet, attrs, lifetime).await? else {
             return Ok(None);
         };
         if subnet.ipv4().is_none() || subnet.v6.is_none() {
@@ -115,7 +120,8 @@ impl<R: Registry> LocalStore<R> {
         let is_before_us = |other: &&Entry| {
             other.lease.subnet != subnet
                 && other.lease.subnet.overlaps(subnet)
-                && !other.lease.attrs.same_node(attrs)
+                // The lease that a node took meanwhile is the one to be kept for it, and this here is another.
+                && (lifetime == Lifetime::Forever || !other.lease.attrs.same_node(attrs))
                 // Where it is not told who was first, both make way and choose again.
                 && !matches!((other.lease.created, ours.lease.created), (Some(theirs), Some(ours)) if theirs > ours)
         };
@@ -180,7 +186,7 @@ impl<R: Registry> LocalStore<R> {
             Ok(_) | Err(_) => {}
         }
         // A reservation that was deleted is not brought back as one: that is the operator's to decide.
-        self.create(subnet, &lease.attrs).await
+        self.create(subnet, &lease.attrs, Lifetime::Ttl).await
     }
 
     /// Fails if another live host has the public address of this process's node.
@@ -226,16 +232,17 @@ impl<R: Registry> LocalStore<R> {
         })
     }
 
-    async fn try_reserve(&self, subnet: Subnet, attrs: &LeaseAttrs) -> Result<Option<()>, StoreError> {
+    /// `asked` is what is to be reserved, which may lack its IPv6 half.
+    async fn try_reserve(&self, asked: Subnet, attrs: &LeaseAttrs) -> Result<Option<()>, StoreError> {
         const DOING: &str = "reserve a subnet";
         let refuse = |cause: String| StoreError::Refused { doing: DOING, cause };
         let config = self.network(DOING).await?;
         let entries = self.registry.list().await?;
         let taken: Vec<Subnet> = entries.iter().map(|entry| entry.lease.subnet).collect();
-        let held = |found: &&Subnet| subnet.v6.is_none() && found.ipv4().is_some() && found.v4 == subnet.v4;
+        let held = |found: &&Subnet| asked.v6.is_none() && found.ipv4().is_some() && found.v4 == asked.v4;
         let subnet = match taken.iter().find(held) {
             Some(&held) => held,
-            None => allocate::complete(&config, &taken, subnet, &mut rand::rng())
+            None => allocate::complete(&config, &taken, asked, &mut rand::rng())
                 .map_err(|error| refuse(error.to_string()))?,
         };
         let entry = entries.iter().find(|entry| entry.lease.subnet == subnet);
@@ -249,12 +256,13 @@ impl<R: Registry> LocalStore<R> {
         };
         if let Some(other) = entries.iter().find(in_the_way) {
             return Err(refuse(format!(
-                "{subnet}: lease already taken: {} is held by {}",
+                "{asked}: lease already taken: {} is held by {}",
                 other.lease.subnet, other.lease.attrs.public_ip
             )));
         }
         let Some(entry) = entry else {
-            let created = self.registry.create(subnet, attrs, Lifetime::Forever).await?;
+            // Who was faster is on the list the next time, and is told there.
+            let created = self.create(subnet, attrs, Lifetime::Forever).await?;
             return Ok(created.map(|_| ()));
         };
         let updated = self

@@ -84,7 +84,11 @@ pub(super) fn show(rules: &RuleSet) -> Result<String, ToolError> {
         if output.success {
             shown += &output.text;
         } else if !output.error.contains("No such file or directory") {
-            return Err(list.refused(&output));
+            let error = list.refused(&output);
+            // A kernel may have nf_tables for one family only; what it lacks matters where something is to be in it.
+            if !(error.is_unsupported() && table(rules, family, rules.masquerade).is_none()) {
+                return Err(error);
+            }
         }
     }
     Ok(shown)
@@ -99,9 +103,18 @@ pub(super) fn remove(table: &str, family: Family) -> Result<(), ToolError> {
 }
 
 /// The tables of all networks: family and name.
-pub(super) fn tables() -> Result<Vec<(Family, String)>, ToolError> {
-    let text = Invocation::new(Tool::Nft, &["list", "tables"]).demand()?;
-    Ok(text.lines().filter_map(own_table).collect())
+fn tables() -> Result<Vec<(Family, String)>, ToolError> {
+    list().map(|text| own_tables(&text))
+}
+
+/// The list of all tables there are, anybody's.
+pub(super) fn list() -> Result<String, ToolError> {
+    Invocation::new(Tool::Nft, &["list", "tables"]).demand()
+}
+
+/// Those of all networks on a list: family and name.
+pub(super) fn own_tables(list: &str) -> Vec<(Family, String)> {
+    list.lines().filter_map(own_table).collect()
 }
 
 fn own_table(line: &str) -> Option<(Family, String)> {
@@ -122,10 +135,9 @@ pub(super) fn forward_chains() -> Result<Vec<ForwardChain>, ToolError> {
 }
 
 /// Whether iptables over nf_tables has a table of this name, by what nft lists.
-pub(super) fn has_iptables_table(family: Family, table: &str) -> Result<bool, ToolError> {
-    let text = Invocation::new(Tool::Nft, &["list", "tables"]).demand()?;
+pub(super) fn has_iptables_table(list: &str, family: Family, table: &str) -> bool {
     let wanted = format!("table {} {table}", keyword(family));
-    Ok(text.lines().any(|line| line.trim() == wanted))
+    list.lines().any(|line| line.trim() == wanted)
 }
 
 fn parse_chains(text: &str) -> Vec<ForwardChain> {

@@ -161,6 +161,19 @@ pub enum ToolError {
     },
 }
 
+impl ToolError {
+    /// Whether the kernel has not what the tool is made for: of nf_tables built without a family, an error of its own; of a kernel without
+    /// nf_tables, the one for a subsystem that is not there.
+    pub(super) fn is_unsupported(&self) -> bool {
+        let Self::Refused { said, .. } = self else {
+            return false;
+        };
+        ["not supported", "Invalid argument"]
+            .iter()
+            .any(|words| said.contains(words))
+    }
+}
+
 impl Invocation {
     /// A call with fixed arguments.
     pub fn new(tool: Tool, args: &[&'static str]) -> Self {

@@ -326,6 +326,8 @@ pub enum LinkChange {
     RouteGone(Route),
     /// There is a new default route, or another instead of one.
     DefaultRoute(Route),
+    /// A rule of policy routing came or went: other routes may count now.
+    Rule,
     /// The kernel had to throw changes away: look at everything again.
     Overrun,
 }
@@ -545,6 +547,8 @@ pub(super) fn change(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Lin
         route(&message)
             .filter(|route| route.destination.len() == 0)
             .map(LinkChange::DefaultRoute)
+    } else if let RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) = message {
+        Some(LinkChange::Rule)
     } else {
         None
     }

@@ -186,6 +186,81 @@ async fn two_keys_with_one_subnet_in_common_are_not_both_leases() {
     }
 }
 
+/// One half of a pair is taken between the look and the reservation, under a key of its own: it is not reserved, and both are named.
+#[tokio::test]
+async fn half_a_pair_that_was_taken_meanwhile_is_not_reserved() {
+    const PAIR: &str = "10.0.7.0-24&fd00:0:0:7::-64";
+    let takes_v4: Faster = |wanted| Subnet {
+        v6: Some("fd00:0:0:fff0::/64".parse().unwrap()),
+        ..wanted
+    };
+    let takes_v6: Faster = |wanted| Subnet {
+        v4: "10.0.99.0/24".parse().unwrap(),
+        ..wanted
+    };
+    for tells_age in [true, false] {
+        for (asked, faster, taken) in [
+            (PAIR, takes_v4, "10.0.7.0-24&fd00:0:0:fff0::-64"),
+            (PAIR, takes_v6, "10.0.99.0-24&fd00:0:0:7::-64"),
+            ("10.0.7.0-24", takes_v4, "10.0.7.0-24&fd00:0:0:fff0::-64"),
+        ] {
+            let store = LocalStore::new(Keys {
+                tells_age,
+                ..Keys::new(DUAL)
+            });
+            *store.registry().faster.lock().unwrap() = Some(faster);
+            let error = store
+                .reserve(subnet(asked), &node(1))
+                .await
+                .unwrap_err()
+                .to_string();
+            let told = format!(
+                "{}: lease already taken: {} is held by 192.0.2.99",
+                subnet(asked),
+                subnet(taken)
+            );
+            assert!(error.ends_with(&told), "{error}");
+            let entries = store.registry().list().await.unwrap();
+            let left: Vec<_> = entries.iter().map(|entry| entry.lease.subnet).collect();
+            assert_eq!(left, [subnet(taken)], "{tells_age}");
+        }
+        // Where IPv6 is ours to choose, another is chosen.
+        let store = LocalStore::new(Keys {
+            tells_age,
+            ..Keys::new(DUAL)
+        });
+        *store.registry().faster.lock().unwrap() = Some(takes_v6);
+        store.reserve(subnet("10.0.7.0-24"), &node(1)).await.unwrap();
+        let entries = store.registry().list().await.unwrap();
+        assert_eq!(entries.len(), 2, "{entries:?}");
+        assert!(
+            !entries[0].lease.subnet.overlaps(entries[1].lease.subnet),
+            "{entries:?}"
+        );
+        assert_eq!(entries[0].lease.expiration, Expiration::Never);
+    }
+}
+
+/// The node itself took a lease with the IPv4 half meanwhile: that one is reserved, and there is no second.
+#[tokio::test]
+async fn a_lease_that_the_node_took_meanwhile_is_the_one_that_is_reserved() {
+    let store = LocalStore::new(Keys::new(DUAL));
+    *store.registry().faster.lock().unwrap() = Some(|wanted| Subnet {
+        v6: Some("fd00:0:0:fff0::/64".parse().unwrap()),
+        ..wanted
+    });
+    store.reserve(subnet("10.0.7.0-24"), &node(99)).await.unwrap();
+    let entries = store.registry().list().await.unwrap();
+    let held: Vec<_> = entries
+        .iter()
+        .map(|entry| (entry.lease.subnet, entry.lease.expiration))
+        .collect();
+    assert_eq!(
+        held,
+        [(subnet("10.0.7.0-24&fd00:0:0:fff0::-64"), Expiration::Never)]
+    );
+}
+
 fn node(i: u8) -> LeaseAttrs {
     LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
 }
