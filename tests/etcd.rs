@@ -9,21 +9,18 @@
 mod etcd_server;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::PutOptions;
+use etcd_server::nodes::{CONFIG, Node, fresh, node, subnet, wait};
 use etcd_server::{Etcd, PREFIX};
 use futures_util::stream::StreamExt;
+use kersey::control::ControlOptions;
 use kersey::control::store::{EtcdOptions, EtcdStore, Expirations, Store, StoreError};
-use kersey::control::{Control, ControlOptions, Published};
-use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
+use kersey::lease::{Expiration, LeaseAttrs, LeaseUpdate, Subnet};
 use nix::sys::signal::Signal;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
 /// Exactly 32 subnets.
 const SMALL: &str = r#"{"Network":"10.0.0.0/24","SubnetLen":29,"SubnetMin":"10.0.0.0"}"#;
 
@@ -531,7 +528,7 @@ async fn a_node_starts_without_etcd_from_its_cache() {
         subnet_file: state.path().join("subnet.env"),
         ..ControlOptions::default()
     };
-    let running = start(&etcd, 1, None, options.clone()).await;
+    let running = Node::start(etcd.options(), 1, options.clone()).await;
     wait(&running.published.peers, "the peer", |peers| peers.len() == 1).await;
     let cached = async {
         while !std::fs::read_to_string(state.path().join("control.json"))
@@ -545,7 +542,7 @@ async fn a_node_starts_without_etcd_from_its_cache() {
     drop(running);
     etcd.crash();
     let started = Instant::now();
-    let running = start(&etcd, 1, None, options).await;
+    let running = Node::start(etcd.options(), 1, options).await;
     assert!(
         started.elapsed() < Duration::from_secs(6),
         "{:?}",
@@ -638,51 +635,10 @@ async fn a_server_learns_when_leases_end() {
     assert!(apart < Duration::from_secs(5), "{apart:?}");
 }
 
-/// One node's life cycle, running.
-struct Node {
-    store: Arc<EtcdStore>,
-    lease: Lease,
-    published: Published,
-    maintain: JoinHandle<()>,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.maintain.abort();
-    }
-}
-
 async fn start_node(etcd: &Etcd, i: u8, ttl: Option<Duration>) -> Node {
-    let options = ControlOptions {
-        subnet_file: "/nonexistent/subnet.env".into(),
-        ..ControlOptions::default()
-    };
-    start(etcd, i, ttl, options).await
-}
-
-async fn start(etcd: &Etcd, i: u8, ttl: Option<Duration>, options: ControlOptions) -> Node {
-    let mut etcd_options = etcd.options();
-    etcd_options.ttl = ttl.unwrap_or(etcd_options.ttl);
-    let store = Arc::new(EtcdStore::connect(etcd_options).unwrap());
-    let mut control = Control::new(store.clone(), options);
-    let config = control.network_config().await;
-    let lease = control.acquire(&node(i), &config).await;
-    let (publish, published) = control.channels(&config, &lease);
-    Node {
-        store,
-        lease,
-        published,
-        maintain: tokio::spawn(control.maintain(publish)),
-    }
-}
-
-async fn wait<T>(channel: &watch::Receiver<T>, what: &str, condition: impl FnMut(&T) -> bool) {
-    let mut channel = channel.clone();
-    let waited = timeout(Duration::from_secs(20), channel.wait_for(condition)).await;
-    assert!(
-        waited.is_ok_and(|waited| waited.is_ok()),
-        "waited in vain for {what}"
-    );
+    let mut options = etcd.options();
+    options.ttl = ttl.unwrap_or(options.ttl);
+    Node::start(options, i, fresh()).await
 }
 
 async fn wait_key(etcd: &Etcd, subnet: Subnet, attrs: &LeaseAttrs) {
@@ -702,12 +658,4 @@ async fn wait_key(etcd: &Etcd, subnet: Subnet, attrs: &LeaseAttrs) {
     timeout(Duration::from_secs(20), there)
         .await
         .unwrap_or_else(|_| panic!("{key} is not {attrs:?}"));
-}
-
-fn subnet(key: &str) -> Subnet {
-    key.parse().unwrap()
-}
-
-fn node(i: u8) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
 }

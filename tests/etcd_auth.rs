@@ -12,16 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
+use etcd_server::nodes::{CONFIG, holder, node, subnet};
 use etcd_server::pki::Authority;
 use etcd_server::{Etcd, PREFIX, Tls};
 use futures_util::stream::StreamExt;
-use kersey::control::identity::Holder;
 use kersey::control::store::{EtcdOptions, EtcdStore, Store, StoreError};
 use kersey::control::{Control, ControlOptions};
-use kersey::lease::{Expiration, LeaseAttrs, Subnet};
+use kersey::lease::Expiration;
 use tokio::time::timeout;
-
-const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
 
 #[tokio::test]
 async fn the_rights_that_the_documentation_names_suffice() {
@@ -284,20 +282,4 @@ fn login(etcd: &Etcd, password: &str) -> EtcdStore {
         ..etcd.options()
     })
     .unwrap()
-}
-
-fn holder(host: &str) -> Holder {
-    Holder {
-        id: format!("id of {host}"),
-        host: host.to_owned(),
-        boot: "boot".to_owned(),
-    }
-}
-
-fn subnet(key: &str) -> Subnet {
-    key.parse().unwrap()
-}
-
-fn node(i: u8) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
 }

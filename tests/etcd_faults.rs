@@ -11,22 +11,18 @@
 mod etcd_server;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, Compare, CompareOp, EventType, Txn, TxnOp, WatchOptions};
+use etcd_server::nodes::{CONFIG, Node, fresh, node, subnet, wait};
 use etcd_server::proxy::Proxy;
 use etcd_server::{Cluster, Etcd, PREFIX};
 use futures_util::stream::StreamExt;
+use kersey::control::ControlOptions;
 use kersey::control::store::{EtcdOptions, EtcdStore, Expirations, Store};
-use kersey::control::{Control, ControlOptions, Published};
-use kersey::lease::{Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use kersey::lease::{LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 use nix::sys::signal::Signal;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-
-const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
 
 /// F4 (a): the connection of the watch falls silent, new ones are well.
 #[tokio::test]
@@ -549,51 +545,17 @@ async fn assert_one_owner_at_every_revision(etcd: &Etcd) {
     }
 }
 
-/// One node's life cycle, running.
-struct Node {
-    store: Arc<EtcdStore>,
-    lease: Lease,
-    published: Published,
-    maintain: JoinHandle<()>,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.maintain.abort();
-    }
-}
-
 async fn start_node(urls: &[String], i: u8, ttl: Duration) -> Node {
-    let store = EtcdStore::connect(EtcdOptions {
+    let etcd = EtcdOptions {
         endpoints: urls.to_vec(),
         ttl,
         ..EtcdOptions::default()
-    });
-    let store = Arc::new(store.unwrap());
-    let options = ControlOptions {
-        subnet_file: "/nonexistent/subnet.env".into(),
-        renew_margin: ttl / 3,
-        ..ControlOptions::default()
     };
-    let mut control = Control::new(store.clone(), options);
-    let config = control.network_config().await;
-    let lease = control.acquire(&node(i), &config).await;
-    let (publish, published) = control.channels(&config, &lease);
-    Node {
-        store,
-        lease,
-        published,
-        maintain: tokio::spawn(control.maintain(publish)),
-    }
-}
-
-async fn wait<T>(channel: &watch::Receiver<T>, what: &str, condition: impl FnMut(&T) -> bool) {
-    let mut channel = channel.clone();
-    let waited = timeout(Duration::from_secs(30), channel.wait_for(condition)).await;
-    assert!(
-        waited.is_ok_and(|waited| waited.is_ok()),
-        "waited in vain for {what}"
-    );
+    let options = ControlOptions {
+        renew_margin: ttl / 3,
+        ..fresh()
+    };
+    Node::start(etcd, i, options).await
 }
 
 async fn wait_value(etcd: &Etcd, subnet: Subnet, attrs: &LeaseAttrs) {
@@ -646,12 +608,4 @@ fn lease_of(i: u8) -> Subnet {
 
 fn url(port: u16) -> String {
     format!("http://127.0.0.1:{port}")
-}
-
-fn subnet(key: &str) -> Subnet {
-    key.parse().unwrap()
-}
-
-fn node(i: u8) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
 }

@@ -2,20 +2,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
 
-use std::collections::{BTreeSet, VecDeque};
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+#[path = "life_cycle/fake.rs"]
+mod fake;
+#[path = "life_cycle/restart.rs"]
+mod restart;
 
-use futures_util::future::BoxFuture;
-use futures_util::stream::{self, BoxStream, StreamExt};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
 use kersey::control::config::NetworkConfig;
-use kersey::control::identity::Holder;
-use kersey::control::store::{Cursor, Store, StoreError, WatchItem};
 use kersey::control::{Control, ControlOptions, Published};
-use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
+use kersey::lease::{LeaseEvent, LeaseUpdate, Subnet};
 use proptest::prelude::*;
 use tokio::time::{Instant, sleep, timeout};
+
+use crate::fake::{Fake, Mood, attrs, lease, subnet};
 
 const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
 const OWN: &str = "10.0.1.0-24";
@@ -245,142 +248,6 @@ async fn a_lost_lease_is_given_up_and_another_published() {
     );
 }
 
-/// A node that starts again where `subnet.env` names the subnet it had.
-fn options_of_a_restart(dir: &Path) -> ControlOptions {
-    let subnet_file = dir.join("subnet.env");
-    std::fs::write(
-        &subnet_file,
-        "FLANNEL_NETWORK=10.0.0.0/16\nFLANNEL_SUBNET=10.0.1.1/24\n",
-    )
-    .unwrap();
-    ControlOptions {
-        subnet_file,
-        ..options(None)
-    }
-}
-
-/// F10: a restart does not wait for the store to write anything.
-#[tokio::test(start_paused = true)]
-async fn a_lease_seen_in_the_store_is_taken_at_once_and_renewed_right_after() {
-    let dir = tempfile::tempdir().unwrap();
-    let fake = Fake::new();
-    fake.script().shown = Some(lease(OWN, 1));
-    let begun = Instant::now();
-    let node = start(&fake, options_of_a_restart(dir.path())).await;
-    assert_eq!(begun.elapsed(), Duration::ZERO);
-    assert_eq!(fake.asked(), (0, 0));
-    assert_eq!(fake.script().looks, [subnet(OWN)]);
-    assert!(node.published.health.borrow().connected);
-    sleep(Duration::from_millis(1)).await;
-    assert_eq!(fake.asked(), (0, 1));
-    assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
-    // From here on it is a lease like any other.
-    sleep(HOUR * 22).await;
-    assert_eq!(fake.script().renewals, 1);
-}
-
-/// F2, F15: what was seen may be another's before it is renewed. Then it is given up, as ever.
-#[tokio::test(start_paused = true)]
-async fn a_lease_that_was_seen_and_is_lost_at_its_renewal_is_given_up_for_another() {
-    let dir = tempfile::tempdir().unwrap();
-    let fake = Fake::new();
-    fake.script().shown = Some(lease(OWN, 1));
-    fake.script().mood = Mood::Lost;
-    fake.script().next_subnet = "10.0.9.0-24";
-    let mut node = start(&fake, options_of_a_restart(dir.path())).await;
-    assert_eq!(node.published.lease.borrow_and_update().subnet, subnet(OWN));
-    node.published.lease.changed().await.unwrap();
-    assert_eq!(node.published.lease.borrow().subnet, subnet("10.0.9.0-24"));
-    assert_eq!(fake.asked(), (1, 1));
-    assert_eq!(node.published.health.borrow().conflicts, 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn where_a_look_shows_nothing_the_lease_is_acquired_as_ever() {
-    let dir = tempfile::tempdir().unwrap();
-    // Not there; and no life before this one.
-    for restart in [true, false] {
-        let fake = Fake::new();
-        let options = if restart {
-            options_of_a_restart(dir.path())
-        } else {
-            options(None)
-        };
-        let _node = start(&fake, options).await;
-        assert_eq!(fake.script().looks.len(), usize::from(restart));
-        sleep(HOUR).await;
-        assert_eq!(fake.asked(), (1, 0));
-    }
-    // A subnet that the network would not hand out any more is not looked for.
-    let fake = Fake::new();
-    fake.script().config = r#"{"Network":"10.9.0.0/16"}"#;
-    fake.script().next_subnet = "10.9.1.0-24";
-    let _node = start(&fake, options_of_a_restart(dir.path())).await;
-    assert!(fake.script().looks.is_empty());
-    assert_eq!(fake.asked(), (1, 0));
-}
-
-/// A store that does not answer is not waited for any longer because of the look.
-#[tokio::test(start_paused = true)]
-async fn a_look_at_a_silent_store_costs_no_patience() {
-    let dir = tempfile::tempdir().unwrap();
-    let fake = Fake::new();
-    let mut options = options_of_a_restart(dir.path());
-    options.state_dir = Some(dir.path().to_owned());
-    let node = start(&fake, options.clone()).await;
-    sleep(Duration::from_secs(10)).await;
-    drop(node);
-    let mut control = Control::new(fake.clone(), options);
-    let config = control.network_config().await;
-    fake.script().mood = Mood::Silent;
-    let begun = Instant::now();
-    assert_eq!(control.acquire(&attrs(1), &config).await.subnet, subnet(OWN));
-    assert_eq!(begun.elapsed(), kersey::control::PATIENCE);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_node_that_moves_takes_its_lease_along() {
-    // F13.
-    let fake = Fake::new();
-    let mut control = Control::new(fake.clone(), options(None)).moving(Some(lease(OWN, 1)));
-    let config = control.network_config().await;
-    let taken = control.acquire(&attrs(7), &config).await;
-    assert_eq!((taken.subnet, taken.attrs), (subnet(OWN), attrs(7)));
-    let ip = |i| std::net::Ipv4Addr::new(192, 0, 2, i);
-    assert_eq!(fake.script().readdressed, [(ip(1), ip(7))]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_node_that_moves_while_the_store_is_away_goes_on_and_tells_it_later() {
-    // F13 in F1.
-    let fake = Fake::new();
-    let mut control = Control::new(fake.clone(), options(None)).moving(Some(lease(OWN, 1)));
-    let config = control.network_config().await;
-    fake.script().mood = Mood::Silent;
-    let begun = Instant::now();
-    let taken = control.acquire(&attrs(7), &config).await;
-    assert!(begun.elapsed() <= Duration::from_secs(1), "{:?}", begun.elapsed());
-    assert_eq!((taken.subnet, taken.attrs.clone()), (subnet(OWN), attrs(7)));
-    fake.script().mood = Mood::Away;
-    let (publish, published) = control.channels(&config, &taken);
-    let node = Node {
-        published,
-        maintain: tokio::spawn(control.maintain(publish)),
-    };
-    sleep(Duration::from_secs(30)).await;
-    assert_eq!(fake.script().readdressed, []);
-    fake.script().mood = Mood::Fine;
-    sleep(Duration::from_secs(4)).await;
-    let ip = |i| std::net::Ipv4Addr::new(192, 0, 2, i);
-    assert_eq!(fake.script().readdressed, [(ip(1), ip(7))]);
-    // From then on it is a lease like any other.
-    let renewals = fake.script().renewals;
-    sleep(HOUR * 24).await;
-    assert_eq!(fake.script().readdressed.len(), 1);
-    assert_eq!(fake.script().renewals, renewals + 1);
-    assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
-}
-
 #[tokio::test(start_paused = true)]
 async fn everything_is_listed_anew_every_five_minutes() {
     let fake = Fake::new();
@@ -449,61 +316,6 @@ async fn whoever_vanishes_last_has_the_whole_minute_to_come_back() {
     assert_eq!(node.published.peers.borrow().len(), 10);
     sleep(Duration::from_secs(45)).await;
     assert_eq!(node.published.peers.borrow().len(), 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_silent_store_is_waited_for_or_the_cache_is_used() {
-    let dir = tempfile::tempdir().unwrap();
-    let fake = Fake::new();
-    fake.script().mood = Mood::Away;
-    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
-    // Without a cache there is nothing to start with.
-    assert!(timeout(HOUR, control.network_config()).await.is_err());
-    fake.script().mood = Mood::Fine;
-    let node = start(&fake, options(Some(dir.path()))).await;
-    fake.tell(LeaseUpdate::Snapshot(vec![
-        lease(OWN, 1),
-        lease("10.0.2.0-24", 2),
-    ]));
-    let written = async {
-        while !std::fs::read_to_string(dir.path().join("control.json"))
-            .is_ok_and(|text| text.contains("10.0.2.0"))
-        {
-            sleep(Duration::from_millis(100)).await;
-        }
-    };
-    timeout(HOUR, written).await.unwrap();
-    drop(node);
-    fake.end_watch();
-    for mood in [Mood::Away, Mood::Silent] {
-        fake.script().mood = mood;
-        let started = Instant::now();
-        let node = start(&fake, options(Some(dir.path()))).await;
-        assert!(
-            started.elapsed() < Duration::from_secs(5),
-            "{mood:?}: {:?}",
-            started.elapsed()
-        );
-        assert_eq!(node.published.lease.borrow().subnet, subnet(OWN));
-        assert_eq!(node.published.peers.borrow().len(), 1);
-        assert!(!node.published.peers.borrow().is_confirmed());
-        assert!(!node.published.health.borrow().connected);
-        let renewals = fake.script().renewals;
-        sleep(Duration::from_secs(1)).await;
-        assert!(
-            fake.script().renewals > renewals,
-            "{mood:?}: the cached lease is not confirmed"
-        );
-    }
-    // A refusal is an answer: a config that was taken away is not taken from the cache.
-    fake.script().mood = Mood::Refusing;
-    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
-    assert!(timeout(HOUR, control.network_config()).await.is_err());
-    // Nor is the lease of a node that has another address now.
-    fake.script().mood = Mood::Away;
-    let mut control = Control::new(fake.clone(), options(Some(dir.path())));
-    let config = control.network_config().await;
-    assert!(timeout(HOUR, control.acquire(&attrs(7), &config)).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
@@ -625,198 +437,6 @@ fn peers(node: &Node) -> BTreeSet<Subnet> {
         .collect()
 }
 
-/// A store that does as it is told.
-struct Fake {
-    script: Mutex<Script>,
-    wake: tokio::sync::Notify,
-}
-
-#[derive(Default)]
-struct Script {
-    mood: Mood,
-    config: &'static str,
-    next_subnet: &'static str,
-    renewals: usize,
-    acquisitions: usize,
-    /// What a look at the store shows: any lease, whatever it is asked for.
-    shown: Option<Lease>,
-    looks: Vec<Subnet>,
-    /// How far its clock is ahead of ours.
-    ahead: Duration,
-    watches: usize,
-    /// From which address to which.
-    readdressed: Vec<(std::net::Ipv4Addr, std::net::Ipv4Addr)>,
-    told: VecDeque<Told>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Mood {
-    #[default]
-    Fine,
-    /// Every request fails at once.
-    Away,
-    /// No request is ever answered.
-    Silent,
-    /// Every request is refused.
-    Refusing,
-    /// Renewals find the lease in other hands.
-    Lost,
-}
-
-enum Told {
-    Update(LeaseUpdate, Vec<Subnet>),
-    Failure,
-    End,
-}
-
-impl Fake {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            script: Mutex::new(Script {
-                config: CONFIG,
-                next_subnet: OWN,
-                ..Script::default()
-            }),
-            wake: tokio::sync::Notify::new(),
-        })
-    }
-
-    fn script(&self) -> MutexGuard<'_, Script> {
-        self.script.lock().unwrap()
-    }
-
-    /// How often a lease was acquired and renewed.
-    fn asked(&self) -> (usize, usize) {
-        let script = self.script();
-        (script.acquisitions, script.renewals)
-    }
-
-    fn tell(&self, update: LeaseUpdate) {
-        self.script().told.push_back(Told::Update(update, Vec::new()));
-        self.wake.notify_one();
-    }
-
-    /// A list in which some leases cannot be read.
-    fn tell_of_rot(&self, leases: Vec<Lease>, rotten: &[&str]) {
-        let unreadable = rotten.iter().map(|key| subnet(key)).collect();
-        let told = Told::Update(LeaseUpdate::Snapshot(leases), unreadable);
-        self.script().told.push_back(told);
-        self.wake.notify_one();
-    }
-
-    fn fail_watch(&self) {
-        self.script().told.push_back(Told::Failure);
-        self.wake.notify_one();
-    }
-
-    fn end_watch(&self) {
-        self.script().told.push_back(Told::End);
-        self.wake.notify_one();
-    }
-
-    async fn answer<T>(
-        &self,
-        answer: impl FnOnce(&mut Script) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
-        let mood = self.script().mood;
-        match mood {
-            Mood::Fine | Mood::Lost => answer(&mut self.script()),
-            Mood::Away => Err(away()),
-            Mood::Silent => std::future::pending().await,
-            Mood::Refusing => Err(StoreError::Refused {
-                doing: "test",
-                cause: "no".to_owned(),
-            }),
-        }
-    }
-}
-
-impl Store for Fake {
-    fn place(&self) -> String {
-        "fake".to_owned()
-    }
-
-    fn config(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        Box::pin(self.answer(|script| Ok(script.config.to_owned())))
-    }
-
-    fn acquire<'a>(
-        &'a self,
-        attrs: &'a LeaseAttrs,
-        _previous: Option<Subnet>,
-    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        self.script().acquisitions += 1;
-        Box::pin(self.answer(|script| Ok(later(day_lease(script.next_subnet, attrs), script.ahead))))
-    }
-
-    fn confirm<'a>(
-        &'a self,
-        _holder: Option<&'a Holder>,
-        subnet: Subnet,
-        _attrs: &'a LeaseAttrs,
-    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        self.script().looks.push(subnet);
-        Box::pin(self.answer(|script| Ok(script.shown.clone())))
-    }
-
-    fn renew<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        self.script().renewals += 1;
-        let lost = self.script().mood == Mood::Lost;
-        Box::pin(self.answer(move |script| {
-            if lost {
-                return Err(StoreError::LeaseLost {
-                    subnet: lease.subnet,
-                    cause: "a stranger has it".to_owned(),
-                });
-            }
-            Ok(later(
-                day_lease(&lease.subnet.to_string(), &lease.attrs),
-                script.ahead,
-            ))
-        }))
-    }
-
-    fn readdress<'a>(
-        &'a self,
-        _holder: Option<&'a Holder>,
-        lease: &'a Lease,
-        formerly: &'a LeaseAttrs,
-    ) -> BoxFuture<'a, Result<Lease, StoreError>> {
-        Box::pin(self.answer(move |script| {
-            script
-                .readdressed
-                .push((formerly.public_ip, lease.attrs.public_ip));
-            Ok(day_lease(&lease.subnet.to_string(), &lease.attrs))
-        }))
-    }
-
-    fn watch(&self, _since: Option<Cursor>) -> BoxStream<'_, Result<WatchItem, StoreError>> {
-        self.script().watches += 1;
-        if self.script().mood == Mood::Away {
-            return Box::pin(stream::once(async { Err(away()) }));
-        }
-        let told = stream::unfold((), move |()| async move {
-            loop {
-                let next = self.script().told.pop_front();
-                match next {
-                    Some(Told::Update(update, unreadable)) => {
-                        let item = WatchItem {
-                            update,
-                            unreadable,
-                            cursor: Cursor("1".to_owned()),
-                        };
-                        return Some((Ok(item), ()));
-                    }
-                    Some(Told::Failure) => return Some((Err(away()), ())),
-                    Some(Told::End) => return None,
-                    None => self.wake.notified().await,
-                }
-            }
-        });
-        told.boxed()
-    }
-}
-
 struct Node {
     published: Published,
     maintain: tokio::task::JoinHandle<()>,
@@ -845,44 +465,4 @@ fn options(state_dir: Option<&Path>) -> ControlOptions {
         subnet_file: "/nonexistent/subnet.env".into(),
         ..ControlOptions::default()
     }
-}
-
-fn away() -> StoreError {
-    StoreError::Unavailable {
-        doing: "test",
-        place: "fake".to_owned(),
-        cause: "away".to_owned(),
-    }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a store says in wall-clock time when a lease ends"
-)]
-fn day_lease(key: &str, attrs: &LeaseAttrs) -> Lease {
-    Lease {
-        subnet: subnet(key),
-        attrs: attrs.clone(),
-        expiration: Expiration::At(SystemTime::now() + HOUR * 24),
-        created: None,
-    }
-}
-
-fn later(mut lease: Lease, by: Duration) -> Lease {
-    if let Expiration::At(end) = lease.expiration {
-        lease.expiration = Expiration::At(end + by);
-    }
-    lease
-}
-
-fn lease(key: &str, i: u8) -> Lease {
-    day_lease(key, &attrs(i))
-}
-
-fn subnet(key: &str) -> Subnet {
-    key.parse().unwrap()
-}
-
-fn attrs(i: u8) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"192.0.2.{i}\"}}").as_bytes()).unwrap()
 }

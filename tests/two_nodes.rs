@@ -9,10 +9,16 @@
 
 #[path = "two_nodes/decisions.rs"]
 mod decisions;
+#[path = "two_nodes/edges.rs"]
+mod edges;
 #[path = "two_nodes/host.rs"]
 mod host;
+#[path = "two_nodes/inbound.rs"]
+mod inbound;
 #[path = "two_nodes/node.rs"]
 mod node;
+#[path = "two_nodes/outbound.rs"]
+mod outbound;
 #[path = "two_nodes/packets.rs"]
 mod packets;
 #[path = "two_nodes/pair.rs"]

@@ -6,22 +6,18 @@
 //! ```
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::unix::net::UnixDatagram;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
 use kersey::lab::cluster::ClusterPlan;
 use kersey::lab::daemon::Child;
-use kersey::lab::netns::Namespace;
 use kersey::lab::topology::{HUB_V4, HUB_V6};
 use kersey::lab::traffic::End;
 
 use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for, within};
 use crate::routed::ip;
 use crate::support::pod::Pod;
-use crate::support::sniffer::{Sniffer, Way};
 use crate::support::{require_firewall, require_root};
 use crate::traces::cleanup;
 
@@ -331,129 +327,6 @@ fn what_flannel_and_the_other_tool_left_goes_at_the_start() {
 }
 
 #[test]
-fn pods_cannot_speak_the_tunnels_protocol_past_nft() {
-    if require_firewall("pods_cannot_speak_the_tunnels_protocol_past_nft") {
-        guard("s5n", "nft");
-    }
-}
-
-#[test]
-fn pods_cannot_speak_the_tunnels_protocol_past_iptables() {
-    if require_firewall("pods_cannot_speak_the_tunnels_protocol_past_iptables") {
-        guard("s5i", "iptables");
-    }
-}
-
-/// S5: to its own node and to another, with its own address and with a peer's.
-fn guard(tag: &str, tool: &str) {
-    let mut blueprint = Blueprint::embedded(tag, 2);
-    blueprint.flags = flags(&["--ip-masq", "--firewall", tool, "--iptables-resync=1"]);
-    blueprint.network = ClusterPlan::network("vxlan", false);
-    let mut overlay = blueprint.start();
-    let pod = Pod::behind(overlay.namespace(1), &overlay.status(1).node.subnets, tag, 1500);
-    let from = pod.ends()[0];
-    let listed = |overlay: &Overlay| match tool {
-        "nft" => nft(overlay, 1, "list table ip flannel-ipv4"),
-        _ => run(overlay, 1, "iptables", "-v -S KERSEY-GUARD"),
-    };
-    wait_for("the link with the pod is known", within(PUT_RIGHT), || {
-        listed(&overlay).contains(if tool == "nft" { "\"pod\"" } else { "-i pod" })
-    });
-    let sniffer = Sniffer::start(overlay.namespace(2), "eth0");
-    let to_others: SocketAddr = "192.0.2.2:8472".parse().unwrap();
-    let to_own: SocketAddr = "192.0.2.1:8472".parse().unwrap();
-    let third: SocketAddr = "192.0.2.254:8472".parse().unwrap();
-    let unknown = |overlay: &Overlay, nth| overlay.status(nth).drops.get("unknown_peer").copied();
-    let before = (unknown(&overlay, 1), overlay.status(1).drops);
-    const EACH: usize = 50;
-    for to in [to_others, to_own, third] {
-        shoot(from.namespace, from.addr, to, EACH);
-    }
-    // A pod that says it is the peer; the node has no business answering for it, but the kernel lets it in.
-    let spoofed: Ipv4Addr = [192, 0, 2, 2].into();
-    from.namespace
-        .netlink(async |netlink| {
-            let index = netlink.link("eth0").await?.index;
-            Ok(netlink.add_address(index, spoofed.into(), 32).await?)
-        })
-        .unwrap();
-    for key in ["all", "pod"] {
-        overlay
-            .namespace(1)
-            .sysctl(&format!("ipv4/conf/{key}/rp_filter"), "0")
-            .unwrap();
-    }
-    for to in [to_own, third] {
-        shoot(from.namespace, spoofed.into(), to, EACH);
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    // Another node's tunnel goes on, so only what the pod sent counts.
-    let passed = sniffer
-        .packets()
-        .into_iter()
-        .filter(|(way, packet)| *way == Way::In && packet.ends_with(SHOT));
-    assert_eq!(passed.count(), 0, "S5: to another node");
-    assert_eq!(
-        (unknown(&overlay, 1), overlay.status(1).drops),
-        before,
-        "S5: nothing has reached the daemon"
-    );
-    let dropped = counted(&listed(&overlay));
-    assert_eq!(dropped, 5 * EACH, "{}", listed(&overlay));
-
-    // Without the guard the same reaches the daemon, whose own checks are the second line.
-    overlay.terminate(1);
-    let mut without = overlay.command(1);
-    without.arg("--tunnel-guard=false");
-    overlay.nodes[0].child = overlay.run("node 1", 1, without);
-    overlay.wait(1, READY, |status| status.ready && !status.peers.is_empty());
-    shoot(from.namespace, from.addr, to_own, EACH);
-    overlay.wait(1, READY, |status| {
-        status.drops.get("unknown_peer") == Some(&(EACH as u64))
-    });
-}
-
-#[test]
-fn pods_cannot_reach_sids() {
-    if !require_firewall("pods_cannot_reach_sids") {
-        return;
-    }
-    // S5, with srv6.
-    let mut blueprint = Blueprint::embedded("s5sid", 2);
-    blueprint.network = ClusterPlan::network("srv6", true);
-    blueprint.flags = flags(&["--iptables-resync=1"]);
-    let overlay = blueprint.start();
-    let pod = Pod::behind(
-        overlay.namespace(1),
-        &overlay.status(1).node.subnets,
-        "s5sid",
-        1500,
-    );
-    let from = pod.ends()[1];
-    let listed = || nft(&overlay, 1, "list table ip6 flannel-ipv6");
-    wait_for("the link with the pod is known", within(PUT_RIGHT), || {
-        listed().contains("\"pod\"")
-    });
-    let sniffer = Sniffer::start(overlay.namespace(2), "eth0");
-    // The SIDs of node 1 and node 2, by their public IPv4 addresses.
-    for sid in ["fd12:3456:789a:c000:201::1", "fd12:3456:789a:c000:202::1"] {
-        shoot(
-            from.namespace,
-            from.addr,
-            SocketAddr::new(sid.parse().unwrap(), 9),
-            20,
-        );
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    let passed = sniffer
-        .packets()
-        .into_iter()
-        .filter(|(_, packet)| packet.ends_with(SHOT));
-    assert_eq!(passed.count(), 0);
-    assert_eq!(counted(&listed()), 40, "{}", listed());
-}
-
-#[test]
 fn the_blackhole_is_behind_every_other_route_and_kept() {
     if !require_root("the_blackhole_is_behind_every_other_route_and_kept") {
         return;
@@ -488,170 +361,6 @@ fn the_blackhole_is_behind_every_other_route_and_kept() {
     overlay.nodes[0].child = overlay.run("node 1", 1, without);
     overlay.wait(1, READY, |status| status.ready);
     assert_eq!(holes(&overlay), "");
-}
-
-#[test]
-fn without_any_tool_a_node_says_so_once_and_goes_on() {
-    if !require_root("without_any_tool_a_node_says_so_once_and_goes_on") {
-        return;
-    }
-    // B29, B36.
-    let mut overlay = Blueprint::embedded("notool", 1).build();
-    let mut kersey = overlay.command(1);
-    kersey.args(["--ip-masq", "--iptables-resync=1"]);
-    // A mount namespace of its own: nobody else misses the tools.
-    let hide = "for dir in /usr/sbin /sbin /usr/local/sbin /proc/sys/net/bridge; do \
-                [ ! -d $dir ] || mount -t tmpfs none $dir; done; exec \"$@\"";
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-ec", hide, "sh"]);
-    command.arg(kersey.get_program()).args(kersey.get_args());
-    let mut child = overlay.run("node 1", 1, command);
-    let socket = overlay.socket(1);
-    let ready = || {
-        kersey::lab::daemon::status(&socket)
-            .ok()?
-            .filter(|status| status.ready)
-    };
-    let status = child.wait(READY, ready).unwrap();
-    assert_eq!(
-        status.firewall,
-        "none: there is neither nft nor iptables on this host"
-    );
-    let env = fs::read_to_string(overlay.file("1.env")).unwrap();
-    assert!(
-        env.ends_with("FLANNEL_IPMASQ=false\n"),
-        "the runtime has to: {env}"
-    );
-    std::thread::sleep(Duration::from_millis(2500));
-    let log = fs::read_to_string(child.log()).unwrap();
-    assert_eq!(log.matches("neither nft nor iptables").count(), 1, "{log}");
-    child.stop().unwrap();
-}
-
-#[test]
-fn a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on() {
-    if !require_firewall("a_tool_that_fails_is_named_and_tried_again_while_the_node_goes_on") {
-        return;
-    }
-    // B29: flannel logs it, and looks as well as ever.
-    let mut overlay = Blueprint::embedded("failing", 2).start();
-    overlay.terminate(1);
-    let mut kersey = overlay.command(1);
-    kersey.args([
-        "--ip-masq",
-        "--firewall=nft",
-        "--iptables-resync=1",
-        "--healthz-port=8081",
-    ]);
-    let manager = UnixDatagram::bind(overlay.file("notify.sock")).unwrap();
-    manager.set_nonblocking(true).unwrap();
-    let (broken, mended_by) = (overlay.file("nft"), overlay.file("mended"));
-    let script = format!(
-        "#!/bin/sh\n[ ! -e {} ] || exec /usr/local/sbin/nft.real \"$@\"\necho 'no such thing as netfilter' >&2\nexit 1\n",
-        mended_by.display()
-    );
-    fs::write(&broken, script).unwrap();
-    let hide = format!(
-        "mount -t tmpfs none /usr/local/sbin; cp /usr/sbin/nft /usr/local/sbin/nft.real; chmod 755 {0}; \
-         mount --bind {0} /usr/sbin/nft; exec \"$@\"",
-        broken.display()
-    );
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-ec", &hide, "sh"]);
-    command.arg(kersey.get_program()).args(kersey.get_args());
-    command.env("NOTIFY_SOCKET", overlay.file("notify.sock"));
-    let env = overlay.file("1.env");
-    fs::remove_file(&env).unwrap();
-    overlay.nodes[0].child = overlay.run("node 1", 1, command);
-    let said = "nft refuses: no such thing as netfilter";
-    let why = format!("firewall rules that were asked for cannot be made: {said}");
-    let status = overlay.wait(1, READY, |status| {
-        status.problem.is_some() && status.peers.len() == 1
-    });
-    assert_eq!(status.problem.as_deref(), Some(why.as_str()));
-    assert_eq!(status.firewall, format!("failing: {said}"));
-    let ready_after = |overlay: &Overlay| {
-        let mut heard = Vec::new();
-        let mut buffer = [0; 4096];
-        while let Ok(len) = manager.recv(&mut buffer) {
-            heard.extend(String::from_utf8_lossy(&buffer[..len]).lines().map(str::to_owned));
-        }
-        let told = heard.iter().any(|line| line == "READY=1");
-        (overlay.status(1).ready, told, probe(overlay, "/readyz"))
-    };
-    // Two periods and some: it is tried again, and nothing but readiness waits for it.
-    std::thread::sleep(PUT_RIGHT);
-    let (ready, told, answer) = ready_after(&overlay);
-    assert!(!ready && !told);
-    assert!(answer.starts_with("HTTP/1.0 503"), "{answer}");
-    assert!(
-        answer.ends_with(&format!("flanneld is not ready yet: {why}")),
-        "{answer}"
-    );
-    assert!(probe(&overlay, "/healthz").starts_with("HTTP/1.0 200"));
-    assert!(env.exists(), "the overlay is there to be used");
-    overlay.ping_all();
-
-    fs::write(&mended_by, "").unwrap();
-    overlay.wait(1, within(PUT_RIGHT), |status| {
-        status.ready && status.firewall == "nft"
-    });
-    let (ready, told, answer) = ready_after(&overlay);
-    assert!(ready && told && answer.starts_with("HTTP/1.0 200"), "{answer}");
-    assert_eq!(overlay.status(1).problem, None);
-    // What was made once stays, whatever becomes of the tool.
-    fs::remove_file(&mended_by).unwrap();
-    overlay.wait(1, within(PUT_RIGHT), |status| {
-        status.firewall.starts_with("failing")
-    });
-    let (ready, _, answer) = ready_after(&overlay);
-    assert!(ready && answer.starts_with("HTTP/1.0 200"), "{answer}");
-    let log = overlay.log(1);
-    assert_eq!(log.matches("no such thing as netfilter").count(), 2, "{log}");
-}
-
-/// What node 1 answers to a probe.
-fn probe(overlay: &Overlay, path: &str) -> String {
-    let asked = overlay.namespace(1).run(|| {
-        let mut stream = TcpStream::connect("127.0.0.1:8081")?;
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    });
-    asked.unwrap()
-}
-
-#[test]
-fn a_named_tool_that_is_not_there_is_a_fault_and_none_for_auto_is_not() {
-    if !require_firewall("a_named_tool_that_is_not_there_is_a_fault_and_none_for_auto_is_not") {
-        return;
-    }
-    let mut overlay = Blueprint::embedded("notool", 1).build();
-    for (at, (flag, ready)) in [("--firewall=auto", true), ("--firewall=nft", false)]
-        .into_iter()
-        .enumerate()
-    {
-        let mut kersey = overlay.command(1);
-        kersey.args([flag, "--ip-masq"]);
-        // A host without either.
-        let hide = "for dir in /usr/sbin /sbin /usr/bin /bin /usr/local/sbin /usr/local/bin; do \
-                    for tool in nft iptables ip6tables; do \
-                    [ ! -e $dir/$tool ] || mount --bind /dev/null $dir/$tool; done; done; exec \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-ec", hide, "sh"]);
-        command.arg(kersey.get_program()).args(kersey.get_args());
-        if at == 0 {
-            overlay.adopt(1, command);
-        } else {
-            overlay.terminate(1);
-            overlay.nodes[0].child = overlay.run("node 1", 1, command);
-        }
-        let status = overlay.wait(1, READY, |status| {
-            status.firewall.starts_with("none: ") && (status.ready || status.problem.is_some())
-        });
-        assert_eq!(status.ready, ready, "{flag}: {status:?}");
-    }
 }
 
 #[test]
@@ -714,33 +423,6 @@ pub(crate) fn flags(flags: &[&str]) -> Vec<String> {
     flags.iter().map(|&flag| flag.to_owned()).collect()
 }
 
-const SHOT: &[u8] = b"kersey-s5-shot";
-
-/// Sends datagrams from a pod.
-fn shoot(pod: &Namespace, from: IpAddr, to: SocketAddr, count: usize) {
-    pod.run(|| {
-        let socket = UdpSocket::bind((from, 0))?;
-        for _ in 0..count {
-            socket.send_to(SHOT, to)?;
-        }
-        Ok(())
-    })
-    .unwrap();
-}
-
-/// Packets that the guard's rules have dropped, by what the tool lists.
-fn counted(listed: &str) -> usize {
-    let after = |line: &str, word: &str| -> Option<usize> {
-        let mut words = line.split_whitespace().skip_while(|&held| held != word);
-        words.nth(1)?.parse().ok()
-    };
-    listed
-        .lines()
-        .filter(|line| line.contains("kersey tunnel guard"))
-        .filter_map(|line| after(line, "packets").or_else(|| after(line, "-c")))
-        .sum()
-}
-
 /// Connects over TCP; the client's address as the server saw it.
 fn connect(from: End<'_>, to: End<'_>, limit: Duration) -> Option<IpAddr> {
     let listener = to.namespace.run(|| Ok(TcpListener::bind((to.addr, 0))?)).unwrap();
@@ -756,7 +438,7 @@ fn connect(from: End<'_>, to: End<'_>, limit: Duration) -> Option<IpAddr> {
     Some(seen.ip())
 }
 
-fn nft(overlay: &Overlay, nth: usize, words: &str) -> String {
+pub(crate) fn nft(overlay: &Overlay, nth: usize, words: &str) -> String {
     run(overlay, nth, "nft", words)
 }
 

@@ -17,15 +17,19 @@
     reason = "a test says what went wrong by panicking, and what it measured by printing"
 )]
 
+mod alloc;
 mod auto;
 mod cleanup;
 mod config;
+mod direct_routing;
 mod expiry;
 mod faults;
 mod firewall;
 mod firewall_fallback;
+mod firewall_guard;
 mod firewall_helper;
 mod firewall_others;
+mod firewall_tools;
 mod handover;
 mod hostile_data;
 mod icmp;

@@ -1,4 +1,4 @@
-//! Networks without a tunnel: host-gw, whose packets the kernel routes, and alloc, which is a lease and nothing else.
+//! Networks without a tunnel: host-gw, whose packets the kernel routes.
 //!
 //! ```text
 //!   node 1 eth0 192.0.2.1 --- br0 in the hub, with etcd --- 192.0.2.2 eth0 node 2
@@ -21,13 +21,13 @@ use kersey::lab::traffic::End;
 use kersey::lab::traffic::ping::Ping;
 use kersey::lab::traffic::probe::Probe;
 
-use crate::overlay::{Blueprint, DEVICE, Daemon, Overlay, PREFIX, READY, figure, wait_for, within};
+use crate::overlay::{Blueprint, DEVICE, Overlay, PREFIX, READY, figure, wait_for, within};
 use crate::support::{require_etcd, require_root};
 
 /// As flannel v0.28 writes it, with an address of ours.
 const FLANNEL: &str = r#"{"PublicIP":"192.0.2.3","PublicIPv6":null,"BackendType":"host-gw"}"#;
 /// How soon an event must have its effect.
-const SOON: Duration = Duration::from_secs(2);
+pub(crate) const SOON: Duration = Duration::from_secs(2);
 /// How soon what is no event must be noticed: the period is 10 s.
 const NEXT_LOOK: Duration = Duration::from_secs(13);
 
@@ -495,95 +495,6 @@ fn routes_of_another_backend_do_not_lead_past_the_tunnel() {
 }
 
 #[test]
-fn vxlan_routes_directly_to_peers_on_the_link_and_tunnels_to_others() {
-    if !require_etcd("vxlan_routes_directly_to_peers_on_the_link_and_tunnels_to_others") {
-        return;
-    }
-    let mut blueprint = Blueprint::new("direct", 3);
-    blueprint.network =
-        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#.to_owned();
-    let mut overlay = blueprint.build();
-    // Node 3 moves behind the hub, which forwards.
-    for command in [
-        "address flush dev eth0",
-        "address add 198.51.100.3/24 dev eth0",
-        "route add default via 198.51.100.254",
-    ] {
-        ip(&overlay, 3, command);
-    }
-    overlay
-        .hub()
-        .netlink(async |netlink| {
-            let index = netlink.link("br0").await?.index;
-            Ok(netlink.add_address(index, "198.51.100.254".parse()?, 24).await?)
-        })
-        .unwrap();
-    overlay.hub().sysctl("ipv4/ip_forward", "1").unwrap();
-    for nth in 1..=3 {
-        let command = overlay.command(nth);
-        let child = overlay.run(&format!("node {nth}"), nth, command);
-        overlay.nodes.push(Daemon {
-            child,
-            pods: Vec::new(),
-        });
-    }
-    overlay.wait_all();
-    for (nth, near) in [(1, 2), (2, 1)] {
-        let to = prefix(&overlay.subnet(near).to_string());
-        let gateway = overlay.lab.nodes[near - 1].v4.into();
-        let direct = via(&overlay, nth, to, gateway);
-        wait_for("the near peer has its route", within(SOON), || {
-            routes(&overlay, nth).contains(&direct)
-        });
-        assert_eq!(
-            routes(&overlay, nth).len(),
-            2,
-            "the network's, and the near peer's"
-        );
-    }
-    assert_eq!(routes(&overlay, 3).len(), 1, "nobody is near");
-    overlay.ping_all();
-    overlay.transfer(1, 2, 1 << 20);
-    let near = overlay.subnet(2).to_string();
-    let status = overlay.wait(1, within(SOON), |status| {
-        status.peers.iter().all(|peer| {
-            let is_near = peer.subnets[0] == near;
-            (peer.kernel_route.as_deref() == Some("installed")) == is_near
-        })
-    });
-    for peer in status.peers {
-        let is_near = peer.subnets[0] == near;
-        assert_eq!(peer.outbound_packets == 0, is_near, "{peer:?}");
-    }
-    assert!(
-        show(&overlay, 1).contains(":8472, direct "),
-        "{}",
-        show(&overlay, 1)
-    );
-
-    // Without the route it is the tunnel's again, and taken at the other end.
-    let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
-    wait_for("the probe runs", READY, || probe.received().0 > 100);
-    ip(&overlay, 1, &format!("route del {near}"));
-    wait_for("the route is back", within(SOON), || {
-        routes(&overlay, 1).len() == 2
-    });
-    let report = probe.stop().unwrap();
-    assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
-    let peers = overlay.status(1).peers;
-    let tunnelled = peers.iter().find(|peer| peer.subnets[0] == near).expect("node 2");
-    assert!(tunnelled.outbound_packets > 0, "{tunnelled:?}");
-
-    // A direct route goes with its peer.
-    overlay.terminate(2);
-    let key = format!("subnets/{}", near.replace('/', "-"));
-    overlay.delete(&key);
-    wait_for("the route goes with its peer", within(SOON), || {
-        routes(&overlay, 1).len() == 1
-    });
-}
-
-#[test]
 fn a_translated_public_address_ends_the_daemon() {
     if !require_root("a_translated_public_address_ends_the_daemon") {
         return;
@@ -625,45 +536,6 @@ fn without_the_capability_no_route_is_made_and_the_daemon_ends() {
     );
 }
 
-#[test]
-fn alloc_is_a_lease_and_a_file() {
-    if !require_etcd("alloc_is_a_lease_and_a_file") {
-        return;
-    }
-    let mut blueprint = Blueprint::new("alloc", 2);
-    blueprint.network = ClusterPlan::network("ALLOC", false);
-    let mut overlay = blueprint.start();
-    for nth in [1, 2] {
-        let subnet = overlay.subnet(nth);
-        let first = Ipv4Addr::from_bits(subnet.addr().to_bits() + 1);
-        let file = fs::read_to_string(overlay.file(&format!("{nth}.env"))).unwrap();
-        assert_eq!(
-            file,
-            format!(
-                "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={first}/24\nFLANNEL_MTU=1500\nFLANNEL_IPMASQ=false\n"
-            )
-        );
-        let key = format!("subnets/{}", subnet.to_string().replace('/', "-"));
-        let (value, lease) = overlay.get(&key).expect("the lease");
-        assert_eq!(
-            value,
-            format!(r#"{{"PublicIP":"192.0.2.{nth}","PublicIPv6":null}}"#)
-        );
-        assert_ne!(lease, 0);
-        assert!(overlay.device(nth).is_none(), "node {nth} has a device");
-        assert_eq!(routes(&overlay, nth), []);
-        let status = overlay.status(nth);
-        assert!(status.device.is_absent(), "{status:#?}");
-        assert_eq!(status.peers[0].kernel_route, None);
-    }
-    let table = show(&overlay, 1);
-    for odd in [DEVICE, "device", "none", "MTU 0", "route"] {
-        assert!(!table.contains(odd), "{odd:?} is in {table}");
-    }
-    overlay.terminate(1);
-    assert!(overlay.file("1.env").exists());
-}
-
 fn host_gw(mut blueprint: Blueprint) -> Blueprint {
     blueprint.network = ClusterPlan::network("host-gw", false);
     blueprint
@@ -682,7 +554,7 @@ fn two_and_a_spare(tag: &str) -> Overlay {
 }
 
 /// The routes Kersey has on a node, in order; the lab's default routes left out.
-fn routes(overlay: &Overlay, nth: usize) -> Vec<Route> {
+pub(crate) fn routes(overlay: &Overlay, nth: usize) -> Vec<Route> {
     let mut routes = overlay
         .namespace(nth)
         .netlink(async |netlink| Ok(netlink.own_routes().await?))
@@ -720,7 +592,7 @@ fn routes_to_others(overlay: &Overlay, nth: usize) -> Vec<Route> {
     wanted
 }
 
-fn via(overlay: &Overlay, nth: usize, to: Prefix, gateway: IpAddr) -> Route {
+pub(crate) fn via(overlay: &Overlay, nth: usize, to: Prefix, gateway: IpAddr) -> Route {
     let index = overlay
         .namespace(nth)
         .netlink(async |netlink| Ok(netlink.link(INTERFACE).await?.index))
@@ -731,13 +603,13 @@ fn via(overlay: &Overlay, nth: usize, to: Prefix, gateway: IpAddr) -> Route {
     }
 }
 
-fn prefix(text: &str) -> Prefix {
+pub(crate) fn prefix(text: &str) -> Prefix {
     let v4 = text.parse().map(Prefix::V4);
     v4.or_else(|_| text.parse().map(Prefix::V6)).unwrap()
 }
 
 /// What `kersey status` prints on a node.
-fn show(overlay: &Overlay, nth: usize) -> String {
+pub(crate) fn show(overlay: &Overlay, nth: usize) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kersey"));
     command
         .arg("status")

@@ -17,7 +17,7 @@ use kersey::wire::srv6::next_header;
 use serde_json::json;
 use tempfile::NamedTempFile;
 
-use crate::hostile::cases::{outer, sid, srh, udp_v4, udp_v6};
+use crate::hostile::packets::{outer, sid, srh, udp_v4, udp_v6};
 use crate::hostile::raw_socket;
 use crate::mixed::{Kernels, Mixed, bulk, datagrams, network};
 use crate::overlay::{Blueprint, Overlay, figure, wait_for, within};

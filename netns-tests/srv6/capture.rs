@@ -20,7 +20,7 @@ use kersey::wire::srv6::{Mode, next_header};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
-use crate::hostile::cases::{outer, sid, srh, udp_v4, udp_v6};
+use crate::hostile::packets::{outer, sid, srh, udp_v4, udp_v6};
 use crate::hostile::raw_socket;
 use crate::mixed::{bulk, datagrams, network};
 use crate::overlay::{Blueprint, figure, wait_for, within};

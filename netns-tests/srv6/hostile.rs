@@ -28,9 +28,13 @@ use crate::support::pod::Pod;
 use crate::support::require_etcd;
 use crate::support::sniffer::{Sniffer, Way};
 
-use self::cases::{BY_HAND, Case, Taker, key, outer, sid, srh, udp_v4};
+use self::cases::{Case, Taker};
+use self::hmac::{SECRET, key};
+use self::packets::{BY_HAND, outer, sid, srh, udp_v4};
 
-pub(crate) mod cases;
+mod cases;
+mod hmac;
+pub(crate) mod packets;
 
 /// Of each packet that must be refused.
 const COPIES: u64 = 3;
@@ -280,7 +284,7 @@ impl Siege {
     fn with(tag: &str, settings: &serde_json::Value, queues: usize, flags: &[&str]) -> Self {
         let further = flags.iter().map(|&flag| flag.to_owned());
         let mut keys = NamedTempFile::new().unwrap();
-        writeln!(keys, "{} sha256 {}", key().id(), cases::SECRET).unwrap();
+        writeln!(keys, "{} sha256 {}", key().id(), SECRET).unwrap();
         let mut blueprint = Blueprint::new(tag, 4);
         blueprint.daemons = 3;
         blueprint.network = network(settings.clone(), true);

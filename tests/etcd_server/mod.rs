@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries as a module")]
 
+pub mod nodes;
 pub mod pki;
 pub mod proxy;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use kersey::control::store::{Cursor, Entry, Lifetime, Registry, StoreError, WatchItem};
+use kersey::control::store::{Cursor, Entry, Expected, Lifetime, Registry, StoreError, WatchItem};
 use kersey::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
@@ -426,41 +426,32 @@ impl Registry for Link {
         }))
     }
 
-    fn create<'a>(
+    fn put<'a>(
         &'a self,
+        expected: Expected,
         subnet: Subnet,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
     ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
         let ends = self.ends(lifetime);
         Box::pin(self.ask(move |state| {
-            if state.disk.entries.contains_key(&subnet) {
+            let found = state.disk.entries.get(&subnet);
+            if !expected.is(found.map(|record| record.modified)) {
                 return None;
             }
-            for (other, record) in &state.disk.entries {
-                if other.overlaps(subnet) && !record.attrs.same_node(attrs) {
-                    state.faults.push(format!("{subnet} was claimed over {other}"));
+            match found {
+                Some(found) => {
+                    if !found.attrs.same_node(attrs) {
+                        state.faults.push(format!("{subnet} was taken from its owner"));
+                    }
                 }
-            }
-            Some(state.disk.put(subnet, attrs, ends))
-        }))
-    }
-
-    fn update<'a>(
-        &'a self,
-        subnet: Subnet,
-        revision: u64,
-        attrs: &'a LeaseAttrs,
-        lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        let ends = self.ends(lifetime);
-        Box::pin(self.ask(move |state| {
-            let found = state.disk.entries.get(&subnet)?;
-            if found.modified != revision {
-                return None;
-            }
-            if !found.attrs.same_node(attrs) {
-                state.faults.push(format!("{subnet} was taken from its owner"));
+                None => {
+                    for (other, record) in &state.disk.entries {
+                        if other.overlaps(subnet) && !record.attrs.same_node(attrs) {
+                            state.faults.push(format!("{subnet} was claimed over {other}"));
+                        }
+                    }
+                }
             }
             Some(state.disk.put(subnet, attrs, ends))
         }))

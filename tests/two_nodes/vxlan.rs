@@ -1,7 +1,7 @@
 //! What a VXLAN node makes of every kind of frame: delivered as it came, or in its own counter.
 //!
 //! The node under test is number 2; it knows 1 and 3. What inner addresses may be is the same for every encapsulation and
-//! tried in `decisions.rs`; here are a few rows of it.
+//! tried in `inbound.rs`; here are a few rows of it.
 
 use kersey::backend::vxlan::Vxlan;
 use kersey::dataplane::coalesce::Merge;

@@ -2,21 +2,16 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use etherparse::PacketBuilder;
-use kersey::wire::checksum::{Sum, pseudo_v6};
 use kersey::wire::ip::{V4_LEN, V6_LEN, protocol};
-use kersey::wire::srv6::{Encapsulation, HmacAlgorithm, HmacKey, Mode, OuterHeader, next_header, tlv};
+use kersey::wire::srv6::{HmacAlgorithm, HmacKey, Mode, next_header, tlv};
 
 use super::Siege;
+use super::hmac::{SECRET, key};
+use super::packets::{from_peer, icmp, options, outer, sid, srh, udp_v4, udp_v6};
 
-/// Source port of what is made by hand: the probe has others.
-pub(super) const BY_HAND: u16 = 4000;
-/// What all nodes have as key 7.
-pub(super) const SECRET: &str = "what all nodes know";
-
-const V4: u8 = next_header::IPV4;
-const V6: u8 = next_header::IPV6;
-const ROUTING: u8 = next_header::ROUTING;
+pub(super) const V4: u8 = next_header::IPV4;
+pub(super) const V6: u8 = next_header::IPV6;
+pub(super) const ROUTING: u8 = next_header::ROUTING;
 const OPTIONS: u8 = next_header::DESTINATION;
 
 /// Which thread is to have a packet.
@@ -37,61 +32,7 @@ pub(super) struct Case {
     pub(super) packet: Vec<u8>,
 }
 
-/// An address in a node's locator; `0` is the locator itself.
-pub(crate) fn sid(node: u8, function: &str) -> Ipv6Addr {
-    format!("fd12:3456:789a:c000:20{node}::{function}")
-        .parse()
-        .unwrap()
-}
-
-/// The key of the network.
-pub(super) fn key() -> HmacKey {
-    HmacKey::new(7, HmacAlgorithm::Sha256, SECRET.as_bytes()).unwrap()
-}
-
-/// A whole packet.
-pub(crate) fn outer(source: Ipv6Addr, destination: Ipv6Addr, first: u8, payload: &[u8]) -> Vec<u8> {
-    let header = OuterHeader {
-        traffic_class: 0,
-        flow_label: 1,
-        next_header: first,
-        hop_limit: 64,
-        source,
-        destination,
-    };
-    let payload_len = u16::try_from(payload.len()).unwrap();
-    [&header.emit(payload_len)[..], payload].concat()
-}
-
-/// A routing header with its list as it is stored; TLVs are a multiple of 8 bytes.
-pub(crate) fn srh(next: u8, left: u8, list: &[Ipv6Addr], tlvs: &[u8]) -> Vec<u8> {
-    let units = 2 * list.len() + tlvs.len() / 8;
-    let mut header = vec![next, units as u8, 4, left, (list.len() - 1) as u8, 0, 0, 0];
-    header.extend(list.iter().flat_map(Ipv6Addr::octets));
-    header.extend(tlvs);
-    header
-}
-
-pub(crate) fn udp_v4(src: Ipv4Addr, dst: Ipv4Addr) -> Vec<u8> {
-    let builder = PacketBuilder::ipv4(src.octets(), dst.octets(), 64).udp(BY_HAND, 9);
-    let mut packet = Vec::new();
-    builder.write(&mut packet, &[0x5a; 64]).unwrap();
-    packet
-}
-
-pub(crate) fn udp_v6(src: Ipv6Addr, dst: Ipv6Addr) -> Vec<u8> {
-    let builder = PacketBuilder::ipv6(src.octets(), dst.octets(), 64).udp(BY_HAND, 9);
-    let mut packet = Vec::new();
-    builder.write(&mut packet, &[0x5a; 64]).unwrap();
-    packet
-}
-
-/// From node 1.
-fn from_peer(function: &str, first: u8, payload: &[u8]) -> Vec<u8> {
-    outer(sid(1, "1"), sid(2, function), first, payload)
-}
-
-fn queue(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> Case {
+pub(super) fn queue(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> Case {
     let (name, taker) = (name.into(), Taker::Queue);
     Case {
         name,
@@ -101,7 +42,7 @@ fn queue(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> Case
     }
 }
 
-fn endpoint(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> Case {
+pub(super) fn endpoint(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> Case {
     let (name, taker) = (name.into(), Taker::Endpoint);
     Case {
         name,
@@ -111,23 +52,9 @@ fn endpoint(name: impl Into<String>, reason: &'static str, packet: Vec<u8>) -> C
     }
 }
 
-/// An options header with nothing but padding.
-fn options(next: u8) -> [u8; 8] {
-    [next, 0, 1, 4, 0, 0, 0, 0]
-}
-
-/// An ICMPv6 message of a type to node 2's SID, its checksum right.
-fn icmp(function: &str, kind: u8) -> Vec<u8> {
-    let mut message = vec![kind, 0, 0, 0, 0x12, 0x34, 0, 1, 1, 2, 3, 4];
-    let pseudo = pseudo_v6(sid(1, "1"), sid(2, function), protocol::ICMPV6, message.len());
-    let sum = (pseudo + Sum::of(&message)).finish();
-    message[2..4].copy_from_slice(&sum.to_be_bytes());
-    message
-}
-
 impl Siege {
     /// An honest packet of each family, from node 1's pod to node 2's.
-    fn inner(&self) -> (Vec<u8>, Vec<u8>) {
+    pub(super) fn inner(&self) -> (Vec<u8>, Vec<u8>) {
         let v4 = udp_v4(self.overlay.pod_v4(1), self.overlay.pod_v4(2));
         (v4, udp_v6(self.v6[0], self.v6[1]))
     }
@@ -620,101 +547,5 @@ impl Siege {
             ));
         }
         cases
-    }
-
-    /// As all packets are where HMACs are required, and what is inside.
-    pub(super) fn signed(&self) -> (Vec<u8>, Vec<u8>) {
-        let (v4, _) = self.inner();
-        (self.signed_by(&key(), Mode::Full, &[sid(2, "1")]), v4)
-    }
-
-    fn signed_by(&self, key: &HmacKey, mode: Mode, segments: &[Ipv6Addr]) -> Vec<u8> {
-        let (v4, _) = self.inner();
-        let template = Encapsulation {
-            mode,
-            source: sid(1, "1"),
-            segments,
-            next_header: V4,
-            hmac: Some(key),
-        };
-        let template = template.template().unwrap();
-        let mut packet = vec![0; template.len()];
-        template.push(&mut packet, v4.len(), 0, 1);
-        packet.extend(&v4);
-        packet
-    }
-
-    /// What must not pass where HMACs are required.
-    pub(super) fn hmac_lies(&self) -> Vec<Case> {
-        let (v4, v6) = self.inner();
-        let ours = sid(2, "1");
-        let (right, _) = self.signed();
-        let changed = |at: usize, value: u8| {
-            let mut packet = right.clone();
-            packet[at] = value;
-            packet
-        };
-        let listed = [&srh(V4, 0, &[ours], &[])[..], &v4].concat();
-        let redirected = {
-            let mut packet = right.clone();
-            packet[24..V6_LEN].copy_from_slice(&sid(2, "d4").octets());
-            packet
-        };
-        let replayed = {
-            let mut packet = right.clone();
-            packet[8..24].copy_from_slice(&sid(3, "1").octets());
-            packet
-        };
-        let by = |id, algorithm, secret: &str| {
-            let key = HmacKey::new(id, algorithm, secret.as_bytes()).unwrap();
-            self.signed_by(&key, Mode::Full, &[ours])
-        };
-        let waypoint = [sid(2, "e"), sid(3, "1")];
-        let forged = HmacKey::new(7, HmacAlgorithm::Sha256, b"a guess").unwrap();
-        let onward = [&srh(V4, 1, &[sid(3, "1"), sid(2, "e")], &[])[..], &v4].concat();
-        vec![
-            queue("no list", "hmac_missing", from_peer("1", V4, &v4)),
-            queue("no list, IPv6", "hmac_missing", from_peer("1", V6, &v6)),
-            queue("no HMAC", "hmac_missing", from_peer("1", ROUTING, &listed)),
-            queue(
-                "another secret",
-                "hmac_wrong",
-                by(7, HmacAlgorithm::Sha256, "a guess"),
-            ),
-            queue(
-                "another algorithm",
-                "hmac_wrong",
-                by(7, HmacAlgorithm::Sha1, SECRET),
-            ),
-            queue(
-                "an unknown key",
-                "hmac_unknown_key",
-                by(8, HmacAlgorithm::Sha256, SECRET),
-            ),
-            queue(
-                "a changed code",
-                "hmac_wrong",
-                changed(V6_LEN + 40, !right[V6_LEN + 40]),
-            ),
-            queue("a changed list", "hmac_wrong", changed(V6_LEN + 23, 2)),
-            queue("a changed flag", "hmac_wrong", changed(V6_LEN + 5, 0)),
-            queue("to another SID", "hmac_wrong", redirected),
-            queue("from another node", "hmac_wrong", replayed),
-            endpoint(
-                "no HMAC at a waypoint",
-                "hmac_missing",
-                from_peer("e", ROUTING, &onward),
-            ),
-            endpoint(
-                "a forged one at a waypoint",
-                "hmac_wrong",
-                self.signed_by(&forged, Mode::Full, &waypoint),
-            ),
-            endpoint(
-                "a forged reduced one at a waypoint",
-                "hmac_wrong",
-                self.signed_by(&forged, Mode::Reduced, &waypoint),
-            ),
-        ]
     }
 }

@@ -47,7 +47,7 @@ use crate::control::RateLimit;
 use crate::control::config::NetworkConfig;
 use crate::control::identity::Holder;
 use crate::control::store::{
-    Cursor, Entry, Life, Lifetime, LocalStore, NetworkEvent, Registry, Rival, StoreError, WatchItem,
+    Cursor, Entry, Expected, Life, Lifetime, LocalStore, NetworkEvent, Registry, Rival, StoreError, WatchItem,
 };
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate, Subnet};
 
@@ -162,8 +162,7 @@ impl EmbeddedRegistry {
 
     async fn put_if(
         &self,
-        doing: &'static str,
-        condition: impl FnOnce(Option<&Record>) -> bool + Send + 'static,
+        expected: Expected,
         subnet: Subnet,
         attrs: &LeaseAttrs,
         lifetime: Lifetime,
@@ -179,8 +178,8 @@ impl EmbeddedRegistry {
             ends,
         };
         let change = Change::Put(subnet, record.clone());
-        let written = self.write(doing, move |network| {
-            if condition(network.leases.get(&subnet)) {
+        let written = self.write(expected.doing(), move |network| {
+            if expected.is(network.leases.get(&subnet).map(|record| record.revision)) {
                 vec![change]
             } else {
                 vec![]
@@ -378,24 +377,14 @@ impl Registry for EmbeddedRegistry {
         })
     }
 
-    fn create<'a>(
+    fn put<'a>(
         &'a self,
+        expected: Expected,
         subnet: Subnet,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
     ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        Box::pin(self.put_if("create a lease", |found| found.is_none(), subnet, attrs, lifetime))
-    }
-
-    fn update<'a>(
-        &'a self,
-        subnet: Subnet,
-        revision: u64,
-        attrs: &'a LeaseAttrs,
-        lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        let unchanged = move |found: Option<&Record>| found.is_some_and(|record| record.revision == revision);
-        Box::pin(self.put_if("renew a lease", unchanged, subnet, attrs, lifetime))
+        Box::pin(self.put_if(expected, subnet, attrs, lifetime))
     }
 
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>> {

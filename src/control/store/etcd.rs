@@ -43,7 +43,8 @@ use self::spares::{Grant, Spares};
 use crate::control::RateLimit;
 use crate::control::identity::Holder;
 use crate::control::store::{
-    Cursor, Entry, LEASE_TTL, Life, Lifetime, LocalStore, Registry, Rival, StoreError, WatchItem, expires_in,
+    Cursor, Entry, Expected, LEASE_TTL, Life, Lifetime, LocalStore, Registry, Rival, StoreError, WatchItem,
+    expires_in,
 };
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
 
@@ -309,16 +310,19 @@ impl EtcdRegistry {
         (entry, id)
     }
 
-    /// Carries out `put` if `condition` holds, bound to a fresh etcd lease unless it is to live for ever.
+    /// Writes if there is what is `expected`, bound to a fresh etcd lease unless it is to live for ever.
     async fn put_if(
         &self,
-        doing: &'static str,
-        condition: Compare,
+        expected: Expected,
         subnet: Subnet,
         attrs: &LeaseAttrs,
         lifetime: Lifetime,
     ) -> Result<Option<Entry>, StoreError> {
-        let key = self.key(subnet);
+        let (doing, key) = (expected.doing(), self.key(subnet));
+        let condition = match expected {
+            Expected::Nothing => Compare::version(key.as_str(), CompareOp::Equal, 0),
+            Expected::Revision(revision) => unchanged(key.clone(), revision),
+        };
         let right = Right::Write(key.clone());
         let mut client = self.connection.client(doing).await?;
         let spare = match lifetime {
@@ -457,25 +461,14 @@ impl Registry for EtcdRegistry {
         })
     }
 
-    fn create<'a>(
+    fn put<'a>(
         &'a self,
+        expected: Expected,
         subnet: Subnet,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
     ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        let absent = Compare::version(self.key(subnet), CompareOp::Equal, 0);
-        Box::pin(self.put_if("create a lease", absent, subnet, attrs, lifetime))
-    }
-
-    fn update<'a>(
-        &'a self,
-        subnet: Subnet,
-        revision: u64,
-        attrs: &'a LeaseAttrs,
-        lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        let unchanged = unchanged(self.key(subnet), revision);
-        Box::pin(self.put_if("renew a lease", unchanged, subnet, attrs, lifetime))
+        Box::pin(self.put_if(expected, subnet, attrs, lifetime))
     }
 
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>> {

@@ -273,6 +273,33 @@ pub enum Lifetime {
     Forever,
 }
 
+/// What must stand at a key for a write to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Nothing: the write makes an entry.
+    Nothing,
+    /// The entry with this revision: the write replaces it.
+    Revision(u64),
+}
+
+impl Expected {
+    /// Whether an entry of this revision, if any, is what is expected.
+    pub fn is(self, found: Option<u64>) -> bool {
+        match self {
+            Self::Nothing => found.is_none(),
+            Self::Revision(revision) => found == Some(revision),
+        }
+    }
+
+    /// What such a write does, for errors.
+    fn doing(self) -> &'static str {
+        match self {
+            Self::Nothing => "create a lease",
+            Self::Revision(_) => "renew a lease",
+        }
+    }
+}
+
 /// One network's key space: a config text and lease entries with revisions.
 ///
 /// Every change has a revision of its own, higher than all before. Failing operations change nothing, except that
@@ -300,13 +327,24 @@ pub trait Registry: Send + Sync {
         self.get(subnet)
     }
 
+    /// Writes the entry of `subnet` if there is what is `expected`; `None` if there is not.
+    fn put<'a>(
+        &'a self,
+        expected: Expected,
+        subnet: Subnet,
+        attrs: &'a LeaseAttrs,
+        lifetime: Lifetime,
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+
     /// Creates an entry unless there is one already; `None` if there is.
     fn create<'a>(
         &'a self,
         subnet: Subnet,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
+        self.put(Expected::Nothing, subnet, attrs, lifetime)
+    }
 
     /// Replaces the entry of `subnet` if it still has `revision`; `None` if it has not.
     fn update<'a>(
@@ -315,7 +353,9 @@ pub trait Registry: Send + Sync {
         revision: u64,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
+        self.put(Expected::Revision(revision), subnet, attrs, lifetime)
+    }
 
     /// Deletes the entry of `subnet` if it still has `revision`; tells whether it had.
     fn delete(&self, subnet: Subnet, revision: u64) -> BoxFuture<'_, Result<bool, StoreError>>;

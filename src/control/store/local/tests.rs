@@ -5,6 +5,7 @@ use futures_util::stream;
 use tokio::time::Instant;
 
 use super::*;
+use crate::control::store::Expected;
 use crate::control::{Control, ControlOptions};
 
 const SINGLE: &str = r#"{"Network":"10.0.0.0/16"}"#;
@@ -41,7 +42,7 @@ impl Keys {
         }
     }
 
-    fn put(&self, subnet: Subnet, attrs: &LeaseAttrs, lifetime: Lifetime, readable: bool) -> Entry {
+    fn put_now(&self, subnet: Subnet, attrs: &LeaseAttrs, lifetime: Lifetime, readable: bool) -> Entry {
         let mut revision = self.revision.lock().unwrap();
         *revision += 1;
         let mut entries = self.entries.lock().unwrap();
@@ -65,7 +66,7 @@ impl Keys {
 
     /// Somebody writes nonsense over a key, or makes one.
     fn spoil(&self, subnet: Subnet) {
-        self.put(subnet, &LeaseAttrs::of_nobody(), Lifetime::Forever, false);
+        self.put_now(subnet, &LeaseAttrs::of_nobody(), Lifetime::Forever, false);
     }
 
     fn entry(&self, subnet: Subnet) -> Option<Entry> {
@@ -86,37 +87,31 @@ impl Registry for Keys {
         Box::pin(async { Ok(self.entries.lock().unwrap().values().cloned().collect()) })
     }
 
-    fn create<'a>(
+    fn put<'a>(
         &'a self,
+        expected: Expected,
         subnet: Subnet,
         attrs: &'a LeaseAttrs,
         lifetime: Lifetime,
     ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
         Box::pin(async move {
-            if let Some(faster) = self.faster.lock().unwrap().take() {
-                self.put(faster(subnet), &node(99), Lifetime::Ttl, true);
+            let faster = match expected {
+                Expected::Nothing => self.faster.lock().unwrap().take(),
+                Expected::Revision(_) => None,
+            };
+            if let Some(faster) = faster {
+                self.put_now(faster(subnet), &node(99), Lifetime::Ttl, true);
             }
-            *self.creates.lock().unwrap() += 1;
-            let mut races = self.races.lock().unwrap();
-            if *races > 0 {
-                *races -= 1;
-                self.put(subnet, &node(99), Lifetime::Ttl, true);
+            if expected == Expected::Nothing {
+                *self.creates.lock().unwrap() += 1;
+                let mut races = self.races.lock().unwrap();
+                if *races > 0 {
+                    *races -= 1;
+                    self.put_now(subnet, &node(99), Lifetime::Ttl, true);
+                }
             }
-            let free = self.entry(subnet).is_none();
-            Ok(free.then(|| self.put(subnet, attrs, lifetime, true)))
-        })
-    }
-
-    fn update<'a>(
-        &'a self,
-        subnet: Subnet,
-        revision: u64,
-        attrs: &'a LeaseAttrs,
-        lifetime: Lifetime,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
-        Box::pin(async move {
-            let unchanged = self.entry(subnet).is_some_and(|entry| entry.revision == revision);
-            Ok(unchanged.then(|| self.put(subnet, attrs, lifetime, true)))
+            let as_expected = expected.is(self.entry(subnet).map(|entry| entry.revision));
+            Ok(as_expected.then(|| self.put_now(subnet, attrs, lifetime, true)))
         })
     }
 

@@ -1,34 +1,24 @@
-//! Two hosts with one public address behind Kersey servers, over either kind of store: B3 of the list of upstream bugs, without etcd between
-//! the nodes.
-
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "a test says what went wrong by panicking"
-)]
-
-mod etcd_server;
+//! Behind Kersey servers, over either kind of store: without etcd between the nodes.
 
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_server::Etcd;
 use futures_util::StreamExt;
 use kersey::control::identity::Holder;
-use kersey::control::store::remote::{ERROR_HEADER, NODE_HEADER, NodeHeader};
+use kersey::control::store::remote::{ERROR_HEADER, NODE_HEADER};
 use kersey::control::store::{EmbeddedStore, LEASE_TTL, RemoteStore, Store, StoreError, leases};
 use kersey::control::{Control, ControlOptions};
-use kersey::lease::{Lease, LeaseAttrs};
+use kersey::lease::Lease;
 use kersey::server;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
-/// What Vagrant gives every machine.
-const VAGRANT: &str = "10.0.2.15";
+use crate::VAGRANT;
+use crate::etcd_server::nodes::{CONFIG, holder, node_at};
+use crate::etcd_server::{self, Etcd};
 
 #[tokio::test]
 async fn the_second_client_of_a_server_with_an_address_gets_no_lease_and_an_error_that_names_both() {
@@ -36,12 +26,12 @@ async fn the_second_client_of_a_server_with_an_address_gets_no_lease_and_an_erro
         let server = Server::start(store).await;
         let (one, two) = (server.client(), server.client());
         let lease = one
-            .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+            .acquire_as(&holder("alpha"), &node_at(VAGRANT), None)
             .await
             .unwrap();
         let before = list(&*server.store).await;
         let error = two
-            .acquire_as(&holder("beta"), &node(VAGRANT), None)
+            .acquire_as(&holder("beta"), &node_at(VAGRANT), None)
             .await
             .unwrap_err();
         assert!(
@@ -73,18 +63,18 @@ async fn the_second_client_of_a_server_with_an_address_gets_no_lease_and_an_erro
             ..rebooted.clone()
         };
         for who in [holder("alpha"), rebooted, made_anew] {
-            let again = server.client().acquire_as(&who, &node(VAGRANT), None).await;
+            let again = server.client().acquire_as(&who, &node_at(VAGRANT), None).await;
             assert_eq!(again.unwrap().subnet, lease.subnet, "{kind}: {who:?}");
         }
         // With an address of its own the second is welcome.
         let other = two
-            .acquire_as(&holder("beta"), &node("192.0.2.2"), None)
+            .acquire_as(&holder("beta"), &node_at("192.0.2.2"), None)
             .await
             .unwrap();
         assert_ne!(other.subnet, lease.subnet);
         // It cannot move to the address either.
         let moved = Lease {
-            attrs: node(VAGRANT),
+            attrs: node_at(VAGRANT),
             ..other.clone()
         };
         let error = two
@@ -105,7 +95,7 @@ async fn of_clients_that_start_together_one_gets_the_address() {
         for round in 1..=10 {
             let address = format!("192.0.2.{round}");
             let claims = (0..4).map(|i| {
-                let (client, attrs) = (server.client(), node(&address));
+                let (client, attrs) = (server.client(), node_at(&address));
                 tokio::spawn(async move {
                     let who = holder(&format!("host-{i}-of-round-{round}"));
                     client.acquire_as(&who, &attrs, None).await.is_ok()
@@ -131,17 +121,17 @@ async fn a_client_counts_as_alive_while_it_polls_and_half_a_minute_after() {
         let (alpha, beta) = (start("alpha", &server), start("beta", &server));
         let (_, mut control) = alpha;
         let config = control.network_config().await;
-        let lease = control.acquire(&node(VAGRANT), &config).await;
+        let lease = control.acquire(&node_at(VAGRANT), &config).await;
         let (publish, published) = control.channels(&config, &lease);
         let maintain = tokio::spawn(control.maintain(publish));
         let mut health = published.health.clone();
         health.wait_for(|health| health.connected).await.unwrap();
         let (client, mut waiting) = beta;
         let config = waiting.network_config().await;
-        let waiting = tokio::spawn(async move { waiting.acquire(&node(VAGRANT), &config).await });
+        let waiting = tokio::spawn(async move { waiting.acquire(&node_at(VAGRANT), &config).await });
         sleep(Duration::from_secs(5)).await;
         assert!(!waiting.is_finished(), "{kind}");
-        let error = client.acquire_as(&holder("beta"), &node(VAGRANT), None).await;
+        let error = client.acquire_as(&holder("beta"), &node_at(VAGRANT), None).await;
         assert!(
             matches!(error, Err(StoreError::AddressTaken { .. })),
             "{kind}: {error:?}"
@@ -173,13 +163,13 @@ async fn servers_over_one_etcd_agree_on_who_has_an_address_while_its_node_change
     let both = vec![first.address.parse().unwrap(), second.address.parse().unwrap()];
     let alpha = RemoteStore::new(both);
     alpha
-        .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+        .acquire_as(&holder("alpha"), &node_at(VAGRANT), None)
         .await
         .unwrap();
     let refused = async |by: &Server| {
         let error = by
             .client()
-            .acquire_as(&holder("beta"), &node(VAGRANT), None)
+            .acquire_as(&holder("beta"), &node_at(VAGRANT), None)
             .await;
         assert!(matches!(error, Err(StoreError::AddressTaken { .. })), "{error:?}");
     };
@@ -188,7 +178,7 @@ async fn servers_over_one_etcd_agree_on_who_has_an_address_while_its_node_change
     // And on what nodes of etcd itself say.
     let error = etcd
         .store()
-        .acquire_as(&holder("beta"), &node(VAGRANT), None)
+        .acquire_as(&holder("beta"), &node_at(VAGRANT), None)
         .await;
     assert!(matches!(error, Err(StoreError::AddressTaken { .. })), "{error:?}");
     // The first server dies. The node only goes on watching, by the second, which keeps its address from then on.
@@ -216,7 +206,7 @@ async fn a_forged_claim_takes_nothing_from_anybody() {
         let server = Server::start(store).await;
         let alpha = server.client();
         let lease = alpha
-            .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+            .acquire_as(&holder("alpha"), &node_at(VAGRANT), None)
             .await
             .unwrap();
         let before = list(&*server.store).await;
@@ -275,7 +265,11 @@ async fn a_forged_claim_takes_nothing_from_anybody() {
         alpha.renew_as(&alphas, &lease).await.unwrap();
         // Who says nothing, as a flannel, is served as ever, but does not get what a live node has.
         for error in [
-            server.client().acquire(&node(VAGRANT), None).await.unwrap_err(),
+            server
+                .client()
+                .acquire(&node_at(VAGRANT), None)
+                .await
+                .unwrap_err(),
             server.client().renew(&lease).await.unwrap_err(),
         ] {
             assert!(
@@ -283,7 +277,11 @@ async fn a_forged_claim_takes_nothing_from_anybody() {
                 "{kind}: {error}"
             );
         }
-        let flannels = server.client().acquire(&node("192.0.2.7"), None).await.unwrap();
+        let flannels = server
+            .client()
+            .acquire(&node_at("192.0.2.7"), None)
+            .await
+            .unwrap();
         server.client().renew(&flannels).await.unwrap();
     }
 }
@@ -385,17 +383,4 @@ fn lease_text(lease: &Lease) -> String {
         lease.subnet.v4,
         lease.attrs.to_json()
     )
-}
-
-/// A host; its number is made of its name.
-fn holder(host: &str) -> Holder {
-    let digits: String = host.bytes().map(|byte| format!("{byte:02x}")).collect();
-    let node: NodeHeader = format!("192.0.2.1 {digits:0<32.32} boot-of-{host} {host}")
-        .parse()
-        .unwrap();
-    node.holder
-}
-
-fn node(ip: &str) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap()
 }

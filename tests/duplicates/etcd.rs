@@ -1,27 +1,16 @@
-//! Two hosts with one public address, over a real etcd: B3 and B4 of the list of upstream bugs.
+//! Over a real etcd.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "a test says what went wrong by panicking"
-)]
-
-mod etcd_server;
-
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{LeaseTimeToLiveOptions, PutOptions};
-use etcd_server::{Etcd, PREFIX};
+use kersey::control::ControlOptions;
 use kersey::control::identity::Holder;
 use kersey::control::store::{Store, StoreError};
-use kersey::control::{Control, ControlOptions};
-use kersey::lease::LeaseAttrs;
 use tokio::time::{sleep, timeout};
 
-const CONFIG: &str = r#"{"Network":"10.0.0.0/16"}"#;
-/// What Vagrant gives every machine.
-const VAGRANT: &str = "10.0.2.15";
+use crate::VAGRANT;
+use crate::etcd_server::nodes::{CONFIG, Node, fresh, holder, node, node_at};
+use crate::etcd_server::{self, Etcd, PREFIX};
 
 #[tokio::test]
 async fn the_second_host_with_an_address_gets_no_lease_and_an_error_that_names_both() {
@@ -31,12 +20,12 @@ async fn the_second_host_with_an_address_gets_no_lease_and_an_error_that_names_b
     etcd.put("config", CONFIG).await;
     let (one, two) = (etcd.store(), etcd.store());
     let lease = one
-        .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+        .acquire_as(&holder("alpha"), &node_at(VAGRANT), None)
         .await
         .unwrap();
     let before = etcd.dump().await;
     let error = two
-        .acquire_as(&holder("beta"), &node(VAGRANT), None)
+        .acquire_as(&holder("beta"), &node_at(VAGRANT), None)
         .await
         .unwrap_err();
     assert!(matches!(error, StoreError::AddressTaken { .. }), "{error}");
@@ -52,15 +41,12 @@ async fn the_second_host_with_an_address_gets_no_lease_and_an_error_that_names_b
     drop(one);
     let again = etcd
         .store()
-        .acquire_as(&holder("alpha"), &node(VAGRANT), None)
+        .acquire_as(&holder("alpha"), &node_at(VAGRANT), None)
         .await
         .unwrap();
     assert_eq!(again.subnet, lease.subnet);
     // With an address of its own the second is welcome.
-    let other = two
-        .acquire_as(&holder("beta"), &node("192.0.2.2"), None)
-        .await
-        .unwrap();
+    let other = two.acquire_as(&holder("beta"), &node(2), None).await.unwrap();
     assert_ne!(other.subnet, lease.subnet);
 }
 
@@ -73,9 +59,9 @@ async fn of_hosts_that_start_together_one_gets_the_address() {
     for round in 0..10 {
         let address = format!("192.0.2.{}", round + 1);
         let claims = (0..4).map(|i| {
-            let (store, attrs) = (etcd.store(), node(&address));
+            let (store, attrs) = (etcd.store(), node_at(&address));
             tokio::spawn(async move {
-                let who = holder(&format!("host {i} of round {round}"));
+                let who = holder(&format!("host-{i}-of-round-{round}"));
                 let got = store.acquire_as(&who, &attrs, None).await;
                 (got, store)
             })
@@ -108,23 +94,16 @@ async fn a_host_back_from_a_long_pause_does_not_take_its_lease_from_the_new_owne
     };
     etcd.put("config", CONFIG).await;
     let (old, new) = (etcd.store(), etcd.store());
-    let lease = old
-        .acquire_as(&holder("old"), &node("192.0.2.1"), None)
-        .await
-        .unwrap();
+    let lease = old.acquire_as(&holder("old"), &node(1), None).await.unwrap();
     // Its sign of life runs out, and the machine that replaces it takes over.
     etcd.delete("kersey/nodes/192.0.2.1").await;
-    let mut attrs = node("192.0.2.1");
+    let mut attrs = node(1);
     attrs.backend_data = Some(r#"{"VtepMAC":"02:00:00:00:00:02"}"#.to_owned());
     let taken = new.acquire_as(&holder("new"), &attrs, None).await.unwrap();
     assert_eq!(taken.subnet, lease.subnet);
     let error = old.renew_as(&holder("old"), &lease).await.unwrap_err();
     assert!(error.to_string().contains("\"new\""), "{error}");
-    assert!(
-        old.acquire_as(&holder("old"), &node("192.0.2.1"), None)
-            .await
-            .is_err()
-    );
+    assert!(old.acquire_as(&holder("old"), &node(1), None).await.is_err());
     assert_eq!(value(&etcd, &lease.subnet.to_string()).await, attrs.to_json());
 }
 
@@ -136,10 +115,7 @@ async fn nothing_new_is_written_where_flanneld_reads() {
     };
     etcd.put("config", CONFIG).await;
     let store = etcd.store();
-    let lease = store
-        .acquire_as(&holder("alpha"), &node("192.0.2.1"), None)
-        .await
-        .unwrap();
+    let lease = store.acquire_as(&holder("alpha"), &node(1), None).await.unwrap();
     let dump = etcd.dump().await;
     let keys: Vec<_> = dump
         .iter()
@@ -153,7 +129,7 @@ async fn nothing_new_is_written_where_flanneld_reads() {
             &format!("/subnets/{}", lease.subnet)
         ]
     );
-    assert_eq!(dump[2].1, node("192.0.2.1").to_json());
+    assert_eq!(dump[2].1, node(1).to_json());
 }
 
 #[tokio::test]
@@ -163,10 +139,7 @@ async fn the_sign_of_life_is_kept_up_and_made_anew_after_etcd_forgot_it() {
     };
     etcd.put("config", CONFIG).await;
     let store = etcd.store();
-    store
-        .acquire_as(&holder("alpha"), &node("192.0.2.1"), None)
-        .await
-        .unwrap();
+    store.acquire_as(&holder("alpha"), &node(1), None).await.unwrap();
     sleep(Duration::from_secs(13)).await;
     let id = etcd
         .dump()
@@ -204,19 +177,14 @@ async fn a_lease_that_somebody_changes_is_put_right_but_not_for_ever() {
         return;
     };
     etcd.put("config", CONFIG).await;
-    let store = Arc::new(etcd.store());
     let options = ControlOptions {
-        subnet_file: "/nonexistent/subnet.env".into(),
         holder: Some(holder("alpha")),
-        ..ControlOptions::default()
+        ..fresh()
     };
-    let mut control = Control::new(store, options);
-    let config = control.network_config().await;
-    let lease = control.acquire(&node("192.0.2.1"), &config).await;
-    let (publish, published) = control.channels(&config, &lease);
-    let maintain = tokio::spawn(control.maintain(publish));
-    let (key, ours) = (lease.subnet.to_string(), node("192.0.2.1").to_json());
-    let mut health = published.health.clone();
+    let running = Node::start(etcd.options(), 1, options).await;
+    let lease = running.lease.clone();
+    let (key, ours) = (lease.subnet.to_string(), node(1).to_json());
+    let mut health = running.published.health.clone();
     health.wait_for(|health| health.connected).await.unwrap();
     sleep(Duration::from_secs(1)).await;
     let theirs = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
@@ -234,8 +202,11 @@ async fn a_lease_that_somebody_changes_is_put_right_but_not_for_ever() {
     flannel_puts(&etcd, &key, theirs).await;
     sleep(Duration::from_secs(2)).await;
     assert_eq!(value(&etcd, &key).await, theirs);
-    assert_eq!(published.lease.borrow().subnet, lease.subnet, "the node moved");
-    maintain.abort();
+    assert_eq!(
+        running.published.lease.borrow().subnet,
+        lease.subnet,
+        "the node moved"
+    );
 }
 
 /// F10 and F15: after a restart a look is enough, if nothing is left to doubt. It writes nothing, so it waits for no disk.
@@ -245,7 +216,7 @@ async fn a_look_confirms_a_lease_without_a_write_while_its_host_is_known_and_it_
         return;
     };
     etcd.put("config", CONFIG).await;
-    let (alpha, attrs) = (holder("alpha"), node(VAGRANT));
+    let (alpha, attrs) = (holder("alpha"), node_at(VAGRANT));
     let first = etcd.store();
     let lease = first.acquire_as(&alpha, &attrs, None).await.unwrap();
     drop(first);
@@ -326,16 +297,4 @@ async fn value(etcd: &Etcd, subnet: &str) -> String {
     let key = format!("{PREFIX}/subnets/{subnet}");
     let found = etcd.dump().await.into_iter().find(|(found, ..)| *found == key);
     found.map(|(_, value, _)| value).unwrap_or_default()
-}
-
-fn holder(host: &str) -> Holder {
-    Holder {
-        id: format!("id of {host}"),
-        host: host.to_owned(),
-        boot: "boot".to_owned(),
-    }
-}
-
-fn node(ip: &str) -> LeaseAttrs {
-    LeaseAttrs::from_json(format!("{{\"PublicIP\":\"{ip}\"}}").as_bytes()).unwrap()
 }
