@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use etcd_client::PutOptions;
 use etcd_server::nodes::{CONFIG, Node, fresh, node, subnet, wait};
+use etcd_server::proxy::Proxy;
 use etcd_server::{Etcd, PREFIX};
 use futures_util::stream::StreamExt;
 use kersey::control::ControlOptions;
@@ -466,17 +467,41 @@ async fn an_outage_longer_than_the_lease_keeps_the_subnet() {
         return;
     };
     etcd.put("config", CONFIG).await;
-    let running = start_node(&etcd, 1, Some(Duration::from_secs(2))).await;
+    let proxy = Proxy::before(etcd.port()).await;
+    let options = EtcdOptions {
+        endpoints: vec![format!("http://127.0.0.1:{}", proxy.port)],
+        ttl: Duration::from_secs(2),
+        ..etcd.options()
+    };
+    let running = Node::start(options, 1, fresh()).await;
     let own = running.lease.subnet;
-    // Longer than several lease times: renewals keep it, at the same place.
-    let renewed = running.published.lease.clone();
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    let first = made_at(&etcd, own).await;
+    assert!(first.is_some());
+    // Longer than several lease times: renewals keep it, and it never went.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(made_at(&etcd, own).await, first);
+    // Then none gets through for as long as it takes the lease to end.
+    proxy.silence_all();
+    let gone = async {
+        while made_at(&etcd, own).await.is_some() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), gone)
+        .await
+        .expect("the lease ends");
+    proxy.heal();
     wait_key(&etcd, own, &node(1)).await;
-    etcd.signal(Signal::SIGSTOP);
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    etcd.signal(Signal::SIGCONT);
-    wait_key(&etcd, own, &node(1)).await;
-    assert_eq!(renewed.borrow().subnet, own);
+    assert!(made_at(&etcd, own).await > first, "the key is another");
+    assert_eq!(running.published.lease.borrow().subnet, own);
+    assert!(!running.maintain.is_finished());
+}
+
+/// The revision that made the key of a lease, if there is one.
+async fn made_at(etcd: &Etcd, subnet: Subnet) -> Option<i64> {
+    let key = format!("{PREFIX}/subnets/{subnet}");
+    let answer = etcd.client().await.get(key, None).await.unwrap();
+    answer.kvs().first().map(etcd_client::KeyValue::create_revision)
 }
 
 #[tokio::test]

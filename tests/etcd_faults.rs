@@ -418,10 +418,20 @@ async fn a_node_leaves_no_etcd_leases_behind_and_asks_for_no_ones_end() {
         client.lease_time_to_live(id, None).await.unwrap().granted_ttl(),
         600
     );
-    let asked = etcd.requests("LeaseTimeToLive");
     let store = EtcdStore::connect(ttl).unwrap();
-    store.watch(None).next().await.unwrap().unwrap();
-    assert_eq!(etcd.requests("LeaseTimeToLive"), asked);
+    store.config().await.unwrap();
+    let asked = || (etcd.requests("Range"), etcd.requests("LeaseTimeToLive"));
+    let before = asked();
+    let item = store.watch(None).next().await.unwrap().unwrap();
+    let LeaseUpdate::Snapshot(listed) = item.update else {
+        panic!("{item:?}")
+    };
+    assert_eq!(listed.len(), 101);
+    assert_eq!(
+        asked(),
+        (before.0 + 1, before.1),
+        "a hundred and one leases by one request"
+    );
     // A key that shares an etcd lease with others is moved without harm to them.
     let shared = client.lease_grant(600, None).await.unwrap().id();
     let options = Some(etcd_client::PutOptions::new().with_lease(shared));

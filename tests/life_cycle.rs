@@ -36,6 +36,22 @@ async fn a_lease_is_renewed_an_hour_before_it_ends() {
     assert_eq!(fake.script().renewals, 2);
 }
 
+/// B11.
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_by_the_margin_before_it_ends() {
+    let minute = Duration::from_secs(60);
+    let fake = Fake::new();
+    let options = ControlOptions {
+        renew_margin: minute * 10,
+        ..options(None)
+    };
+    let _node = start(&fake, options).await;
+    sleep(HOUR * 24 - minute * 11).await;
+    assert_eq!(fake.script().renewals, 0);
+    sleep(minute * 2).await;
+    assert_eq!(fake.script().renewals, 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_failed_renewal_is_tried_again_for_ever_with_pauses() {
     let fake = Fake::new();

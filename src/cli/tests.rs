@@ -27,6 +27,22 @@ fn flanneld_without_flags_is_flannels_defaults() {
 }
 
 #[test]
+fn a_leases_life_and_margin_can_be_set_and_seconds_win_over_minutes() {
+    let lease = |flags: &[&str]| {
+        let lease = run_options(&[&["flanneld"][..], flags].concat(), &[]).lease;
+        (lease.ttl.as_secs(), lease.renew_margin.as_secs())
+    };
+    assert_eq!(lease(&["--subnet-lease-renew-margin=5"]), (86_400, 300));
+    assert_eq!(lease(&["--lease-ttl=60", "--lease-renew-margin=20"]), (60, 20));
+    for flags in [
+        ["--subnet-lease-renew-margin=5", "--lease-renew-margin=90"],
+        ["--lease-renew-margin=90", "--subnet-lease-renew-margin=5"],
+    ] {
+        assert_eq!(lease(&flags), (86_400, 90), "{flags:?}");
+    }
+}
+
+#[test]
 fn single_flags_take_the_last_value_and_iface_accumulates() {
     let options = run_options(
         &[
