@@ -46,6 +46,7 @@ fn without_any_tool_a_node_says_so_once_and_goes_on() {
     std::thread::sleep(Duration::from_millis(2500));
     let log = fs::read_to_string(child.log()).unwrap();
     assert_eq!(log.matches("neither nft nor iptables").count(), 1, "{log}");
+    assert_eq!(log.matches("br_netfilter is not there").count(), 1, "{log}");
     child.stop().unwrap();
 }
 
