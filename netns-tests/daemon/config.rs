@@ -101,6 +101,43 @@ fn a_config_from_after_an_outage_that_cannot_be_run_is_given_up_for_good() {
     assert_eq!(tried(&overlay), 1, "{}", overlay.log(2));
 }
 
+/// One wrong digit in the store must not cut every node off its own link.
+#[test]
+fn a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays() {
+    if !require_etcd("a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays") {
+        return;
+    }
+    let mut overlay = Blueprint::new("conflan", 2).start();
+    let routes = |overlay: &Overlay| {
+        let held = overlay
+            .namespace(2)
+            .netlink(async |netlink| Ok(netlink.routes().await?));
+        let mut held: Vec<String> = held.unwrap().iter().map(|held| format!("{held:?}")).collect();
+        held.sort();
+        held
+    };
+    overlay.terminate(2);
+    let before = routes(&overlay);
+    let has = |what: &str| before.iter().any(|route| route.contains(what));
+    assert!(has("192.0.2.0") && has("0.0.0.0"), "{before:#?}");
+    // The link's own network, and everything there is.
+    for network in ["192.0.2.0/24", "0.0.0.0/0"] {
+        overlay.put("config", &format!(r#"{{"Network":"{network}"}}"#));
+        let told = format!("Network {network}: this host has a route to it already");
+        overlay.restart(2);
+        wait_for("it is told", READY, || overlay.log(2).contains(&told));
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(!overlay.status(2).ready);
+        assert_eq!(routes(&overlay), before, "{network}");
+        overlay.terminate(2);
+        assert_eq!(routes(&overlay), before, "{network}");
+    }
+    overlay.put("config", UDP);
+    overlay.restart(2);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    overlay.ping_all();
+}
+
 /// Waits until node 2 has its peer in its cache.
 fn cached(overlay: &Overlay) {
     wait_for("the cache is written", READY, || {
