@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kersey::lab::interrupt;
 use kersey::lab::topology::INTERFACE;
 use nix::sys::signal::Signal;
 
@@ -119,13 +120,16 @@ fn a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays() {
     overlay.terminate(2);
     let before = routes(&overlay);
     let has = |what: &str| before.iter().any(|route| route.contains(what));
-    assert!(has("192.0.2.0") && has("0.0.0.0"), "{before:#?}");
+    assert!(has("192.0.2.0/24") && has("0.0.0.0/0"), "{before:#?}");
     // The link's own network, and everything there is.
     for network in ["192.0.2.0/24", "0.0.0.0/0"] {
-        overlay.put("config", &format!(r#"{{"Network":"{network}"}}"#));
+        overlay.put("config", format!(r#"{{"Network":"{network}"}}"#));
         let told = format!("Network {network}: this host has a route to it already");
+        // A node that has never run here before.
+        std::fs::remove_dir_all(overlay.file("2.data")).unwrap();
         overlay.restart(2);
-        wait_for("it is told", READY, || overlay.log(2).contains(&told));
+        let heard = interrupt::wait_until(READY, || overlay.log(2).contains(&told));
+        assert!(heard, "{told:?} is not in {}", overlay.log(2));
         std::thread::sleep(Duration::from_secs(2));
         assert!(!overlay.status(2).ready);
         assert_eq!(routes(&overlay), before, "{network}");

@@ -214,10 +214,12 @@ struct RouteTaken {
     route: Route,
 }
 
-/// Somebody else's route to where `route` leads, whatever its metric.
+/// Somebody else's route to where `route` leads, whatever its metric. A default route is nobody's to replace.
 fn foreign<'a>(held: &'a [HeldRoute], route: &Route) -> Option<&'a Route> {
+    let default = route.destination.len() == 0;
     held.iter()
-        .find(|held| held.owner != RouteOwner::Kersey && held.route.destination == route.destination)
+        .filter(|held| held.route.destination == route.destination && held.route.index != route.index)
+        .find(|held| held.owner != RouteOwner::Kersey || default)
         .map(|held| &held.route)
 }
 
@@ -328,5 +330,9 @@ mod tests {
             let all = [held(RouteOwner::Kersey, network), held(owner, network)];
             assert_eq!(foreign(&all, &wanted), Some(&Route::direct(network, 2)));
         }
+        let all: Prefix = Prefix::V4("0.0.0.0/0".parse().unwrap());
+        let everywhere = [held(RouteOwner::Kersey, all)];
+        assert!(foreign(&everywhere, &Route::direct(all, 9)).is_some());
+        assert_eq!(foreign(&everywhere, &Route::direct(all, 2)), None);
     }
 }
