@@ -35,6 +35,7 @@ mod supervisor;
 pub(crate) mod switches;
 mod underlay_watch;
 mod watchdog;
+mod ways;
 mod withdraw;
 
 use std::process::ExitCode;

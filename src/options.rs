@@ -332,6 +332,8 @@ pub struct PacketPathOptions {
     pub source_ports: Option<NonZeroU16>,
     /// How SRv6 packets come and go.
     pub srv6_io: Srv6Io,
+    /// How they leave, where they come by raw sockets.
+    pub srv6_send: Srv6Send,
 }
 
 /// How SRv6 packets come and go.
@@ -344,6 +346,18 @@ pub enum Srv6Io {
     Raw,
     /// By a TUN device the locators are routed to; the kernel forwards.
     Tun,
+}
+
+/// How SRv6 packets leave, where they come by raw sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Srv6Send {
+    /// As is best for most: by raw sockets.
+    #[default]
+    Auto,
+    /// By raw sockets.
+    Raw,
+    /// By a packet socket where link and neighbour are known, past the kernel's routing and its OUTPUT rules.
+    Packet,
 }
 
 /// How inbound packets are checked against the leases.

@@ -427,7 +427,7 @@ fn blueprint(tag: &str, nodes: usize, settings: serde_json::Value) -> Blueprint 
 }
 
 /// Starts the blueprint's network with some of its daemons kept from raw sockets.
-fn start_without_raw(blueprint: Blueprint, without: &[usize]) -> Overlay {
+pub(crate) fn start_without_raw(blueprint: Blueprint, without: &[usize]) -> Overlay {
     let daemons = blueprint.daemons;
     let mut overlay = blueprint.build();
     for nth in 1..=daemons {

@@ -30,6 +30,7 @@ mod mixed;
 #[path = "../daemon/overlay.rs"]
 mod overlay;
 mod proof;
+mod send;
 #[path = "../support/mod.rs"]
 mod support;
 mod underlays;

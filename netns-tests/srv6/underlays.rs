@@ -22,7 +22,7 @@ use crate::support::pod::Pod;
 use crate::support::require_etcd;
 
 /// What the link in the middle carries.
-const NARROW: u16 = 1400;
+pub(crate) const NARROW: u16 = 1400;
 /// Bytes of a transfer.
 const TRANSFER: u64 = 4 << 20;
 
@@ -218,8 +218,15 @@ fn routed(mode: &str) -> Overlay {
 
 /// The same with so many daemons, the others on the link of node 1, and with paths; node 3's locator is fd00:5:0:e000::/64.
 fn routed_with(mode: &str, daemons: usize, paths: Value) -> Overlay {
+    routed_by(mode, daemons, paths, &[])
+}
+
+/// The same with further flags of the daemons.
+pub(crate) fn routed_by(mode: &str, daemons: usize, paths: Value, flags: &[&str]) -> Overlay {
     let last = daemons + 1;
-    let mut blueprint = Blueprint::new(&format!("s6rt{}{daemons}", &mode[..1]), last);
+    let tag = format!("s6rt{}{daemons}{}", &mode[..1], flags.len());
+    let mut blueprint = Blueprint::new(&tag, last);
+    blueprint.flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     blueprint.daemons = daemons;
     let settings = json!({ "Mode": mode, "Block": "fd00:5::/48", "LocatorLen": 64, "Paths": paths });
     blueprint.network = network(settings, true);

@@ -17,7 +17,7 @@ use crate::addr::{Ipv6Prefix, NetworkName, NetworkNameError};
 use crate::options::{
     IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, NetworkChoice, NodeSid, Offload, OuterDf,
     PacketPathOptions, RemoteOptions, RunOptions, ServeOptions, ServerAddress, ServerOptions, Srv6Io,
-    Srv6Options, StoreKind, ThreadLayout,
+    Srv6Options, Srv6Send, StoreKind, ThreadLayout,
 };
 
 /// Run the daemon: hold a lease, carry the overlay's packets (flanneld's job)
@@ -258,6 +258,15 @@ struct Srv6Args {
         hide_possible_values = true
     )]
     srv6_io: Srv6Io,
+    /// How packets leave: by raw sockets, or past the kernel's routing and OUTPUT rules by a packet socket, which costs less
+    #[arg(
+        long,
+        value_name = "AUTO|RAW|PACKET",
+        value_enum,
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    srv6_send: Srv6Send,
 }
 
 /// Defines flags as hidden optional texts, and lists those that were given.
@@ -409,6 +418,12 @@ impl RunArgs {
                 "set --lease-renew-margin below --lease-ttl",
             ));
         }
+        if self.srv6.srv6_send == Srv6Send::Packet && self.srv6.srv6_io == Srv6Io::Tun {
+            return Err(UsageError::new(
+                "--srv6-send=packet sends for raw sockets, and --srv6-io=tun does without them",
+                "leave one of the two out",
+            ));
+        }
         let path = self.packet_path;
         Ok(RunOptions {
             data_dir: self.own.data_dir.clone(),
@@ -454,6 +469,7 @@ impl RunArgs {
                 clamp_mss: path.clamp_mss,
                 source_ports: path.source_ports,
                 srv6_io: self.srv6.srv6_io,
+                srv6_send: self.srv6.srv6_send,
             },
             srv6: Srv6Options {
                 locator: self.srv6.srv6_locator,

@@ -12,7 +12,7 @@ use crate::host::folders::{self, FolderError};
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
     FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxChoice, SandboxPart,
-    ServeOptions, ServerAddress, ServerOptions, StoreKind,
+    ServeOptions, ServerAddress, ServerOptions, Srv6Send, StoreKind,
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
@@ -92,6 +92,9 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     }
     plan.write(SWITCHES);
     plan.device(TUN);
+    if options.packet_path.srv6_send == Srv6Send::Packet {
+        plan.packet_sockets();
+    }
     for file in options.srv6.hmac_keys.iter().chain(&options.process.config_file) {
         plan.read_file(file);
     }

@@ -22,7 +22,7 @@
 //! node writes the file again whenever that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -35,7 +35,7 @@ use crate::control::subnet_file::IpMasq;
 use crate::daemon::network::{networks, prefixes};
 use crate::daemon::report::Report;
 use crate::host::firewall::{
-    self, Choice, Firewall, FirewallError, Guard, Look, Masquerade, Mode, Names, OverlayPart, RuleSet,
+    self, Choice, Firewall, FirewallError, Guard, Look, Masquerade, Names, OverlayPart, RuleSet,
 };
 use crate::host::netlink::{Link, LinkAddr, Netlink, NetlinkError};
 use crate::lease::Subnet;
@@ -256,6 +256,7 @@ impl Thread {
             }
             sleep(RETRY).await;
         };
+        tell_of_bridges();
         loop {
             // What was wanted by who has gone is wanted no more.
             if orders.is_closed() {
@@ -352,11 +353,6 @@ impl Thread {
                 tunnel_guard = rules.guard.is_some(),
                 "firewall rules are in place"
             );
-            if look.mode != Mode::Nft && !firewall::sees_bridges() {
-                tracing::info!(
-                    "br_netfilter is not there: packets between pods on one bridge pass no iptables rules, which Kubernetes' services need"
-                );
-            }
         } else if self.made.as_ref() == Some(rules) && !look.amiss.is_empty() {
             tracing::warn!(
                 what = look.amiss.join(", "),
@@ -400,6 +396,20 @@ impl Thread {
                 Some(RETRY)
             }
         }
+    }
+}
+
+/// Says, once a process, that packets between ports of one bridge pass no rules. None of ours are for those; the rules of Kubernetes'
+/// services are, whatever made them, and whatever makes ours.
+fn tell_of_bridges() {
+    static TOLD: Once = Once::new();
+    if !firewall::sees_bridges() {
+        TOLD.call_once(|| {
+            tracing::info!(
+                "br_netfilter is not there: packets between pods on one bridge pass no firewall rules; only Kubernetes' services need that \
+                 (modprobe br_netfilter)"
+            );
+        });
     }
 }
 

@@ -21,7 +21,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::peers::PeerTable;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
-use crate::daemon::succession;
+use crate::daemon::{succession, ways};
 use crate::dataplane::Encap;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
@@ -43,7 +43,9 @@ use crate::options::{self, InnerChecksums, PacketPathOptions, ThreadLayout};
 
 pub(super) use self::device::{Repair, own_locators, repair_device};
 use self::device::{claim_locators, configure_device, route_locators, tidy_device};
-use self::sockets::{Opened, choose_io, make_tun, open_outer, open_underlays, start_endpoint, switch};
+use self::sockets::{
+    Opened, choose_io, choose_send, make_tun, open_outer, open_underlays, start_endpoint, switch,
+};
 
 /// What stays the same for as long as the daemon runs.
 pub(super) struct Setup<'a, B> {
@@ -112,6 +114,10 @@ pub(super) struct DataPlane<B: Backend> {
     pub(super) socket_offloads: Option<SocketOffloads>,
     /// How SRv6 packets come and go, if they do.
     pub(super) srv6_io: Option<SegmentIo>,
+    /// How they leave, if they come by raw sockets.
+    pub(super) srv6_send: Option<SegmentSend>,
+    /// Keeps true where those leave that packet sockets send.
+    ways: Option<ways::Keeper>,
     /// The device's number.
     pub(super) index: u32,
     /// The number of the underlay interface, if what the kernel was told names it by that.
@@ -157,6 +163,28 @@ impl SegmentIo {
         match self {
             Self::Raw => false,
             Self::TunForced | Self::TunInstead => true,
+        }
+    }
+}
+
+/// How SRv6 packets leave that come by raw sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SegmentSend {
+    /// By raw sockets.
+    Raw,
+    /// By packet sockets, and by raw sockets what those do not take.
+    Packet,
+    /// By raw sockets, for packet sockets are refused.
+    RawInstead,
+}
+
+impl SegmentSend {
+    /// As `kersey status` has it.
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Packet => "packet",
+            Self::RawInstead => "raw (packet sockets refused)",
         }
     }
 }
@@ -220,13 +248,14 @@ impl<B: Backend> DataPlane<B> {
         let routes = SharedRoutes::new(RouteTable::new(overlay(setup.config, lease.subnet)));
         let heard = PathMtus::default();
         let Opened {
-            underlays,
+            mut underlays,
             socket_offloads,
             mut others,
         } = match srv6_io {
             Some(io) if io.is_tun() => open_outer(setup, &routes, heard.clone())?,
             Some(_) | None => open_underlays(setup, queue_count, &mut bundle)?,
         };
+        let (srv6_send, ways) = choose_send(setup, srv6_io, &mut underlays);
         let mut held = Bundle::default();
         tun.hold(&mut held)?;
         for (queue, underlay) in underlays.iter().enumerate() {
@@ -292,6 +321,8 @@ impl<B: Backend> DataPlane<B> {
             tun_offloads,
             socket_offloads,
             srv6_io,
+            srv6_send,
+            ways,
             index: 0,
             bound_to: None,
             outer_index,
@@ -315,6 +346,7 @@ impl<B: Backend> DataPlane<B> {
             udp_gso = socket_offloads.map(|offloads| offloads.gso.describe()),
             udp_gro = socket_offloads.map(|offloads| offloads.gro.describe()),
             srv6_io = srv6_io.map(SegmentIo::describe),
+            srv6_send = srv6_send.map(SegmentSend::describe),
             ingress_check = inbound.check.name(),
             backend = setup.backend.name(),
             port = setup.backend.carrier().port(),
@@ -400,7 +432,19 @@ impl<B: Backend> DataPlane<B> {
                 "routes published"
             );
             self.routes.publish(routes);
+            self.want_ways();
         }
+    }
+
+    /// Has ways kept to the peers there are, if any are.
+    fn want_ways(&self) {
+        let Some(ways) = &self.ways else { return };
+        let endpoints = self.peers.values().flat_map(|peer| &peer.endpoints);
+        let destinations = endpoints.filter_map(|endpoint| match endpoint.ip() {
+            IpAddr::V6(to) => Some((to, self.paths.outer_mtu(to.into()))),
+            IpAddr::V4(_) => None,
+        });
+        ways.want(destinations.collect());
     }
 
     /// Puts the routes of a peer in, in place of those it had.
@@ -531,6 +575,7 @@ impl<B: Backend> DataPlane<B> {
         if changed.is_empty() {
             return false;
         }
+        self.want_ways();
         let concerned: Vec<Subnet> = self
             .peers
             .iter()

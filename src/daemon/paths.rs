@@ -86,6 +86,11 @@ impl Paths {
         endpoints.into_iter().filter(changed).collect()
     }
 
+    /// What the path to `endpoint` carries, outer headers included, as far as is known.
+    pub(super) fn outer_mtu(&self, endpoint: IpAddr) -> Mtu {
+        self.narrow.get(&endpoint).copied().unwrap_or(self.link_mtu)
+    }
+
     /// The largest inner packet to `prefix` behind `endpoint`: `whole` is what the link has room for, and `overhead` what is added.
     pub(super) fn inner_mtu(&self, prefix: Prefix, endpoint: IpAddr, overhead: u16, whole: Mtu) -> Mtu {
         let Some(narrow) = self.narrow.get(&endpoint) else {

@@ -236,11 +236,13 @@ impl Report {
         }
         let offloads = offloads.iter().map(|&(name, probed)| (name, probed.describe()));
         let srv6_io = plane.srv6_io.map(|io| ("srv6_io", io.describe()));
+        let srv6_send = plane.srv6_send.map(|send| ("srv6_send", send.describe()));
         self.edit(|parts| {
             parts.fixed.device.queues = plane.queue_count;
             parts.fixed.device.threads = plane.threads();
             parts.fixed.device.offloads = offloads
                 .chain(srv6_io)
+                .chain(srv6_send)
                 .map(|(name, state)| (name.to_owned(), state.to_owned()))
                 .collect();
             parts.peers = plane.peers.clone();

@@ -190,6 +190,12 @@ named! {
         PathTooBig = "path_too_big",
         /// Datagrams the kernel dropped because our receive buffer was full (SO_RXQ_OVFL).
         ReceiveOverflows = "receive_overflows",
+        /// SRv6 packets sent past the kernel's routing, by a packet socket.
+        PacketSends = "packet_sends",
+        /// SRv6 packets sent by a raw socket.
+        RawSends = "raw_sends",
+        /// Runs a packet socket refused and that went by the raw socket.
+        PacketFallbacks = "packet_fallbacks",
         /// Sends that had to wait for room.
         SendWaits = "send_waits",
         /// SRv6 packets sent on towards their next segment or next hop.

@@ -15,6 +15,7 @@ pub mod interface;
 pub mod limits;
 pub mod netlink;
 pub mod outer_tun;
+pub mod packet;
 pub mod probe;
 pub mod pulse;
 pub mod queues;

@@ -7,6 +7,7 @@
 
 mod message;
 mod seg6;
+mod ways;
 
 use std::fmt;
 use std::io;
@@ -35,6 +36,7 @@ use self::message::{
     ip, link, link_addr, local_prefix, v6_tunnel, vxlan_device,
 };
 pub use self::seg6::{Behavior, Seg6Mode, Seg6Route, Sid, set_tunnel_source};
+pub use self::ways::{Neighbour, NextHop, WayChange};
 use crate::addr::{Ipv6Prefix, Prefix};
 
 /// A request to the kernel failed.

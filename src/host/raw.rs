@@ -19,6 +19,7 @@
 //!
 //! Filters sort, they do not judge: all checks are made on what arrives. Sending is `IPPROTO_RAW` with our own outer header: flow label,
 //! hop limit and routing header are ours, route, neighbour and path MTU the kernel's. A packet larger than its path is refused (EMSGSIZE).
+//! With a [`PacketSender`], what it takes leaves by that.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -33,6 +34,7 @@ use crate::dataplane::packet::{PacketBatch, RunLimits, SendPlan};
 use crate::dataplane::stats::{Call, Calls, Count, WorkerStats};
 use crate::dataplane::{SendError, SendFailure, Underlay};
 use crate::host::handover::{Bundle, Kind};
+use crate::host::packet::{self, PacketSender};
 use crate::host::socket::{Place, RECV_BUFFER, SEND_BUFFER, WAIT_MS, WAIT_TRIES, classify};
 use crate::host::sys::{self, MessageTo, RecvScratch, SendScratch};
 use crate::wire::srv6::next_header;
@@ -111,6 +113,8 @@ impl RawError {
 pub struct RawUnderlay {
     recv: Vec<(Socket, u8)>,
     send: Socket,
+    /// Takes what it can of what is sent.
+    packet: Option<PacketSender>,
     recv_scratch: Vec<RecvScratch>,
     send_scratch: SendScratch,
     /// Packets of the last batch were large.
@@ -174,6 +178,7 @@ impl RawUnderlay {
             recv_scratch: recv.iter().map(|_| RecvScratch::default()).collect(),
             recv,
             send,
+            packet: None,
             send_scratch: SendScratch::default(),
             large: true,
             first: 0,
@@ -191,7 +196,16 @@ impl RawUnderlay {
             .iter()
             .map(|(socket, protocol)| Ok((socket.try_clone()?, *protocol)))
             .collect::<io::Result<_>>()?;
-        Ok(Self::of(recv, self.send.try_clone()?))
+        let packet = self.packet.as_ref().map(PacketSender::try_clone).transpose()?;
+        Ok(Self {
+            packet,
+            ..Self::of(recv, self.send.try_clone()?)
+        })
+    }
+
+    /// Has what `sender` takes leave by it from now on.
+    pub fn send_by(&mut self, sender: PacketSender) {
+        self.packet = Some(sender);
     }
 
     /// What to wait for before receiving.
@@ -339,10 +353,24 @@ impl Underlay for RawUnderlay {
         failures: &mut Vec<SendFailure>,
     ) -> io::Result<()> {
         let (mut at, mut waits) = (Place { run: 0, segment: 0 }, 0);
-        while let Some(run) = plan.runs().get(at.run) {
+        if let Some(packet) = &mut self.packet {
+            packet.begin(packet::now());
+        }
+        while let Some(mut run) = plan.runs().get(at.run) {
+            if let Some(packet) = &mut self.packet {
+                at = packet.send(plan, batch, at, stats)?;
+                match plan.runs().get(at.run) {
+                    Some(left) => run = left,
+                    None => break,
+                }
+            }
             let mut next = at;
+            let packet = &mut self.packet;
             let messages = std::iter::from_fn(|| {
                 let run = plan.runs().get(next.run)?;
+                if packet.as_mut().is_some_and(|packet| packet.takes(next.run, run)) {
+                    return None;
+                }
                 let segment = next.segment;
                 next = next.after(run, 1);
                 let message = MessageTo::plain(portless(run.to));
@@ -351,6 +379,7 @@ impl Underlay for RawUnderlay {
             stats.called(Call::Sendmmsg);
             let error = match sys::send_messages(self.send.as_fd(), messages, &mut self.send_scratch) {
                 Ok(sent) => {
+                    stats.count(Count::RawSends, sent as u64);
                     for _ in 0..sent.max(1) {
                         let Some(run) = plan.runs().get(at.run) else { break };
                         at = at.after(run, 1);

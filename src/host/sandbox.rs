@@ -100,6 +100,17 @@ pub struct Plan {
     reads: BTreeSet<PathBuf>,
     writes: BTreeSet<PathBuf>,
     devices: BTreeSet<PathBuf>,
+    sockets: Sockets,
+}
+
+/// Which sockets may be opened besides those of every node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Sockets {
+    /// None.
+    #[default]
+    Plain,
+    /// Packet sockets that send.
+    Packet,
 }
 
 /// Folders that hold more than one program's files: a file in one of them does not open it.
@@ -144,6 +155,11 @@ impl Plan {
     /// Lets files below folder `path` be read, written, made and removed.
     pub fn write(&mut self, path: impl Into<PathBuf>) {
         self.writes.insert(path.into());
+    }
+
+    /// Lets packet sockets be opened, of no protocol: they send.
+    pub fn packet_sockets(&mut self) {
+        self.sockets = Sockets::Packet;
     }
 
     /// Lets a device be used.
@@ -223,7 +239,7 @@ pub fn enter(plan: &Plan) -> Result<(), SandboxError> {
     };
     state.tell(Part::Landlock, landlock);
     let seccomp = if wanted(Part::Seccomp) {
-        syscalls::filter_process()?
+        syscalls::filter_process(plan.sockets)?
     } else {
         Probed::Forced
     };

@@ -23,7 +23,7 @@ mod wait;
 pub use descriptor::{adopt, duplicate, is_same_open_file, receive_descriptors};
 pub use escape::{Escape, attempt};
 pub use memory::{advise_huge_pages, map_large_blocks};
-pub use message::{MessageTo, RecvScratch, SendScratch, recv_datagrams, send_messages};
+pub use message::{LinkTo, MessageTo, Outgoing, RecvScratch, SendScratch, recv_datagrams, send_messages};
 pub use option::{
     BPF_INTERFACE, BPF_NET_OFFSET, BpfInstruction, IPV6_FLOWINFO, attach_filter, option, set_option,
 };

@@ -10,6 +10,7 @@ use crate::dataplane::stats::WorkerStats;
 use crate::dataplane::{SendFailure, Underlay};
 use crate::host::handover::Bundle;
 use crate::host::outer_tun::OuterTun;
+use crate::host::packet::PacketSender;
 use crate::host::raw::RawUnderlay;
 use crate::host::sandbox::Role;
 use crate::host::socket::UdpUnderlay;
@@ -34,6 +35,14 @@ impl AnyUnderlay {
             Self::Udp(underlay) => underlay.try_clone().map(Self::Udp),
             Self::Raw(underlay) => underlay.try_clone().map(Self::Raw),
             Self::Tun(underlay) => underlay.try_clone().map(Self::Tun),
+        }
+    }
+
+    /// Has what `sender` takes leave by it from now on, if this is a raw underlay.
+    pub fn send_by(&mut self, sender: PacketSender) {
+        match self {
+            Self::Raw(underlay) => underlay.send_by(sender),
+            Self::Udp(_) | Self::Tun(_) => {}
         }
     }
 

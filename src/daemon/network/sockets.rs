@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{SegmentIo, Setup};
+use super::{SegmentIo, SegmentSend, Setup};
 use crate::addr::Vni;
 use crate::backend::{Backend, Carrier};
-use crate::daemon::{ports, succession};
+use crate::daemon::{ports, succession, ways};
 use crate::dataplane::endpoint::LocalSids;
 use crate::dataplane::route::SharedRoutes;
 use crate::dataplane::stats::WorkerStats;
@@ -16,13 +16,14 @@ use crate::dataplane::{Encap, Oversize};
 use crate::host::endpoint::{Endpoint, Outlet, SidOptions, SidWorker};
 use crate::host::handover::{Bundle, Kind};
 use crate::host::outer_tun::{self, OuterTun, PathMtus};
+use crate::host::packet::{PacketSender, SharedWays};
 use crate::host::probe::Switch;
 use crate::host::raw::{self, RawError, RawOptions, RawUnderlay};
 use crate::host::shared_port::SharedPorts;
 use crate::host::socket::{SocketOffloads, UdpUnderlay, UnderlayOptions};
 use crate::host::tun::{Tun, TunError, TunOptions};
 use crate::host::underlay::AnyUnderlay;
-use crate::options::{Offload, OuterDf, Srv6Io};
+use crate::options::{Offload, OuterDf, Srv6Io, Srv6Send};
 
 /// Takes over the queues of an earlier life, or makes the device; and which of the two it was.
 pub(super) fn make_tun(options: &TunOptions, bundle: &mut Bundle) -> Result<(Tun, bool), TunError> {
@@ -175,6 +176,45 @@ pub(super) fn open_underlays<B: Backend>(
                 socket_offloads: None,
                 others: None,
             })
+        }
+    }
+}
+
+/// Has packets of raw underlays leave by packet sockets if that is asked for; says how they leave, and what tells the packet sockets where to.
+pub(super) fn choose_send<B: Backend>(
+    setup: &Setup<'_, B>,
+    io: Option<SegmentIo>,
+    underlays: &mut [AnyUnderlay],
+) -> (Option<SegmentSend>, Option<ways::Keeper>) {
+    let (Carrier::Raw { source, .. }, Some(io)) = (setup.backend.carrier(), io) else {
+        return (None, None);
+    };
+    match (io, setup.options.srv6_send) {
+        (SegmentIo::Raw, Srv6Send::Auto | Srv6Send::Raw) => return (Some(SegmentSend::Raw), None),
+        (SegmentIo::Raw, Srv6Send::Packet) => {}
+        (SegmentIo::TunForced | SegmentIo::TunInstead, Srv6Send::Packet) => {
+            tracing::warn!(
+                "--srv6-send=packet goes with raw sockets; packets leave by the TUN device as well"
+            );
+            return (None, None);
+        }
+        (SegmentIo::TunForced | SegmentIo::TunInstead, Srv6Send::Auto | Srv6Send::Raw) => {
+            return (None, None);
+        }
+    }
+    let ways = SharedWays::default();
+    let senders: std::io::Result<Vec<_>> = underlays.iter().map(|_| PacketSender::open(&ways)).collect();
+    match senders {
+        Ok(senders) => {
+            for (underlay, sender) in underlays.iter_mut().zip(senders) {
+                underlay.send_by(sender);
+            }
+            let keeper = ways::Keeper::start(setup.netlink.clone(), source, ways);
+            (Some(SegmentSend::Packet), Some(keeper))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "packet sockets are refused, so SRv6 packets leave by raw sockets");
+            (Some(SegmentSend::RawInstead), None)
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Where no filter of system calls can be made: seccompiler knows no 32-bit machines.
 
-use super::{Role, SandboxError};
+use super::{Role, SandboxError, Sockets};
 use crate::host::probe::Probed;
 
 /// Says that there is none.
-pub(super) fn filter_process() -> Result<Probed, SandboxError> {
+pub(super) fn filter_process(_: Sockets) -> Result<Probed, SandboxError> {
     Ok(Probed::Missing)
 }
 

@@ -15,7 +15,7 @@ use seccompiler::{
     TargetArch, apply_filter,
 };
 
-use super::{Role, SandboxError};
+use super::{Role, SandboxError, Sockets};
 use crate::host::probe::Probed;
 
 /// What the process may do: files, sockets, memory, threads, time.
@@ -202,7 +202,7 @@ const FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Filters this thread, and those it spawns.
-pub(super) fn filter_process() -> Result<Probed, SandboxError> {
+pub(super) fn filter_process(sockets: Sockets) -> Result<Probed, SandboxError> {
     let Some(arch) = arch() else {
         return Ok(Probed::Missing);
     };
@@ -220,7 +220,14 @@ pub(super) fn filter_process() -> Result<Probed, SandboxError> {
         vec![when(0, SeccompCmpOp::MaskedEq(thread), thread)?],
     );
     let families = FAMILIES.map(|family| when(0, SeccompCmpOp::Eq, family as u64));
-    rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
+    let mut families = families.into_iter().collect::<Result<Vec<_>, _>>()?;
+    if sockets == Sockets::Packet {
+        families.push(when_all(&[
+            (0, SeccompCmpOp::Eq, libc::AF_PACKET as u64),
+            (2, SeccompCmpOp::Eq, 0),
+        ])?);
+    }
+    rules.insert(libc::SYS_socket, families);
     rules.extend(memory()?);
     let allowed = allow(rules, arch)?;
     // The kernel may have none of this: then the first of them is refused, and nothing has happened.
@@ -283,8 +290,17 @@ fn always(lists: &[&[c_long]]) -> Rules {
 
 /// A call is allowed when its argument is so.
 fn when(argument: u8, operation: SeccompCmpOp, value: u64) -> Result<SeccompRule, SandboxError> {
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operation, value)
-        .and_then(|condition| SeccompRule::new(vec![condition]))
+    when_all(&[(argument, operation, value)])
+}
+
+/// A call is allowed when its arguments are all so.
+fn when_all(arguments: &[(u8, SeccompCmpOp, u64)]) -> Result<SeccompRule, SandboxError> {
+    let conditions = arguments.iter().map(|(argument, operation, value)| {
+        SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, operation.clone(), *value)
+    });
+    conditions
+        .collect::<Result<_, _>>()
+        .and_then(SeccompRule::new)
         .map_err(unusable)
 }
 

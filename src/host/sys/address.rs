@@ -21,6 +21,29 @@ impl RawAddr {
         }
     }
 
+    /// That of a station on a link of Ethernet, for IPv6 packets.
+    pub(super) fn on_link(index: u32, mac: [u8; 6]) -> Self {
+        let mut raw = Self::zeroed();
+        let mut value = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as libc::c_ushort,
+            sll_protocol: (libc::ETH_P_IPV6 as u16).to_be(),
+            sll_ifindex: index as libc::c_int,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 6,
+            sll_addr: [0; 8],
+        };
+        value.sll_addr[..6].copy_from_slice(&mac);
+        // SAFETY: `sockaddr_storage` is larger than `sockaddr_ll` and at least as aligned.
+        unsafe {
+            ptr::from_mut(&mut raw.storage)
+                .cast::<libc::sockaddr_ll>()
+                .write(value)
+        };
+        raw.len = mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        raw
+    }
+
     /// The address, if it is an IP one.
     pub(super) fn parse(&self) -> Option<SocketAddr> {
         match i32::from(self.storage.ss_family) {

@@ -229,17 +229,57 @@ impl MessageTo {
     }
 }
 
+/// Where an IPv6 packet goes on a link of Ethernet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkTo {
+    /// Number of the link.
+    pub index: u32,
+    /// Whom it is for there.
+    pub mac: [u8; 6],
+}
+
+/// What the kernel is told of a message besides its bytes.
+pub struct Outgoing {
+    addr: RawAddr,
+    control: Control,
+    control_len: usize,
+}
+
+impl From<MessageTo> for Outgoing {
+    #[inline]
+    fn from(message: MessageTo) -> Self {
+        let (control, control_len) = send_control(&message);
+        Self {
+            addr: message.to.into(),
+            control,
+            control_len,
+        }
+    }
+}
+
+impl From<LinkTo> for Outgoing {
+    #[inline]
+    fn from(to: LinkTo) -> Self {
+        Self {
+            addr: RawAddr::on_link(to.index, to.mac),
+            control: Control([0; CONTROL_BYTES]),
+            control_len: 0,
+        }
+    }
+}
+
 /// Sends messages, each given as its destination and its pieces; gives how many were sent. Never blocks.
 ///
 /// # Errors
 /// The kernel's, about the first message: if it fails, nothing was sent.
-pub fn send_messages<'a, M, P>(
+pub fn send_messages<'a, I, M, P>(
     fd: BorrowedFd<'_>,
-    messages: M,
+    messages: I,
     scratch: &mut SendScratch,
 ) -> io::Result<usize>
 where
-    M: Iterator<Item = (MessageTo, P)>,
+    I: Iterator<Item = (M, P)>,
+    M: Into<Outgoing>,
     P: Iterator<Item = &'a [u8]>,
 {
     scratch.headers.clear();
@@ -257,11 +297,11 @@ where
         // SAFETY: all-zero bytes are a valid `mmsghdr`.
         let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
         header.msg_hdr.msg_iovlen = (scratch.iovecs.len() - first) as _;
-        let (control, control_len) = send_control(&message);
-        header.msg_hdr.msg_controllen = control_len as _;
+        let message: Outgoing = message.into();
+        header.msg_hdr.msg_controllen = message.control_len as _;
         scratch.headers.push(header);
-        scratch.addrs.push(message.to.into());
-        scratch.controls.push(control);
+        scratch.addrs.push(message.addr);
+        scratch.controls.push(message.control);
     }
     // Pointers are set once nothing grows any more.
     let mut piece = 0;

@@ -1,10 +1,12 @@
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use futures_util::stream;
+use tokio::time::Instant;
 
 use super::*;
 use crate::control::store::Expected;
+use crate::control::{Control, ControlOptions};
 
 const SINGLE: &str = r#"{"Network":"10.0.0.0/16"}"#;
 const DUAL: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
@@ -12,13 +14,17 @@ const DUAL: &str = r#"{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"
 /// What somebody faster takes, of what we are about to.
 type Faster = fn(Subnet) -> Subnet;
 
-/// A key space with somebody else in it, who is faster once.
+/// A key space with somebody else in it, who is faster once, or as often as is said.
 struct Keys {
     config: &'static str,
     entries: Mutex<BTreeMap<Subnet, Entry>>,
     revision: Mutex<u64>,
     /// Creates this just before our first create.
     faster: Mutex<Option<Faster>>,
+    /// Takes what we are about to create, so many times.
+    races: Mutex<usize>,
+    /// How often we asked for a subnet.
+    creates: Mutex<usize>,
     /// Whether it is told which entry was first.
     tells_age: bool,
 }
@@ -30,6 +36,8 @@ impl Keys {
             entries: Mutex::default(),
             revision: Mutex::default(),
             faster: Mutex::default(),
+            races: Mutex::default(),
+            creates: Mutex::default(),
             tells_age: true,
         }
     }
@@ -93,6 +101,14 @@ impl Registry for Keys {
             };
             if let Some(faster) = faster {
                 self.put_now(faster(subnet), &node(99), Lifetime::Ttl, true);
+            }
+            if expected == Expected::Nothing {
+                *self.creates.lock().unwrap() += 1;
+                let mut races = self.races.lock().unwrap();
+                if *races > 0 {
+                    *races -= 1;
+                    self.put_now(subnet, &node(99), Lifetime::Ttl, true);
+                }
             }
             let as_expected = expected.is(self.entry(subnet).map(|entry| entry.revision));
             Ok(as_expected.then(|| self.put_now(subnet, attrs, lifetime, true)))
@@ -161,6 +177,57 @@ async fn a_previous_subnet_that_somebody_was_faster_to_take_is_given_up() {
     *store.registry().faster.lock().unwrap() = Some(|wanted| wanted);
     let lease = store.acquire(&node(1), Some(previous)).await.unwrap();
     assert_ne!(lease.subnet, previous);
+}
+
+/// B1: flannel exits when it loses one.
+#[tokio::test]
+async fn nine_races_lost_in_a_row_are_followed_by_a_lease_and_ten_by_a_refusal() {
+    let store = LocalStore::new(Keys::new(SINGLE));
+    let keys = store.registry();
+    *keys.races.lock().unwrap() = 9;
+    let lease = store.acquire(&node(1), None).await.unwrap();
+    assert_eq!(*keys.creates.lock().unwrap(), 10);
+    let entries = keys.list().await.unwrap();
+    let ours: Vec<_> = entries
+        .iter()
+        .filter(|entry| entry.lease.attrs == node(1))
+        .map(|entry| entry.lease.subnet)
+        .collect();
+    assert_eq!((entries.len(), ours), (10, vec![lease.subnet]), "{entries:?}");
+
+    let store = LocalStore::new(Keys::new(SINGLE));
+    let keys = store.registry();
+    *keys.races.lock().unwrap() = 10;
+    let error = store.acquire(&node(1), None).await.unwrap_err();
+    assert!(
+        error.to_string().contains("others were faster 10 times in a row"),
+        "{error}"
+    );
+    assert!(!error.is_unavailable(), "an answer is no silence: {error}");
+    assert_eq!(*keys.creates.lock().unwrap(), 10);
+}
+
+/// B1: whoever lost ten in a row tries again after a pause, for as long as it takes; there is no way out of it but a lease.
+#[tokio::test(start_paused = true)]
+async fn a_node_that_lost_ten_races_in_a_row_tries_again_later() {
+    let store = Arc::new(LocalStore::new(Keys::new(SINGLE)));
+    *store.registry().races.lock().unwrap() = 25;
+    let options = ControlOptions {
+        subnet_file: "/nonexistent/subnet.env".into(),
+        ..ControlOptions::default()
+    };
+    let mut control = Control::new(store.clone(), options);
+    let config = control.network_config().await;
+    let begun = Instant::now();
+    let lease = control.acquire(&node(1), &config).await;
+    // Ten and ten lost, each followed by a pause; of the next five were lost, and the sixth won.
+    assert_eq!(*store.registry().creates.lock().unwrap(), 26);
+    let took = begun.elapsed();
+    assert!(
+        (Duration::from_millis(150)..Duration::from_secs(60)).contains(&took),
+        "{took:?}"
+    );
+    assert_eq!(store.registry().entry(lease.subnet).unwrap().lease.attrs, node(1));
 }
 
 /// Two nodes that start at once draw the same IPv4 subnet and different IPv6 ones: two keys, both free.
