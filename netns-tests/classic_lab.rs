@@ -248,7 +248,8 @@ fn blocks(page: &str) -> Vec<Block> {
 
 /// The text of the one block that begins so.
 fn fenced(page: &str, opening: &str) -> String {
-    let mut parts = page.split(&format!("\n{opening}\n"));
+    let opening = format!("\n{opening}\n");
+    let mut parts = page.split(&opening);
     let (_, after) = (parts.next(), parts.next().unwrap());
     assert_eq!(parts.next(), None, "two blocks begin {opening}");
     after.split("\n```").next().unwrap().to_owned() + "\n"
