@@ -102,6 +102,69 @@ fn an_old_pages_config_and_flags_work() {
     assert!(told.contains("3 received, 0% packet loss"), "{told}");
 }
 
+/// The drop-in of step 4, with the unit of Debian's docker.io and that of docker-ce, and Docker started thrice as systemd would
+/// start it: what `EnvironmentFile=` names is in the environment of `ExecStartPre=`, too.
+#[test]
+fn dockers_options_are_the_same_after_a_restart() {
+    if !ready("dockers_options_are_the_same_after_a_restart") {
+        return;
+    }
+    let block = fenced(PAGE, "```sh docker");
+    let mut lab = Lab::new("docker");
+    let node = &mut lab.nodes[0];
+    let folder = node.folder.clone();
+    node.run(
+        "mkdir -p /run/flannel
+        printf 'FLANNEL_SUBNET=10.244.75.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n' >/run/flannel/subnet.env",
+    );
+    let common = "-H fd:// --containerd=/run/containerd/containerd.sock";
+    for (start, expected) in [
+        (
+            format!("/usr/sbin/dockerd {common} $DOCKER_OPTS"),
+            format!("/usr/sbin/dockerd {common} $DOCKER_OPTS"),
+        ),
+        (
+            format!("/usr/bin/dockerd {common}"),
+            format!("/usr/bin/dockerd {common} $DOCKER_OPTS"),
+        ),
+    ] {
+        let unit = folder.join("docker.service");
+        fs::write(
+            &unit,
+            format!("[Service]\nExecStartPre=/bin/true\nExecStart={start}\n"),
+        )
+        .unwrap();
+        node.run(&format!(
+            "rm -f /run/docker_opts.env
+            systemctl() {{ if [ \"$1\" = show ]; then echo '{}'; fi; }}",
+            unit.display()
+        ));
+        node.run(
+            &block
+                .replace("/etc/systemd/system", &folder.display().to_string())
+                .replace("/usr/local/bin", &folder.display().to_string()),
+        );
+        let drop_in = fs::read_to_string(folder.join("docker.service.d/overlay.conf")).unwrap();
+        let values = |key: &str| -> Vec<String> {
+            let lines = drop_in.lines().filter_map(|line| line.strip_prefix(key));
+            lines.map(ToOwned::to_owned).collect()
+        };
+        assert_eq!(values("ExecStart="), ["", &expected], "{drop_in}");
+        let [before] = &values("ExecStartPre=")[..] else {
+            panic!("{drop_in}")
+        };
+        let [environment] = &values("EnvironmentFile=-")[..] else {
+            panic!("{drop_in}")
+        };
+        for _ in 0..3 {
+            node.run(&format!(
+                "(set -a; if [ -e {environment} ]; then . {environment}; fi; {before})
+                grep -qx 'DOCKER_OPTS=\" --bip=10.244.75.1/24 --ip-masq=true --mtu=1450\"' {environment}"
+            ));
+        }
+    }
+}
+
 #[test]
 fn the_page_has_a_block_for_every_step() {
     let found = blocks(PAGE);
@@ -181,6 +244,15 @@ fn blocks(page: &str) -> Vec<Block> {
         });
     }
     found
+}
+
+/// The text of the one block that begins so.
+fn fenced(page: &str, opening: &str) -> String {
+    let opening = format!("\n{opening}\n");
+    let mut parts = page.split(&opening);
+    let (_, after) = (parts.next(), parts.next().unwrap());
+    assert_eq!(parts.next(), None, "two blocks begin {opening}");
+    after.split("\n```").next().unwrap().to_owned() + "\n"
 }
 
 /// Two machines.

@@ -55,6 +55,7 @@ use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::reload::Reread;
 use crate::daemon::report::{Report, Reports};
 use crate::daemon::succession::{Doorbell, Handed, Ring};
+use crate::host::firewall::helper;
 use crate::host::sandbox;
 use crate::host::tun::TunError;
 use crate::host::{inherited, limits};
@@ -85,6 +86,7 @@ pub fn run(options: RunOptions, reread: impl Fn() -> Result<RunOptions, String>)
     }
     let ended = live(&options, &reread);
     succession::held().unpark();
+    helper::end();
     match ended {
         Ok(()) => ExitCode::from(OK),
         Err(error) => {
@@ -219,7 +221,7 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     } else {
         health.add("_", Arc::clone(&report));
-        tokio::spawn(tell_when_ready(Arc::clone(&report)));
+        tokio::spawn(tell_when_ready(Arc::clone(&report), Arc::clone(&health)));
         let shown = Arc::clone(&report);
         tokio::spawn(async move { socket.serve(move || shown.status()).await });
     }
@@ -268,10 +270,10 @@ async fn start(options: &RunOptions, reread: Reread<'_>) -> Result<Ring> {
 }
 
 /// Tells systemd whenever the node becomes ready; of several networks, the supervisor does.
-async fn tell_when_ready(report: Arc<Report>) {
+async fn tell_when_ready(report: Arc<Report>, health: Arc<Health>) {
     loop {
         report.until(true).await;
-        watchdog::tell_ready();
+        watchdog::tell_ready(&health);
         report.until(false).await;
     }
 }

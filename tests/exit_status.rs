@@ -67,6 +67,12 @@ fn a_mistake_in_flag_variable_or_file_is_2() {
             vec![("KERSEY_CONFIG", file.to_str().unwrap())],
         ),
         (vec!["lab".to_owned(), "--nodes=x".to_owned()], vec![]),
+        (vec!["lab".to_owned(), "--mtu=575".to_owned()], vec![]),
+        (vec!["man".to_owned(), "bogus".to_owned()], vec![]),
+        (
+            vec!["reserve".to_owned(), "add".to_owned(), "x".to_owned()],
+            vec![],
+        ),
     ] {
         let done = kersey().args(&args).envs(variables.clone()).output().unwrap();
         let said = String::from_utf8_lossy(&done.stderr).into_owned();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kersey::lab::interrupt;
 use kersey::lab::topology::INTERFACE;
 use nix::sys::signal::Signal;
 
@@ -99,6 +100,46 @@ fn a_config_from_after_an_outage_that_cannot_be_run_is_given_up_for_good() {
     let status = overlay.status(2);
     assert!(status.ready && status.backend.name == "udp", "{status:#?}");
     assert_eq!(tried(&overlay), 1, "{}", overlay.log(2));
+}
+
+/// One wrong digit in the store must not cut every node off its own link.
+#[test]
+fn a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays() {
+    if !require_etcd("a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays") {
+        return;
+    }
+    let mut overlay = Blueprint::new("conflan", 2).start();
+    let routes = |overlay: &Overlay| {
+        let held = overlay
+            .namespace(2)
+            .netlink(async |netlink| Ok(netlink.routes().await?));
+        let mut held: Vec<String> = held.unwrap().iter().map(|held| format!("{held:?}")).collect();
+        held.sort();
+        held
+    };
+    overlay.terminate(2);
+    let before = routes(&overlay);
+    let has = |what: &str| before.iter().any(|route| route.contains(what));
+    assert!(has("192.0.2.0/24") && has("0.0.0.0/0"), "{before:#?}");
+    // The link's own network, and everything there is.
+    for network in ["192.0.2.0/24", "0.0.0.0/0"] {
+        overlay.put("config", format!(r#"{{"Network":"{network}"}}"#));
+        let told = format!("Network {network}: this host has a route to it already");
+        // A node that has never run here before.
+        std::fs::remove_dir_all(overlay.file("2.data")).unwrap();
+        overlay.restart(2);
+        let heard = interrupt::wait_until(READY, || overlay.log(2).contains(&told));
+        assert!(heard, "{told:?} is not in {}", overlay.log(2));
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(!overlay.status(2).ready);
+        assert_eq!(routes(&overlay), before, "{network}");
+        overlay.terminate(2);
+        assert_eq!(routes(&overlay), before, "{network}");
+    }
+    overlay.put("config", UDP);
+    overlay.restart(2);
+    overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    overlay.ping_all();
 }
 
 /// Waits until node 2 has its peer in its cache.

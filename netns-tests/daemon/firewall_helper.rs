@@ -86,6 +86,23 @@ fn get(overlay: &Overlay, nth: usize, port: u16, path: &str) -> String {
     answer
 }
 
+/// Else the service manager kills it, and says so in the journal.
+#[test]
+fn the_helper_has_a_name_and_ends_before_the_daemon() {
+    if !require_firewall("the_helper_has_a_name_and_ends_before_the_daemon") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("named", 1);
+    blueprint.flags = flags(&["--ip-masq"]);
+    let mut overlay = blueprint.start();
+    let helper = helper(&mut overlay, 1);
+    let name = fs::read_to_string(format!("/proc/{helper}/comm")).unwrap();
+    assert_eq!(name, "kersey-firewall\n");
+    overlay.terminate(1);
+    // The daemon has waited for it: there is nobody left to be reaped, either.
+    assert!(!fs::exists(format!("/proc/{helper}")).unwrap());
+}
+
 #[test]
 fn a_helper_that_is_killed_makes_the_daemon_ill() {
     if !require_firewall("a_helper_that_is_killed_makes_the_daemon_ill") {

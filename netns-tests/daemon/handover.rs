@@ -19,6 +19,8 @@ fn take_over(overlay: &mut Overlay, nth: usize, flags: &[&str]) {
     let mut old = std::mem::replace(&mut overlay.nodes[nth - 1].child, successor);
     let ended = old.wait_end(READY).unwrap();
     assert_eq!(ended.code(), Some(0), "{}", old.log_end());
+    let said = fs::read_to_string(old.log()).unwrap();
+    assert!(said.contains("a successor is ready and has taken over"), "{said}");
     let peers = overlay.nodes.len() - 1;
     overlay.wait(nth, READY, |status| {
         status.ready && status.store.connected && status.peers.len() == peers
@@ -289,8 +291,8 @@ fn a_reload_reads_the_config_file_again() {
         wait_for(text, READY, || overlay.log(1).contains(text));
     };
     write("log-level = \"info\"\n");
-    hangup(&mut overlay, "outcome=Applied");
+    hangup(&mut overlay, " reloaded");
     write("log-level = \"loud\"\n");
-    hangup(&mut overlay, "outcome=Refused");
+    hangup(&mut overlay, "the reload was refused");
     overlay.wait(1, READY, |status| status.ready);
 }

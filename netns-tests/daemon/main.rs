@@ -53,6 +53,7 @@ mod path;
 #[path = "../../tests/etcd_server/pki.rs"]
 mod pki;
 mod privileges;
+mod readiness;
 mod routed;
 mod secrets;
 mod shared_port;

@@ -157,16 +157,7 @@ fn a_peers_new_mac_is_followed() {
     let lost = ["raw", "packet"].map(|send| {
         let mut blueprint = blueprint(&format!("s-pm{}", &send[..1]), 2, json!({}));
         blueprint.flags = vec![format!("--srv6-send={send}")];
-        let mut overlay = blueprint.build();
-        // Node 1's kernel asks after its neighbours every few seconds.
-        for (timer, value) in [
-            ("base_reachable_time_ms", "2000"),
-            ("delay_first_probe_time", "1"),
-        ] {
-            let timer = format!("ipv6/neigh/{INTERFACE}/{timer}");
-            overlay.namespace(1).sysctl(&timer, value).unwrap();
-        }
-        overlay.start_daemons();
+        let mut overlay = blueprint.start();
         settle_if(&mut overlay, send == "packet");
         // Node 2 tells its neighbours.
         let notify = format!("ipv6/conf/{INTERFACE}/ndisc_notify");
@@ -181,18 +172,6 @@ fn a_peers_new_mac_is_followed() {
             });
             lost.push(report.lost());
         }
-        // It tells nobody: node 1's kernel has to find out, which it does only of neighbours that it sends to.
-        overlay.namespace(2).sysctl(&notify, "0").unwrap();
-        let silent = under_probe(&overlay, |overlay| {
-            ip(
-                overlay.namespace(2),
-                &format!("link set {INTERFACE} address 02:00:00:00:77:04"),
-            );
-        });
-        figure(
-            &format!("longest gap with an address nobody is told of, {send}"),
-            silent.longest_gap(),
-        );
         let before = Sends::of(&overlay, 1);
         for family in [0, 1] {
             let (one, two) = (overlay.pods(1)[family], overlay.pods(2)[family]);

@@ -60,6 +60,9 @@ pub struct DockerOptsOptions {
     /// Name of the combined variable
     #[arg(short = 'k', value_name = "NAME", default_value = "DOCKER_OPTS", value_parser = variable_name)]
     key: String,
+    /// Under the script's name: without the file there is nothing to say, and that is no error.
+    #[arg(skip)]
+    is_script: bool,
 }
 
 /// Reads the words after the script's name.
@@ -93,7 +96,8 @@ pub(super) fn as_script(program: &str, words: &[String]) -> Result<Parsed, Stop>
         .clone()
         .try_get_matches_from(words)
         .map_err(|error| usage(super::flags::first_line(&error)))?;
-    let options = DockerOptsOptions::from_arg_matches(&matches).map_err(Stop::Clap)?;
+    let mut options = DockerOptsOptions::from_arg_matches(&matches).map_err(Stop::Clap)?;
+    options.is_script = true;
     Ok(Parsed {
         command: Command::DockerOpts(options),
         notes: Vec::new(),
@@ -120,6 +124,10 @@ pub fn run(options: &DockerOptsOptions) -> ExitCode {
 enum DockerOptsError {
     #[error("cannot read {}: {cause}", .path.display())]
     Read { path: PathBuf, cause: io::Error },
+    #[error(
+        "there is no {}: the daemon writes it when it is ready, and without it Docker would start on a network of its own", .0.display()
+    )]
+    NoSubnetFile(PathBuf),
     #[error("cannot write {}: {cause}", .path.display())]
     Write { path: PathBuf, cause: io::Error },
     #[error("FLANNEL_IPMASQ is {0:?}: expected true or false")]
@@ -138,7 +146,10 @@ fn written(
 ) -> Result<(), DockerOptsError> {
     let text = match state_file::read(&options.subnet_file, MAX_BYTES) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && options.is_script => String::new(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(DockerOptsError::NoSubnetFile(options.subnet_file.clone()));
+        }
         Err(cause) => {
             return Err(DockerOptsError::Read {
                 path: options.subnet_file.clone(),
@@ -399,7 +410,7 @@ mod tests {
             (at("."), at("out"), true),
             (at("subnet.env"), at("fifo"), true),
             (at("subnet.env"), at("."), true),
-            (at("none"), at("out"), false),
+            (at("none"), at("out"), true),
             (at("subnet.env"), at("link"), false),
         ] {
             let result = written(&options(&["-f", &from, "-d", &to]), BTreeMap::new());
@@ -407,6 +418,29 @@ mod tests {
         }
         assert_eq!(std::fs::read_to_string(at("victim")).unwrap(), "kept");
         assert!(std::fs::read_to_string(at("link")).unwrap().contains("--mtu=1"));
+    }
+
+    /// The script writes no options, and all is well: Docker starts on a network of its own, and nobody is told.
+    #[test]
+    fn without_subnet_env_only_the_scripts_name_writes_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let words = ["-f", &at("none"), "-d", &at("out")];
+        let error = written(&options(&words), BTreeMap::new()).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("there is no {}: the daemon writes it", at("none"))),
+            "{text}"
+        );
+        assert!(!Path::new(&at("out")).exists());
+        let Ok(parsed) = as_script("mk-docker-opts.sh", &words.map(str::to_owned)) else {
+            panic!("refused");
+        };
+        let Command::DockerOpts(script) = parsed.command else {
+            panic!("another command");
+        };
+        written(&script, BTreeMap::new()).unwrap();
+        assert_eq!(std::fs::read_to_string(at("out")).unwrap(), "DOCKER_OPTS=\"\"\n");
     }
 
     #[test]

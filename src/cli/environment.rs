@@ -30,6 +30,9 @@ const SUBNET_ENV: [&str; 6] = [
     "FLANNEL_IPMASQ",
 ];
 
+/// What the prefix was called in CentOS' /etc/sysconfig/flanneld once, which flags for a private key resemble.
+const OF_OLD: &str = "ETCD_KEY";
+
 /// Finds the flags that variables set and the command line (`given`) does not. Empty values count as unset.
 pub(super) fn settings(grammar: &Grammar, given: &[Setting], variables: &Variables) -> Vec<FromVariable> {
     let given: BTreeSet<&str> = given.iter().map(|setting| setting.name.as_str()).collect();
@@ -72,6 +75,7 @@ pub(super) fn near_misses(grammar: &Grammar, variables: &Variables) -> Vec<Strin
                 return None;
             }
             let flags = grammar.names().filter(|flag| !COMMAND_LINE_ONLY.contains(flag));
+            let rest = if rest == OF_OLD { "ETCD_PREFIX" } else { rest };
             Some(match nearest(rest, flags) {
                 Some(flag) => format!(
                     "the environment variable {name} has no effect; did you mean {prefix}_{}?",
@@ -152,6 +156,7 @@ mod tests {
     fn near_misses_are_pointed_out() {
         for (name, expected) in [
             ("FLANNEL_ETCD_PREFIX", "did you mean FLANNELD_ETCD_PREFIX?"),
+            ("FLANNEL_ETCD_KEY", "did you mean FLANNELD_ETCD_PREFIX?"),
             ("FLANNELD_ETCD_PREFX", "did you mean FLANNELD_ETCD_PREFIX?"),
             ("FLANNELD_ETCD_ENDPOINT", "did you mean FLANNELD_ETCD_ENDPOINTS?"),
             ("KERSEY_IFASE", "did you mean KERSEY_IFACE?"),
@@ -189,7 +194,7 @@ mod tests {
         let flag = |name| clap::Arg::new(name).long(name);
         Grammar::of(
             &clap::Command::new("x")
-                .args(["etcd-prefix", "iface", "v", "version"].map(flag))
+                .args(["etcd-prefix", "etcd-keyfile", "iface", "v", "version"].map(flag))
                 .arg(flag("etcd-endpoints").alias("etcd-endpoint")),
         )
     }

@@ -97,6 +97,8 @@ pub(crate) struct Shape {
 const BACKENDS: [&str; 4] = ["udp", "vxlan", "host-gw", "srv6"];
 /// A link that carries less carries no IPv6, RFC 8200 §5.
 const LEAST_IPV6_MTU: u16 = 1280;
+/// What the lab's own packets need, pings and datagrams of its measurements: RFC 791 has every host take as much.
+const LEAST_MTU: u16 = 576;
 
 impl LabOptions {
     /// Refuses what clap cannot tell to be wrong.
@@ -137,6 +139,12 @@ impl Shape {
                     self.backend, self.nodes
                 ),
                 "kersey lab --backend srv6 --nodes 3 --waypoint",
+            ));
+        }
+        if self.mtu < LEAST_MTU {
+            return Err(UsageError::new(
+                format!("--mtu {}: the lab's own traffic needs larger packets", self.mtu),
+                format!("expected {LEAST_MTU} bytes at least, what every IPv4 host takes"),
             ));
         }
         if self.backend == "srv6" && self.mtu < LEAST_IPV6_MTU {

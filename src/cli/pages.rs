@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Command};
 use clap_complete::Shell;
 use clap_mangen::Man;
@@ -18,7 +18,7 @@ use clap_mangen::roff::{Roff, bold, italic, roman};
 use super::flags::{Entry, subcommand};
 use super::help::whole;
 use super::run::RunArgs;
-use super::{SUBCOMMANDS, config_file, exit};
+use super::{SUBCOMMANDS, Stop, UsageError, config_file, exit};
 
 /// System administration commands.
 const COMMANDS: &str = "8";
@@ -37,12 +37,12 @@ const FILES: [(&str, &str); 5] = [
 /// Write manual pages, in roff
 ///
 /// `kersey man` prints kersey(8), `kersey man run` kersey-run(8); try `kersey man run | man -l -`. With --dir all pages are
-/// written, for a package.
+/// written, for a package: into man8 and man5 below it.
 #[derive(Debug, Args)]
 pub struct ManOptions {
     /// Which page: a subcommand's name, or flanneld [default: the program's]
     page: Option<String>,
-    /// Write all pages into this folder, which is made if it is not there
+    /// Write all pages below this folder, as man8/kersey.8; folders are made if they are not there
     #[arg(long, value_name = "DIR", conflicts_with = "page")]
     dir: Option<PathBuf>,
 }
@@ -76,7 +76,11 @@ pub fn man(options: &ManOptions) -> Result<ExitCode> {
     };
     let Some(page) = pages.iter().find(|page| page.name == wanted) else {
         let names: Vec<&str> = pages.iter().map(|page| page.name.as_str()).collect();
-        bail!("there is no page {wanted}; there are {}", names.join(", "));
+        let error = UsageError::new(
+            format!("there is no page {wanted}"),
+            format!("there are {}", names.join(", ")),
+        );
+        return Ok(Stop::Misused(error).report());
     };
     io::stdout().write_all(&page.text)?;
     Ok(ExitCode::from(exit::OK))
@@ -115,8 +119,9 @@ struct Page {
 }
 
 fn write_all(pages: &[Page], dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     for page in pages {
+        let dir = dir.join(format!("man{}", page.section));
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(format!("{}.{}", page.name, page.section));
         fs::write(&path, &page.text).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -327,6 +332,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn pages_are_in_the_folder_of_their_section() {
+        let dir = tempfile::tempdir().unwrap();
+        write_all(&pages().unwrap(), &dir.path().join("man")).unwrap();
+        let written = |page: &str| fs::read_to_string(dir.path().join("man").join(page)).unwrap();
+        assert!(written("man8/kersey-run.8").contains(".TH KERSEY-RUN 8"));
+        assert!(written("man5/kersey.toml.5").contains(".TH KERSEY.TOML 5"));
+        assert!(!dir.path().join("man/man8/kersey.toml.5").exists());
     }
 
     #[test]

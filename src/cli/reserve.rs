@@ -30,6 +30,7 @@ use crate::options::{ReserveAction, ReserveOptions, ServerAddress, StatusForm};
 ///
 /// The store is etcd, a server's (--remote), or the file of a server that is not running (--embedded).
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "kersey reserve [list | add SUBNET PUBLIC-IP | remove SUBNET] [OPTIONS]")]
 pub(super) struct ReserveArgs {
     /// Print JSON
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
@@ -115,10 +116,11 @@ fn action(words: &[String]) -> Result<ReserveAction, UsageError> {
             subnet: parse_subnet(subnet)?,
         }),
         [other, ..] => Err(UsageError::new(
-            format!(
-                "cannot make sense of kersey reserve {other} with {} words after it",
-                words.len() - 1
-            ),
+            match words.len() - 1 {
+                0 => format!("cannot make sense of kersey reserve {other} with nothing after it"),
+                1 => format!("cannot make sense of kersey reserve {other} with 1 word after it"),
+                more => format!("cannot make sense of kersey reserve {other} with {more} words after it"),
+            },
             USAGE,
         )),
     }

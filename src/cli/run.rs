@@ -14,6 +14,7 @@ use super::logging::LogArgs;
 use super::process::ProcessArgs;
 use super::store::{EtcdArgs, OWN_STORE, OwnStoreArgs, Serving, int_within, seconds, servers, store_options};
 use crate::addr::{Ipv6Prefix, NetworkName, NetworkNameError};
+use crate::control::peers::is_unicast;
 use crate::options::{
     IngressCheck, InnerChecksums, InterfaceOptions, LeaseOptions, NetworkChoice, NodeSid, Offload, OuterDf,
     PacketPathOptions, RemoteOptions, RunOptions, ServeOptions, ServerAddress, ServerOptions, Srv6Io,
@@ -417,6 +418,18 @@ impl RunArgs {
                 ),
                 "set --lease-renew-margin below --lease-ttl",
             ));
+        }
+        let public = [
+            ("--public-ip", self.node.public_ip.map(IpAddr::V4)),
+            ("--public-ipv6", self.node.public_ipv6.map(IpAddr::V6)),
+        ];
+        for (flag, addr) in public {
+            if let Some(addr) = addr.filter(|&addr| !is_unicast(addr)) {
+                return Err(UsageError::new(
+                    format!("{flag}={addr}: no other node can send to that address"),
+                    "give the address at which other nodes reach this one",
+                ));
+            }
         }
         if self.srv6.srv6_send == Srv6Send::Packet && self.srv6.srv6_io == Srv6Io::Tun {
             return Err(UsageError::new(

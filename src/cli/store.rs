@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::UsageError;
 use super::go_flags::parse_int;
 use crate::addr::NetworkName;
+use crate::control::store::etcd::check_endpoints;
 use crate::options::{
     ClientCert, EmbeddedOptions, EtcdOptions, Login, NetworkConfigSource, RemoteOptions, ServerAddress,
     StoreKind, StoreOptions,
@@ -143,6 +144,13 @@ impl EtcdArgs {
                 ));
             }
         };
+        let ca_file = present(self.etcd_cafile);
+        check_endpoints(&endpoints, ca_file.is_some() || client_cert.is_some()).map_err(|cause| {
+            UsageError::new(
+                format!("--etcd-endpoints: {cause}"),
+                "give URLs such as http://127.0.0.1:2379, separated by commas",
+            )
+        })?;
         let some = |text: Option<String>| text.filter(|text| !text.is_empty());
         let login = match (some(self.etcd_username), some(self.etcd_password)) {
             (Some(user), Some(password)) => Some(Login { user, password }),
@@ -157,7 +165,7 @@ impl EtcdArgs {
         Ok(EtcdOptions {
             endpoints,
             prefix: self.etcd_prefix,
-            ca_file: present(self.etcd_cafile),
+            ca_file,
             client_cert,
             login,
         })

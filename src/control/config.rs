@@ -208,6 +208,8 @@ pub trait Prefixed: Copy + fmt::Display {
     fn prefix_len(self) -> u8;
     /// An address as a number.
     fn number(addr: Self::Addr) -> u128;
+    /// Whose addresses these are, if no host can have them.
+    fn nobodys(self) -> Option<&'static str>;
 
     /// The last address.
     fn last(self) -> u128 {
@@ -243,6 +245,15 @@ impl Prefixed for Ipv4Prefix {
     fn number(addr: Ipv4Addr) -> u128 {
         u32::from(addr).into()
     }
+
+    fn nobodys(self) -> Option<&'static str> {
+        // A wider network has others, too.
+        match (self.addr(), self.len()) {
+            (addr, 8..) if addr.is_loopback() => Some("the loopback's"),
+            (addr, 4..) if addr.is_multicast() => Some("multicast's"),
+            _ => None,
+        }
+    }
 }
 
 impl Prefixed for Ipv6Prefix {
@@ -264,6 +275,14 @@ impl Prefixed for Ipv6Prefix {
 
     fn number(addr: Ipv6Addr) -> u128 {
         addr.into()
+    }
+
+    fn nobodys(self) -> Option<&'static str> {
+        match (self.addr(), self.len()) {
+            (addr, 8..) if addr.is_multicast() => Some("multicast's"),
+            (addr, 10..) if addr.is_unicast_link_local() => Some("those of a link alone"),
+            _ => None,
+        }
     }
 }
 
@@ -304,6 +323,10 @@ impl<P: Prefixed> Family<P> {
                 "the network must be given",
             ));
         };
+        if let Some(whose) = network.nobodys() {
+            let rule = format!("must be of addresses that a host can have, and these are {whose}");
+            return Err(ConfigError::rule(names.network, network, rule));
+        }
         let net_len = network.prefix_len();
         let longest = P::WIDTH - 2;
         let len = match self.subnet_len {
@@ -477,6 +500,8 @@ mod tests {
             (doc("{\"Network\":\"fd00::/48\"}"), "Network"),
             (doc("{\"Network\":\"１0.0.0.0/16\"}"), "Network"),
             (doc("{\"Network\":\"10.0.0.0/29\"}"), "Network"),
+            (doc("{\"Network\":\"127.0.0.0/8\"}"), "Network"),
+            (doc("{\"Network\":\"224.0.0.0/8\"}"), "Network"),
             (doc("{\"Network\":\"10.0.0.0/32\"}"), "Network"),
             (doc("{\"Network\":\"x\",\"Network\":\"10.0.0.0/16\"}"), "Network"),
             // SubnetLen
@@ -522,6 +547,8 @@ mod tests {
             (net6("\"IPv6SubnetLen\":127"), "IPv6SubnetLen"),
             (net6("\"IPv6SubnetLen\":49"), "IPv6SubnetLen"),
             (net6("\"IPv6Network\":\"fd00::/125\""), "IPv6Network"),
+            (net6("\"IPv6Network\":\"ff05::/48\""), "IPv6Network"),
+            (net6("\"IPv6Network\":\"fe80::/48\""), "IPv6Network"),
             (net6("\"IPv6SubnetMin\":\"fd01::\""), "IPv6SubnetMin"),
             (net6("\"IPv6SubnetMin\":\"fd00:0:0:1::1\""), "IPv6SubnetMin"),
             (net6("\"IPv6SubnetMax\":\"10.0.0.0\""), "IPv6SubnetMax"),

@@ -61,6 +61,7 @@ pub(super) async fn run(
         mends: Mends::default(),
         quarrel_complaints: RateLimit::default(),
         complaints: RateLimit::default(),
+        lost: None,
         refusal_complaints: RateLimit::default(),
         cache_complaints: RateLimit::default(),
         linger_complaints: RateLimit::default(),
@@ -161,6 +162,13 @@ fn renewal_pause(expiration: Expiration, margin: Duration) -> Duration {
     }
 }
 
+/// The leases are not in sight.
+struct Lost {
+    since: Instant,
+    /// The log says so.
+    told: bool,
+}
+
 /// Follows the peers' leases.
 struct Follow<'a> {
     store: &'a dyn Store,
@@ -178,6 +186,7 @@ struct Follow<'a> {
     mends: Mends,
     quarrel_complaints: RateLimit,
     complaints: RateLimit,
+    lost: Option<Lost>,
     refusal_complaints: RateLimit,
     cache_complaints: RateLimit,
     linger_complaints: RateLimit,
@@ -219,14 +228,23 @@ impl Follow<'_> {
         let item = match update {
             Ok(item) => item,
             Err(error) => {
-                super::complain(
-                    &self.complaints,
-                    &error,
-                    "lost sight of the leases; the peers stay as they are",
-                );
+                let lost = self.lost.get_or_insert_with(|| Lost {
+                    since: Instant::now(),
+                    told: false,
+                });
+                if self.complaints.allows() {
+                    lost.told = true;
+                    tracing::warn!(%error, "lost sight of the leases; the peers stay as they are");
+                }
                 return;
             }
         };
+        if let Some(Lost { since, told: true }) = self.lost.take() {
+            tracing::info!(
+                seconds = since.elapsed().as_secs(),
+                "the leases are in sight again"
+            );
+        }
         let spoilt = item.unreadable.contains(&self.own.borrow().subnet);
         let update = item.completed(|subnet| self.table.known(subnet));
         let disturbance = match spoilt {

@@ -136,7 +136,7 @@ pub fn unusable(network_config: &str) -> Option<String> {
 
 /// The link is too small for this backend and network.
 #[derive(Debug, thiserror::Error)]
-#[error("the MTU of {interface}, {link_mtu}, is too small: {rule}")]
+#[error("the MTU of {interface}, {link_mtu}, or Backend.MTU where that is given, is too small: {rule}")]
 pub(super) struct UnusableMtu {
     pub(super) interface: String,
     pub(super) link_mtu: u16,

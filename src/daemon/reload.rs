@@ -89,12 +89,15 @@ pub(super) async fn serve(
         let were_up = health.ready().is_ok();
         let outcome = reload(options, reread, health.count()).await;
         health.count_reload(outcome);
-        tracing::info!(?outcome, "reloaded");
+        match outcome {
+            Reload::Applied => tracing::info!("reloaded"),
+            Reload::Refused => tracing::warn!("the reload was refused; all stays as it was"),
+        }
         if told {
             if were_up {
                 let _ = timeout(PATIENCE, until_up(health)).await;
             }
-            watchdog::tell_ready();
+            watchdog::tell_ready(health);
         }
     }
 }

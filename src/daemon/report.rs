@@ -499,6 +499,11 @@ impl Reports {
         }
     }
 
+    /// What watches over them.
+    pub(super) fn health(&self) -> &Health {
+        &self.health
+    }
+
     /// Says where the store is; what was said first counts.
     pub(super) fn set_place(&self, place: String) {
         let _ = self.place.set(place);

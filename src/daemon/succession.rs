@@ -209,7 +209,10 @@ async fn hear(mut stream: UnixStream) -> Option<Ring> {
     });
     match heard.await {
         Ok(Ok((Wish::Take(version), stream))) => Some(Ring::Take(stream, version)),
-        Ok(Ok((Wish::End, _))) => Some(Ring::End),
+        Ok(Ok((Wish::End, _))) => {
+            tracing::info!("{RELIEVED}");
+            Some(Ring::End)
+        }
         Ok(Ok((Wish::Refused | Wish::Gone, _))) => None,
         Ok(Err(error)) => {
             tracing::debug!(%error, "a successor says nothing of sense");
@@ -218,6 +221,9 @@ async fn hear(mut stream: UnixStream) -> Option<Ring> {
         Err(_) => None,
     }
 }
+
+/// Why a daemon ends whose place another has taken.
+const RELIEVED: &str = "a successor is ready and has taken over; stopping";
 
 /// What became of a handover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,7 +244,10 @@ pub(super) async fn hand_over(mut successor: UnixStream, version: u32, stop: &mu
     });
     tokio::select! {
         waited = waiting => match waited {
-            Ok(Ok(Wish::End)) => Handed::Over,
+            Ok(Ok(Wish::End)) => {
+                tracing::info!("{RELIEVED}");
+                Handed::Over
+            }
             Ok(Ok(Wish::Take(_) | Wish::Refused | Wish::Gone)) => {
                 tracing::warn!("the successor went away; going on");
                 Handed::Back

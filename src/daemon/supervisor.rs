@@ -70,7 +70,7 @@ pub(super) async fn run(
     };
     ports::share();
     supervisor.begin().await;
-    tokio::spawn(tell_when_up(supervisor.reports.all()));
+    tokio::spawn(tell_when_up(Arc::clone(&supervisor.reports)));
     let complaints = RateLimit::default();
     let pace = Pace {
         backoff_cap: options.store.backoff_cap,
@@ -329,12 +329,12 @@ impl<T> Drop for Task<T> {
 }
 
 /// Tells systemd once the networks of the start are up.
-async fn tell_when_up(networks: Vec<(NetworkName, Arc<Report>)>) {
-    let late = until_up(&networks).await;
+async fn tell_when_up(reports: Arc<Reports>) {
+    let late = until_up(&reports.all()).await;
     if !late.is_empty() {
         tracing::warn!(networks = join(&late), "not waited for any longer");
     }
-    watchdog::tell_ready();
+    watchdog::tell_ready(reports.health());
 }
 
 /// Waits until all of `networks` are up, or after [`SETTLE`] one of them; gives those that are not.

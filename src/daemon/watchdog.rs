@@ -21,13 +21,15 @@ use crate::server::monitor::Monitored;
 const STATUS: Duration = Duration::from_secs(2);
 
 static TOLD_READY: AtomicBool = AtomicBool::new(false);
-/// Has the line told at once: the one from before would contradict what was just told.
+/// Has the line looked at at once: what was last told beside it may be old by then.
 static LINE_IS_OLD: Notify = Notify::const_new();
 
-/// Tells that the daemon is up, or has done with a reload. Without a service manager there is nobody to tell.
-pub(super) fn tell_ready() {
+/// Tells that the daemon is up, or has done with a reload, and in the same message how it is, so that the line from before is never beside
+/// it. Without a service manager there is nobody to tell.
+pub(super) fn tell_ready(health: &Health) {
     TOLD_READY.store(true, Ordering::Relaxed);
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    let line = health.summary();
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&line)]);
     LINE_IS_OLD.notify_one();
 }
 

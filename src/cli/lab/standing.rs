@@ -150,7 +150,13 @@ pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     } else {
         format!("{PREFIX}-{node}")
     };
-    let namespace = Namespace::existing(&name).map_err(|error| hint(&error, "kersey lab up starts a lab"))?;
+    let namespace = Namespace::existing(&name).map_err(|error| {
+        let up = load().ok().flatten().map(|state| state.namespaces.join(" "));
+        match up {
+            Some(names) => hint(&error, &format!("the lab that is up has {names}")),
+            None => hint(&error, "kersey lab up starts a lab"),
+        }
+    })?;
     let (program, arguments) = command.split_first().context("no command given")?;
     let mut command = Command::new(program);
     command.args(arguments);
@@ -267,7 +273,8 @@ pub(super) fn down() -> Result<ExitCode> {
     if namespaces.is_empty() && ended == 0 {
         println!("no lab is up");
     } else {
-        println!("ended {ended} processes, removed {}", namespaces.join(" "));
+        let processes = if ended == 1 { "process" } else { "processes" };
+        println!("ended {ended} {processes}, removed {}", namespaces.join(" "));
     }
     Ok(ExitCode::SUCCESS)
 }

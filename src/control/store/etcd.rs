@@ -35,6 +35,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::Instant;
 
+pub use self::connection::check_endpoints;
 use self::connection::{Connection, Right, refused};
 use self::following::Progress;
 pub use self::networks::EtcdNetworks;

@@ -9,7 +9,7 @@ use super::{Setup, networks, prefixes};
 use crate::addr::{Ipv6Prefix, Prefix};
 use crate::backend::{Backend, Carrier};
 use crate::daemon::switches;
-use crate::host::netlink::{NetlinkError, Route};
+use crate::host::netlink::{HeldRoute, NetlinkError, Route, RouteOwner};
 use crate::host::outer_tun;
 use crate::host::sysctl::{self, Forwarding, SysctlError};
 use crate::lease::Subnet;
@@ -189,10 +189,38 @@ pub(super) async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subn
         let addr: IpAddr = prefix.addr();
         netlink.add_address(index, addr, host_len).await?;
     }
+    let held = netlink.routes().await?;
     for network in carried(networks(setup.config), v6) {
-        netlink.replace_route(&Route::direct(network, index)).await?;
+        let route = Route::direct(network, index);
+        if let Some(others) = foreign(&held, &route) {
+            return Err(RouteTaken {
+                network,
+                route: others.clone(),
+            }
+            .into());
+        }
+        netlink.replace_route(&route).await?;
     }
     Ok(index)
+}
+
+/// The network is one that this host has a route to already. Were it replaced, the host would lose its link, or all of its neighbours.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Network {network}: this host has a route to it already ({route}), which is not Kersey's to replace; choose another network, or take the route away"
+)]
+struct RouteTaken {
+    network: Prefix,
+    route: Route,
+}
+
+/// Somebody else's route to where `route` leads, whatever its metric. A default route is nobody's to replace.
+fn foreign<'a>(held: &'a [HeldRoute], route: &Route) -> Option<&'a Route> {
+    let default = route.destination.len() == 0;
+    held.iter()
+        .filter(|held| held.route.destination == route.destination && held.route.index != route.index)
+        .find(|held| held.owner != RouteOwner::Kersey || default)
+        .map(|held| &held.route)
 }
 
 /// Takes away what an earlier life of the device had and this one has not: its addresses and routes are those of another lease.
@@ -281,4 +309,30 @@ pub(super) async fn repair_outer<B: Backend>(setup: &Setup<'_, B>, index: u32) -
     }
     configure_outer(setup).await?;
     Ok(Repair::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_others_routes_to_the_same_network_are_in_the_way() {
+        let network: Prefix = Prefix::V4("192.168.7.0/24".parse().unwrap());
+        let part: Prefix = Prefix::V4("192.168.7.0/25".parse().unwrap());
+        let held = |owner, destination| HeldRoute {
+            owner,
+            route: Route::direct(destination, 2),
+        };
+        let wanted = Route::direct(network, 9);
+        for owner in [RouteOwner::Kernel, RouteOwner::Other] {
+            let all = [held(owner, part), held(RouteOwner::Kersey, network)];
+            assert_eq!(foreign(&all, &wanted), None);
+            let all = [held(RouteOwner::Kersey, network), held(owner, network)];
+            assert_eq!(foreign(&all, &wanted), Some(&Route::direct(network, 2)));
+        }
+        let all: Prefix = Prefix::V4("0.0.0.0/0".parse().unwrap());
+        let everywhere = [held(RouteOwner::Kersey, all)];
+        assert!(foreign(&everywhere, &Route::direct(all, 9)).is_some());
+        assert_eq!(foreign(&everywhere, &Route::direct(all, 2)), None);
+    }
 }

@@ -6,7 +6,7 @@
 //!   thread "firewall" ── Invocation ──▶ socket ──▶ checked, run ── Output ──▶ back
 //! ```
 //!
-//! The helper is this very program, started before the sandbox is entered; the socket is its standard input, and it ends when that ends. What
+//! The helper is this very program, started before the sandbox is entered; the socket is its standard input, and it ends when that ends, which the daemon waits for ([`end`]). What
 //! it is asked it checks against the few calls there are (`is_known`): a daemon that was taken over can make firewall rules by it, which it
 //! could anyway, and nothing else. It gives up what the tools do not need, as the daemon does: all capabilities but `CAP_NET_ADMIN` and
 //! `CAP_NET_RAW`, and all files but programs, libraries and the lock of iptables ([`sandbox::enter_for_tools`]).
@@ -23,7 +23,9 @@
 //! supervises it starts it again. Rules stay as they are meanwhile.
 
 use std::collections::VecDeque;
+use std::ffi::CStr;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -31,6 +33,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::prctl;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +44,12 @@ use crate::host::sandbox::{self, Part};
 
 /// What the helper is called on its command line.
 const NAME: &str = "firewall-helper";
+/// What the kernel calls it: 15 bytes are all it keeps.
+const PROCESS_NAME: &CStr = c"kersey-firewall";
+/// How long the end of the daemon waits for the helper's: a call that is under way is not to be cut off.
+const LAST_CALL: Duration = Duration::from_secs(2);
+/// How often it is looked whether it has ended.
+const LOOK: Duration = Duration::from_millis(2);
 /// How long an answer may take: the tool's time, and some for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(TIMEOUT.as_secs() + 5);
 /// The largest message: two outputs, escaped as JSON.
@@ -52,6 +61,8 @@ static HELPER: OnceLock<Helper> = OnceLock::new();
 struct Helper {
     child: Mutex<Child>,
     channel: Mutex<Channel>,
+    /// The channel's socket, for whoever ends it while it is in use.
+    socket: UnixStream,
 }
 
 /// How the helper is.
@@ -100,6 +111,7 @@ enum Answer {
 /// It cannot be started.
 pub fn start(parts: &[Part]) -> io::Result<()> {
     let (ours, its) = UnixStream::pair()?;
+    let socket = ours.try_clone()?;
     let parts: Vec<&str> = parts.iter().map(|part| part.name()).collect();
     let child = Command::new("/proc/self/exe")
         .arg0("kersey")
@@ -114,6 +126,7 @@ pub fn start(parts: &[Part]) -> io::Result<()> {
     let _ = HELPER.set(Helper {
         child: Mutex::new(child),
         channel: Mutex::new(Channel::new(ours)),
+        socket,
     });
     Ok(())
 }
@@ -127,6 +140,23 @@ pub fn state() -> State {
     match child.try_wait() {
         Ok(None) => State::Alive,
         Ok(Some(_)) | Err(_) => State::Ended,
+    }
+}
+
+/// Ends the helper, if there is one, and waits until it has ended; not for long.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a shell: the process ends after this, and time is up by the clock"
+)]
+pub fn end() {
+    let Some(helper) = HELPER.get() else {
+        return;
+    };
+    // Nothing can be done about an error: then it has ended.
+    let _ = helper.socket.shutdown(Shutdown::Both);
+    let deadline = Instant::now() + LAST_CALL;
+    while state() == State::Alive && Instant::now() < deadline {
+        std::thread::sleep(LOOK);
     }
 }
 
@@ -214,6 +244,8 @@ fn serve(parts: &[Part]) -> io::Result<()> {
     stream
         .peer_addr()
         .map_err(|_| io::Error::other("this is started by kersey run, not by hand"))?;
+    // By which it is known in process lists and to the service manager; it was started as /proc/self/exe.
+    let _ = prctl::set_name(PROCESS_NAME);
     sandbox::enter_for_tools(parts).map_err(io::Error::other)?;
     let mut channel = Channel::new(stream);
     loop {

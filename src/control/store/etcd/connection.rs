@@ -347,22 +347,39 @@ pub(super) fn refused(doing: &'static str, cause: &str) -> StoreError {
 
 /// Reads the endpoints; without a scheme they are as the certificates given suggest.
 fn endpoints(options: &EtcdOptions) -> Result<Vec<Endpoint>, StoreError> {
-    const DOING: &str = "open the store";
     let files = options.cafile.is_some() || options.certfile.is_some();
+    read_endpoints(&options.endpoints, files).map_err(|cause| refused("open the store", &cause))
+}
+
+/// Whether these are endpoints of etcd; what is wrong is said without what may be secret.
+///
+/// # Errors
+/// None is given, one is no URL that leads to etcd, or some are encrypted and some not.
+pub fn check_endpoints(endpoints: &[String], files: bool) -> Result<(), String> {
+    read_endpoints(endpoints, files).map(drop)
+}
+
+/// Reads endpoints; without a scheme they are encrypted if `files` of certificates are given. Else it says what is wrong, without what may be
+/// secret.
+fn read_endpoints(texts: &[String], files: bool) -> Result<Vec<Endpoint>, String> {
     let mut endpoints = Vec::new();
-    for text in &options.endpoints {
+    for text in texts {
         let (tls, rest) = match text.split_once("://") {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (true, rest),
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (false, rest),
             Some((scheme, _)) => {
-                let cause = format!("the etcd endpoint is {scheme}://...: must be http:// or https://");
-                return Err(refused(DOING, &cause));
+                return Err(format!(
+                    "the etcd endpoint is {scheme}://...: must be http:// or https://"
+                ));
             }
             None => (files, text.as_str()),
         };
         if rest.contains('@') {
             let cause = "an etcd endpoint has a user in it; give --etcd-username and --etcd-password instead";
-            return Err(refused(DOING, cause));
+            return Err(cause.to_owned());
+        }
+        if matches!(rest.chars().next(), None | Some('/' | ':' | '?' | '#')) {
+            return Err(format!("the etcd endpoint is {text}: must name a host"));
         }
         let scheme = if tls { "https" } else { "http" };
         endpoints.push(Endpoint {
@@ -371,14 +388,13 @@ fn endpoints(options: &EtcdOptions) -> Result<Vec<Endpoint>, StoreError> {
         });
     }
     let Some(first) = endpoints.first() else {
-        return Err(refused(DOING, "no etcd endpoint is given"));
+        return Err("no etcd endpoint is given".to_owned());
     };
     if let Some(other) = endpoints.iter().find(|other| other.tls != first.tls) {
-        let cause = format!(
+        return Err(format!(
             "of the etcd endpoints {} and {} one is encrypted and one is not; make them all https://, or all http://",
             first.url, other.url
-        );
-        return Err(refused(DOING, &cause));
+        ));
     }
     Ok(endpoints)
 }
@@ -476,6 +492,10 @@ mod tests {
     fn strange_endpoints_are_refused_and_their_secrets_not_repeated() {
         assert!(urls(&[], None).unwrap_err().contains("no etcd endpoint"));
         assert!(urls(&["unix:///run/etcd"], None).unwrap_err().contains("unix://"));
+        for nowhere in ["http://", "https://:2379", ":2379", "http:///path"] {
+            let error = urls(&[nowhere], None).unwrap_err();
+            assert!(error.contains("must name a host"), "{nowhere}: {error}");
+        }
         let error = urls(&["https://root:hunter2@a:1"], None).unwrap_err();
         assert!(
             !error.contains("hunter2") && error.contains("--etcd-username"),
