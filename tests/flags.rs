@@ -106,7 +106,7 @@ fn told_fate(page: &str, flag: &str) -> Fate {
                 .any(|name| name.split(' ').next() == Some(wanted.as_str()))
         })
         .unwrap_or_else(|| panic!("docs/flannel-compat.md has no row of {flag}"));
-    match *row.last().unwrap() {
+    match row.last().copied().unwrap_or_default() {
         told if told.starts_with("accepted with a note") => Fate::Noted,
         told if told.starts_with("accepted: ") => Fate::AlreadySo,
         told if told.contains("`true` is refused") || told.starts_with("refused") => Fate::Refused,
