@@ -220,11 +220,11 @@ fn a_reload_takes_another_config_and_refuses_a_wrong_one() {
     let pids = [overlay.daemon(1).pid(), overlay.daemon(2).pid()];
     let subnet = overlay.subnet(2);
     let reload = |overlay: &mut Overlay, nth: usize| {
-        let before = overlay.log(nth).matches("reloaded").count();
+        let done =
+            |log: &str| log.matches(" reloaded").count() + log.matches("the reload was refused").count();
+        let before = done(&overlay.log(nth));
         overlay.daemon(nth).signal(Signal::SIGHUP).unwrap();
-        wait_for("the reload is done", READY, || {
-            overlay.log(nth).matches("reloaded").count() > before
-        });
+        wait_for("the reload is done", READY, || done(&overlay.log(nth)) > before);
     };
     // The same config: nothing happens, not even to a packet.
     let report = under_probe(&mut overlay, |overlay| reload(overlay, 2));
