@@ -10,7 +10,7 @@
 //!                └─ yes ──▶ packet socket ── refused (link gone or down, queue full) ──────────────┘
 //! ```
 //!
-//! *Its turn to be seen*: the first run to a destination in each [`SEEN`], and the first after each new snapshot, goes by the raw socket. The
+//! *Its turn to be seen*: the first run to a destination in each second, and the first after each new snapshot, goes by the raw socket. The
 //! kernel looks after a neighbour only while it sends to it itself; left alone, it would believe a stale one for ever.
 //!
 //! One run is one decision, so a run's packets stay in order. The socket is for no protocol: it sends, and nothing is ever put into it.

@@ -23,8 +23,9 @@
 //! Nothing runs meanwhile: [`Seg6Node::update`] reads the leases once and makes the kernel agree with them.
 //!
 //! Limits: the lease is not renewed (labs live for minutes, leases for a day); one underlay link. The node's own sockets
-//! are told the inner MTU, but not containers behind it, whose links must have it ([`Seg6Route::inner_mtu_bytes`]); and
-//! what is larger all the same, as a long UDP datagram, is not fragmented but lost: the kernel encapsulates first.
+//! are told the inner MTU, but not containers behind it, whose links must have it
+//! ([`inner_mtu_bytes`](crate::host::netlink::Seg6Route::inner_mtu_bytes)); and what is larger all the same, as a long UDP datagram, is not
+//! fragmented but lost: the kernel encapsulates first.
 
 mod item;
 mod rules;
