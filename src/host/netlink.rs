@@ -15,13 +15,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{InfoData, InfoVeth, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
 };
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, MulticastGroup,
     RouteMessageBuilder,
@@ -127,8 +128,16 @@ impl Netlink {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
+        Self::watch_groups(&groups, change)
+    }
+
+    /// Reports what `change` makes of the messages of these groups; see [`watch`](Self::watch).
+    fn watch_groups<T: Send + 'static>(
+        groups: &[MulticastGroup],
+        change: fn(NetlinkPayload<RouteNetlinkMessage>) -> Option<T>,
+    ) -> Result<impl Stream<Item = T> + Send + Unpin + 'static + use<T>, NetlinkError> {
         let (connection, handle, messages) =
-            rtnetlink::new_multicast_connection(&groups).map_err(NetlinkError::Open)?;
+            rtnetlink::new_multicast_connection(groups).map_err(NetlinkError::Open)?;
         tokio::spawn(connection);
         // The connection ends when nobody holds its handle, so the stream does.
         Ok(messages.filter_map(move |(message, _)| {

@@ -2,7 +2,7 @@
 
 use std::net::Ipv6Addr;
 
-use futures_util::{Stream, StreamExt, TryStreamExt};
+use futures_util::{Stream, TryStreamExt};
 use netlink_packet_route::link::{LinkFlags, LinkLayerType, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -72,14 +72,7 @@ impl Netlink {
             MulticastGroup::Ipv6Route,
             MulticastGroup::Ipv6Rule,
         ];
-        let (connection, handle, messages) =
-            rtnetlink::new_multicast_connection(&groups).map_err(NetlinkError::Open)?;
-        tokio::spawn(connection);
-        // The connection ends when nobody holds its handle, so the stream does.
-        Ok(messages.filter_map(move |(message, _)| {
-            let _keep = &handle;
-            std::future::ready(change(message.payload))
-        }))
+        Self::watch_groups(&groups, change)
     }
 
     /// Number and MTU in bytes of the links of Ethernet that are up.
