@@ -6,8 +6,9 @@
 #   make bench   micro-benchmarks, then kersey measured against the kernel's VXLAN
 #   make fuzz    each fuzz target for FUZZ_SECONDS (20)
 #   make soak    faults at length; SOAK_CASES (20000) mutated VXLAN datagrams to Kersey and to a kernel, and what both let through
-#                compared; the long forms of the model, of races and of many nodes; optimised, as the `soak` profile in
-#                Cargo.toml says; see CONTRIBUTING.md
+#                compared; the long forms of the model, of races and of many nodes; the faults again with daemons that have
+#                nothing but CAP_NET_ADMIN, and with authentication on in etcd; optimised, as the `soak` profile in Cargo.toml
+#                says; see CONTRIBUTING.md
 #   make cross   whether it compiles for arm64, armv7 and musl (needs rustup)
 #   make deps    only install what is missing
 #
@@ -23,6 +24,8 @@ SOAK_CASES ?= 20000
 CROSS ?= aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf x86_64-unknown-linux-musl
 # The tests that KERSEY_SOAK makes longer.
 SOAKED := --test embedded --test etcd --test etcd_many --test http --test model
+# The tests that KERSEY_TEST_ETCD_AUTH has log in, but for those in namespaces.
+LOGGED_IN := --test etcd --test etcd_faults --test etcd_many
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Where rustup puts cargo, in case the login shell does not know yet. Cargo and compiler stay those of the user.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -75,9 +78,13 @@ soak: deps
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run --locked --cargo-profile soak $(RUNNER) --test netns_faults --test netns_interop --run-ignored only --retries 0 --no-capture --no-tests pass $(ARGS); \
 	    KERSEY_SOAK=1 cargo nextest run --locked --cargo-profile soak $(RUNNER) $(SOAKED) --no-tests pass $(ARGS); \
+	    KERSEY_TEST_UNPRIVILEGED=1 cargo nextest run --locked --cargo-profile soak $(RUNNER) --test netns_faults --no-tests pass $(ARGS); \
+	    KERSEY_TEST_ETCD_AUTH=1 cargo nextest run --locked --cargo-profile soak $(RUNNER) $(LOGGED_IN) --no-tests pass $(ARGS); \
 	else \
 	    cargo test --locked --profile soak $(RUNNER) --test netns_faults --test netns_interop -- --ignored --nocapture --test-threads=1 $(ARGS); \
 	    KERSEY_SOAK=1 cargo test --locked --profile soak $(RUNNER) $(SOAKED) -- $(ARGS); \
+	    KERSEY_TEST_UNPRIVILEGED=1 cargo test --locked --profile soak $(RUNNER) --test netns_faults -- --test-threads=1 $(ARGS); \
+	    KERSEY_TEST_ETCD_AUTH=1 cargo test --locked --profile soak $(RUNNER) $(LOGGED_IN) -- --test-threads=1 $(ARGS); \
 	fi
 
 cross:

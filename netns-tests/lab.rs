@@ -13,7 +13,8 @@
 mod support;
 
 use std::net::IpAddr;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kersey::addr::Mtu;
@@ -272,6 +273,97 @@ fn a_lab_takes_the_kernel_as_its_last_node() {
             "{flags:?}"
         );
     }
+}
+
+/// As with `| head`, or a terminal that was closed.
+#[test]
+fn a_lab_that_nobody_reads_takes_itself_down() {
+    if !require_root("a_lab_that_nobody_reads_takes_itself_down") {
+        return;
+    }
+    for flags in [&[][..], &["--json"]] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut lab = Command::new(env!("CARGO_BIN_EXE_kersey"))
+            .args(["lab", "--duration", "1"])
+            .args(flags)
+            .env("TMPDIR", folder.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (output, log) = (lab.stdout.take(), lab.stderr.take());
+        drop((output, log));
+        let prefix = format!("kersey-{}-", lab.id());
+        let ended = lab.wait().unwrap();
+        assert!(ended.code().is_some(), "{flags:?}: {ended}");
+        assert_eq!(Namespace::names(&prefix).unwrap(), [] as [&str; 0], "{flags:?}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{flags:?}");
+    }
+}
+
+/// A lab that was killed leaves daemons, namespaces and a folder behind, and `kersey lab down` takes them away.
+#[test]
+fn what_a_killed_lab_left_is_taken_down() {
+    if !require_root("what_a_killed_lab_left_is_taken_down") {
+        return;
+    }
+    if Path::new("/run/kersey-lab").exists() {
+        assert!(std::env::var_os("CI").is_none(), "somebody's lab is up");
+        eprintln!(
+            "what_a_killed_lab_left_is_taken_down: skipped, since it would take down the lab that is up"
+        );
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        .args(["lab", "--duration", "30"])
+        .env("TMPDIR", folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (prefix, mark) = (
+        format!("kersey-{}-", lab.id()),
+        format!("kersey-lab-{}-", lab.id()),
+    );
+    let daemons = || {
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+        lines
+            .filter(|line| String::from_utf8_lossy(line).contains(&mark))
+            .count()
+    };
+    assert!(
+        wait_until(Duration::from_secs(20), || daemons() >= 2),
+        "no daemons"
+    );
+    lab.kill().unwrap();
+    lab.wait().unwrap();
+    assert_eq!(Namespace::names(&prefix).unwrap().len(), 3);
+    // Who but names the folder, as an editor does, is let be.
+    let mut bystander = Command::new("sh")
+        .args(["-c", "read line", &mark])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let down = Command::new(env!("CARGO_BIN_EXE_kersey"))
+        .args(["lab", "down"])
+        .env("TMPDIR", folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&down.stdout).into_owned();
+    assert!(down.status.success(), "{down:?}");
+    let ended: Option<usize> = said.split(' ').nth(1).and_then(|count| count.parse().ok());
+    assert!(ended >= Some(2) && said.contains(&prefix), "{said}");
+    assert!(
+        bystander.try_wait().unwrap().is_none(),
+        "a process elsewhere was ended"
+    );
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    assert_eq!(daemons(), 0);
+    assert_eq!(Namespace::names(&prefix).unwrap(), [] as [&str; 0]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

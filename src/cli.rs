@@ -38,6 +38,7 @@ pub mod server;
 pub mod status;
 mod stop;
 mod store;
+mod tell;
 
 use std::ffi::OsString;
 use std::path::Path;

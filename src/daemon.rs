@@ -19,8 +19,10 @@ mod claims;
 pub(crate) mod confine;
 mod direct;
 mod firewall;
+mod gateways;
 mod health;
 mod instance;
+mod judge;
 mod kernel_routes;
 mod metrics;
 mod network;
@@ -30,6 +32,7 @@ mod plain;
 mod ports;
 mod reload;
 mod report;
+mod startup;
 mod succession;
 mod supervisor;
 pub(crate) mod switches;
@@ -49,8 +52,8 @@ use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError};
 use crate::daemon::health::Health;
 use crate::daemon::instance::{Held, Instance};
+pub use crate::daemon::judge::{unread, unusable};
 use crate::daemon::kernel_routes::Denied;
-pub use crate::daemon::node::unusable;
 use crate::daemon::node::{UnusableKeys, UnusableMtu};
 use crate::daemon::reload::Reread;
 use crate::daemon::report::{Report, Reports};
@@ -95,6 +98,8 @@ pub fn run(options: RunOptions, reread: impl Fn() -> Result<RunOptions, String>)
             if status == ENVIRONMENT {
                 let needs = if error.downcast_ref::<Denied>().is_some() {
                     "CAP_NET_ADMIN"
+                } else if error.downcast_ref::<StatusSocketError>().is_some() {
+                    "root, or CAP_NET_ADMIN and directories it may write to"
                 } else {
                     "/dev/net/tun and CAP_NET_ADMIN"
                 };
@@ -163,6 +168,13 @@ fn exit_status(error: &anyhow::Error) -> u8 {
         return CONFIG;
     }
     if error.downcast_ref::<Denied>().is_some() {
+        return ENVIRONMENT;
+    }
+    // With CAP_NET_ADMIN only the folder is wrong, which may be mended meanwhile; without, this user can never run it.
+    if let Some(StatusSocketError::Create { cause, .. }) = error.downcast_ref()
+        && cause.kind() == std::io::ErrorKind::PermissionDenied
+        && !sandbox::may_change_network()
+    {
         return ENVIRONMENT;
     }
     if error.downcast_ref::<Held>().is_some()

@@ -9,6 +9,7 @@
 //! spelling flannel writes: host bits, leading zeros and uncompressed IPv6 are refused, because such a key could be
 //! neither renewed nor deleted under the name it is read as.
 
+mod by_subnet;
 pub mod json;
 
 use std::fmt;
@@ -16,7 +17,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::time::SystemTime;
 
-use crate::addr::{Ipv4Prefix, Ipv6Prefix};
+use crate::addr::{Ipv4Prefix, Ipv6Prefix, Prefix};
+pub use crate::lease::by_subnet::BySubnet;
 use crate::lease::json::{JsonError, Object};
 
 /// Why a text is not the key of a lease.
@@ -58,6 +60,12 @@ impl Subnet {
     /// The IPv4 half, unless it only fills the place in the key of an IPv6-only lease.
     pub fn ipv4(self) -> Option<Ipv4Prefix> {
         (self.v6.is_none() || self.v4 != Self::NO_V4).then_some(self.v4)
+    }
+
+    /// Its prefixes, one a family.
+    pub fn prefixes(self) -> impl Iterator<Item = Prefix> + Clone {
+        let v4 = self.ipv4().map(Prefix::V4);
+        v4.into_iter().chain(self.v6.map(Prefix::V6))
     }
 
     /// Whether the two share an address, of either family.

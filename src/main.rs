@@ -28,7 +28,13 @@ fn main() -> ExitCode {
         Command::Cleanup(options) => cli::cleanup::run(&options),
         Command::Lab(options) => cli::lab::run(*options).unwrap_or_else(failed),
         Command::Bench(options) => cli::bench::run(*options).unwrap_or_else(failed),
-        Command::Config(options) => cli::config::run(&options, kersey::daemon::unusable),
+        Command::Config(options) => {
+            let judge = cli::config::Judge {
+                unusable: kersey::daemon::unusable,
+                unread: kersey::daemon::unread,
+            };
+            cli::config::run(&options, judge)
+        }
         Command::DockerOpts(options) => cli::docker_opts::run(&options),
         Command::Man(options) => cli::pages::man(&options).unwrap_or_else(failed),
         Command::Completions(options) => cli::pages::completions(&options).unwrap_or_else(failed),

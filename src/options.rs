@@ -24,9 +24,11 @@ pub use process::{
 
 mod address;
 mod http;
+mod nearest;
 
 pub use address::{AddressError, ListenAddress, Scheme, ServerAddress};
 pub use http::{ApiForm, KeyPairFiles, RemoteOptions, ServeOptions, TlsFiles};
+pub use nearest::nearest;
 
 /// `kersey run`: the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]

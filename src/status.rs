@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The whole document.
+/// The whole document; peers are a list to who reads it, and may be made as they are written.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Status {
+pub struct Status<P = Vec<Peer>> {
     /// Kersey's version.
     pub version: String,
     /// `true` once the lease is held, the device is up if there is one, routes are in and subnet.env is written.
@@ -29,7 +29,7 @@ pub struct Status {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub firewall: String,
     /// Other nodes, by subnet.
-    pub peers: Vec<Peer>,
+    pub peers: P,
     /// Packet-path counters summed over workers, by name: `outbound_packets`, `outbound_bytes`, `inbound_packets`, …
     pub counters: BTreeMap<String, u64>,
     /// Packets refused, by reason; reasons that never occurred are left out.
@@ -39,13 +39,13 @@ pub struct Status {
     /// What the process has given up of its privileges: `capabilities`, `seccomp`, `landlock`, `user`, each with what came of it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sandbox: BTreeMap<String, String>,
-    /// Why it is not ready, if it knows; of one of several networks only.
+    /// Why it is not ready, if it knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// A document like this for each network by name, where there are several; `version`, `ready`, `uptime_s` and `store.place` are all
     /// that the outer one then says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub networks: Option<BTreeMap<String, Status>>,
+    pub networks: Option<BTreeMap<String, Status<P>>>,
 }
 
 /// This node's own lease and underlay.

@@ -348,6 +348,22 @@ fn what_flannel_takes_is_taken() {
     }
 }
 
+/// What nobody reads is ignored, as flannel does, and told.
+#[test]
+fn a_misspelt_key_of_a_network_config_is_told_and_no_error() {
+    let text = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","Prot":4789}}"#;
+    let check = kersey()
+        .args(["config", "check", "--network-config", text])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stderr).into_owned();
+    assert_eq!(check.status.code(), Some(0), "{said}");
+    assert_eq!(
+        said,
+        "warning: Backend.Prot is ignored: vxlan has no such key; did you mean Backend.Port?\n"
+    );
+}
+
 /// The same on the command line: `kersey config check`, and a daemon that would keep the leases, with its exit status.
 #[test]
 fn a_bad_config_is_status_4_before_anything_is_touched() {

@@ -106,9 +106,16 @@ fn collect(folder: &Path, found: &mut BTreeSet<String>) {
             collect(&path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             let text = fs::read_to_string(&path).unwrap();
-            let mut is_test = false;
+            let (mut is_test, mut is_rule) = (false, false);
             for line in text.lines().map(str::trim) {
-                if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
+                // The rules of tests/store_contract.rs are tests of every store.
+                if line.starts_with("contract!(@rules ") {
+                    is_rule = true;
+                } else if is_rule && line == ");" {
+                    is_rule = false;
+                } else if is_rule {
+                    found.extend(line.split('(').next().map(str::to_owned));
+                } else if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
                     is_test = true;
                 } else if line.contains("fn ") && is_test {
                     let name = line.split("fn ").nth(1).and_then(|rest| rest.split('(').next());

@@ -30,7 +30,7 @@ const FLANNEL: &str = r#"{"PublicIP":"10.50.0.2","PublicIPv6":null,"BackendType"
 
 #[tokio::test]
 async fn what_is_written_is_flannels_to_the_byte() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -75,7 +75,7 @@ async fn what_is_written_is_flannels_to_the_byte() {
 
 #[tokio::test]
 async fn a_lease_flannel_wrote_is_used() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -92,7 +92,7 @@ async fn a_lease_flannel_wrote_is_used() {
 
 #[tokio::test]
 async fn an_old_lease_that_no_longer_fits_is_given_up() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", r#"{"Network":"10.9.0.0/16"}"#).await;
@@ -106,7 +106,7 @@ async fn an_old_lease_that_no_longer_fits_is_given_up() {
 
 #[tokio::test]
 async fn thirty_two_daemons_claim_thirty_two_subnets() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", SMALL).await;
@@ -131,7 +131,7 @@ async fn thirty_two_daemons_claim_thirty_two_subnets() {
 /// F8, and B1 of the list of upstream bugs: flannel exits when it loses a race.
 #[tokio::test]
 async fn races_for_subnets_have_one_winner_each_and_are_over_soon() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     // A hundred rounds of each; who waits for the test gets fewer.
@@ -183,7 +183,7 @@ async fn races_for_subnets_have_one_winner_each_and_are_over_soon() {
 
 #[tokio::test]
 async fn a_reservation_survives_restarts() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -202,7 +202,7 @@ async fn a_reservation_survives_restarts() {
 /// F5, and B0 of the list of upstream bugs: one such key makes flannel drop all its peers.
 #[tokio::test]
 async fn rotten_keys_touch_no_peer() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -322,7 +322,7 @@ async fn rotten_keys_touch_no_peer() {
 
 #[tokio::test]
 async fn a_compaction_in_a_gap_is_bridged_by_a_snapshot() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -367,7 +367,7 @@ async fn a_compaction_in_a_gap_is_bridged_by_a_snapshot() {
 
 #[tokio::test]
 async fn a_crash_of_etcd_costs_no_peer_and_is_over_within_five_seconds() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -400,7 +400,7 @@ async fn a_crash_of_etcd_costs_no_peer_and_is_over_within_five_seconds() {
 
 #[tokio::test]
 async fn a_black_hole_is_noticed() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -434,7 +434,7 @@ async fn a_black_hole_is_noticed() {
 
 #[tokio::test]
 async fn a_lease_that_ran_out_is_claimed_again_or_left_to_its_new_owner() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -463,7 +463,7 @@ async fn a_lease_that_ran_out_is_claimed_again_or_left_to_its_new_owner() {
 
 #[tokio::test]
 async fn an_outage_longer_than_the_lease_keeps_the_subnet() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -506,7 +506,7 @@ async fn made_at(etcd: &Etcd, subnet: Subnet) -> Option<i64> {
 
 #[tokio::test]
 async fn a_wiped_etcd_is_filled_again_and_peers_linger() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -542,7 +542,7 @@ async fn a_wiped_etcd_is_filled_again_and_peers_linger() {
 
 #[tokio::test]
 async fn a_node_starts_without_etcd_from_its_cache() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -609,7 +609,7 @@ async fn a_wrong_password_is_a_refusal() {
 
 #[tokio::test]
 async fn a_dead_endpoint_beside_a_live_one_does_no_harm() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -628,7 +628,7 @@ async fn a_dead_endpoint_beside_a_live_one_does_no_harm() {
 
 #[tokio::test]
 async fn a_server_learns_when_leases_end() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;

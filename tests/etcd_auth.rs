@@ -12,14 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
-use etcd_server::nodes::{CONFIG, holder, node, subnet};
+use etcd_server::nodes::{CONFIG, Node, fresh, holder, node, subnet, wait};
 use etcd_server::pki::Authority;
 use etcd_server::{Etcd, PREFIX, Tls};
 use futures_util::stream::StreamExt;
 use kersey::control::store::{EtcdOptions, EtcdStore, Store, StoreError};
 use kersey::control::{Control, ControlOptions};
 use kersey::lease::Expiration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 #[tokio::test]
 async fn the_rights_that_the_documentation_names_suffice() {
@@ -203,6 +203,39 @@ async fn a_login_that_ran_out_is_renewed() {
             .unwrap()
             .is_ok()
     );
+}
+
+/// F1: logins die with the process that gave them.
+#[tokio::test]
+async fn an_etcd_that_lost_its_logins_in_a_crash_is_back_within_five_seconds() {
+    let Some(mut etcd) = etcd_server::start_asking().await else {
+        return;
+    };
+    etcd.put("config", CONFIG).await;
+    etcd.put("subnets/10.0.2.0-24", node(2).to_json()).await;
+    let options = ControlOptions {
+        holder: Some(holder("one")),
+        ..fresh()
+    };
+    let running = Node::start(etcd.options(), 1, options).await;
+    wait(&running.published.peers, "the peer", |peers| peers.len() == 1).await;
+    etcd.crash();
+    wait(&running.published.health, "the outage seen", |health| {
+        !health.connected
+    })
+    .await;
+    assert_eq!(running.published.peers.borrow().len(), 1);
+    etcd.restart().await;
+    etcd.put("subnets/10.0.3.0-24", node(3).to_json()).await;
+    let back = Instant::now();
+    wait(&running.published.peers, "the new peer", |peers| peers.len() == 2).await;
+    eprintln!("logged in again after {:?}", back.elapsed());
+    assert!(back.elapsed() <= Duration::from_secs(5), "{:?}", back.elapsed());
+    // Once in, it stays: nothing logs in again and again.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let logins = etcd.requests("Authenticate");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(etcd.requests("Authenticate"), logins);
 }
 
 /// Flannel's etcd client takes no notice of a user where authentication is off.

@@ -27,13 +27,13 @@ use tokio::time::{Instant, sleep, timeout};
 /// F4 (a): the connection of the watch falls silent, new ones are well.
 #[tokio::test]
 async fn a_watch_whose_connection_fell_silent_is_noticed_and_what_was_missed_made_good() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
     etcd.put("subnets/10.0.2.0-24", node(2).to_json()).await;
     let proxy = Proxy::before(etcd.port()).await;
-    let node = start_node(&[url(proxy.port)], 1, Duration::from_secs(3600)).await;
+    let node = start_node(etcd.options(), &[url(proxy.port)], 1, Duration::from_secs(3600)).await;
     wait(&node.published.peers, "the peer", |peers| peers.len() == 1).await;
     proxy.silence();
     let silent = Instant::now();
@@ -63,9 +63,20 @@ async fn a_watch_whose_connection_fell_silent_is_noticed_and_what_was_missed_mad
 /// F4 (b): of three members, the one that serves the node hangs.
 #[tokio::test]
 async fn a_member_that_hangs_is_left_for_another() {
-    let Some(cluster) = Cluster::start().await else {
-        return;
-    };
+    if let Some(cluster) = Cluster::start_as_wanted().await {
+        the_serving_member_hangs(cluster).await;
+    }
+}
+
+/// S12 and F4 (b): a user who is known to one member logs in at another.
+#[tokio::test]
+async fn a_member_that_hangs_is_left_for_another_that_asks_for_a_password() {
+    if let Some(cluster) = Cluster::start_asking().await {
+        the_serving_member_hangs(cluster).await;
+    }
+}
+
+async fn the_serving_member_hangs(cluster: Cluster) {
     let mut proxies = Vec::new();
     for port in &cluster.ports {
         proxies.push(Proxy::before(*port).await);
@@ -78,7 +89,7 @@ async fn a_member_that_hangs_is_left_for_another() {
         .await
         .unwrap();
     let urls: Vec<String> = proxies.iter().map(|proxy| url(proxy.port)).collect();
-    let node = start_node(&urls, 1, Duration::from_secs(3600)).await;
+    let node = start_node(cluster.options(), &urls, 1, Duration::from_secs(3600)).await;
     put_lease(cluster.client(0).await.unwrap(), 2).await;
     wait(&node.published.peers, "the peer", |peers| peers.len() == 1).await;
     // Those asked at the start and not chosen are let go.
@@ -127,7 +138,7 @@ async fn a_member_that_hangs_is_left_for_another() {
 /// F4 (c): a member that has lost its quorum answers pings and knows nothing.
 #[tokio::test]
 async fn a_member_without_a_quorum_is_no_company() {
-    let Some(cluster) = Cluster::start().await else {
+    let Some(cluster) = Cluster::start_as_wanted().await else {
         return;
     };
     cluster
@@ -138,7 +149,13 @@ async fn a_member_without_a_quorum_is_no_company() {
         .await
         .unwrap();
     // The node knows of one member only; the two others hang.
-    let node = start_node(&[url(cluster.ports[0])], 1, Duration::from_secs(3600)).await;
+    let node = start_node(
+        cluster.options(),
+        &[url(cluster.ports[0])],
+        1,
+        Duration::from_secs(3600),
+    )
+    .await;
     wait(&node.published.health, "the store", |health| health.connected).await;
     for other in [1, 2] {
         cluster.signal(other, Signal::SIGSTOP);
@@ -168,7 +185,7 @@ async fn a_member_without_a_quorum_is_no_company() {
 /// F2: one node is cut off for longer than its lease lives.
 #[tokio::test]
 async fn a_node_cut_off_for_longer_than_its_lease_gets_its_subnet_back_or_another() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -177,7 +194,7 @@ async fn a_node_cut_off_for_longer_than_its_lease_gets_its_subnet_back_or_anothe
     let mut nodes = Vec::new();
     for i in 1..=2 {
         let proxy = Proxy::before(etcd.port()).await;
-        nodes.push(start_node(&[url(proxy.port)], i, ttl).await);
+        nodes.push(start_node(etcd.options(), &[url(proxy.port)], i, ttl).await);
         proxies.push(proxy);
     }
     for node in &nodes {
@@ -222,7 +239,7 @@ async fn a_node_cut_off_for_longer_than_its_lease_gets_its_subnet_back_or_anothe
 /// F3, and B8 and B9 of the list of upstream bugs: everything changes in a gap that is compacted away.
 #[tokio::test]
 async fn what_changed_in_a_gap_that_was_compacted_is_seen_changes_and_removals_too() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -231,7 +248,7 @@ async fn what_changed_in_a_gap_that_was_compacted_is_seen_changes_and_removals_t
         client.put(key(i), node(i).to_json(), None).await.unwrap();
     }
     let proxy = Proxy::before(etcd.port()).await;
-    let node = start_node(&[url(proxy.port)], 1, Duration::from_secs(3600)).await;
+    let node = start_node(etcd.options(), &[url(proxy.port)], 1, Duration::from_secs(3600)).await;
     wait(&node.published.peers, "100 peers", |peers| peers.len() == 100).await;
     let mut peers = node.published.peers.clone();
     peers.mark_unchanged();
@@ -272,12 +289,12 @@ async fn what_changed_in_a_gap_that_was_compacted_is_seen_changes_and_removals_t
 /// F7: etcd comes back with what it knew some time ago.
 #[tokio::test]
 async fn after_a_backup_is_restored_all_nodes_register_anew_and_nobody_is_lost() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
     let urls = [etcd.url()];
-    let first = start_node(&urls, 1, Duration::from_secs(3600)).await;
+    let first = start_node(etcd.options(), &urls, 1, Duration::from_secs(3600)).await;
     // The backup: one node, and the config.
     let kept = tempfile::tempdir().unwrap();
     etcd.stop();
@@ -285,7 +302,7 @@ async fn after_a_backup_is_restored_all_nodes_register_anew_and_nobody_is_lost()
     etcd.restart().await;
     let mut nodes = vec![first];
     for i in 2..=4 {
-        nodes.push(start_node(&urls, i, Duration::from_secs(3600)).await);
+        nodes.push(start_node(etcd.options(), &urls, i, Duration::from_secs(3600)).await);
     }
     for i in 0..50 {
         etcd.put("unrelated", format!("{i}")).await;
@@ -306,18 +323,25 @@ async fn after_a_backup_is_restored_all_nodes_register_anew_and_nobody_is_lost()
         wait(&node.published.peers, "nothing held", |peers| peers.held() == 0).await;
         assert_eq!(node.published.peers.borrow().len(), 3);
         assert_eq!(node.published.lease.borrow().subnet, node.lease.subnet);
-        assert!(node.store.resets() >= 1, "nobody noticed");
+        // Whoever is in the backup is registered before it has looked.
+        let noticed = async {
+            while node.store.resets() == 0 {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let noticed = timeout(Duration::from_secs(10), noticed).await;
+        assert!(noticed.is_ok(), "nobody noticed");
     }
 }
 
 /// F7: another cluster answers at the place.
 #[tokio::test]
 async fn another_cluster_at_the_same_place_is_noticed() {
-    let Some(mut etcd) = etcd_server::start().await else {
+    let Some(mut etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
-    let node = start_node(&[etcd.url()], 1, Duration::from_secs(3600)).await;
+    let node = start_node(etcd.options(), &[etcd.url()], 1, Duration::from_secs(3600)).await;
     assert_eq!(node.store.resets(), 0);
     etcd.crash();
     etcd.restart().await;
@@ -338,7 +362,7 @@ async fn another_cluster_at_the_same_place_is_noticed() {
 /// B13: of several events in one answer flannel v0.18 to v0.21.2 take one.
 #[tokio::test]
 async fn all_events_of_one_answer_count() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -386,7 +410,7 @@ async fn all_events_of_one_answer_count() {
 /// B11 and B12: flannel leaves an etcd lease behind at each restart, and asks for the end of each lease it lists.
 #[tokio::test]
 async fn a_node_leaves_no_etcd_leases_behind_and_asks_for_no_ones_end() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -447,7 +471,7 @@ async fn a_node_leaves_no_etcd_leases_behind_and_asks_for_no_ones_end() {
 /// B0: one failed question about a lease's end makes flannel drop all peers.
 #[tokio::test]
 async fn a_lease_whose_end_cannot_be_asked_is_a_lease() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -485,7 +509,7 @@ async fn a_lease_whose_end_cannot_be_asked_is_a_lease() {
 /// B5: with IPv6 only, flannel's nodes all take the first one's lease, and a lease of everything stops it for ever.
 #[tokio::test]
 async fn nodes_without_ipv4_have_a_lease_each_even_beside_a_lease_of_everything() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     let config = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}"#;
@@ -555,11 +579,12 @@ async fn assert_one_owner_at_every_revision(etcd: &Etcd) {
     }
 }
 
-async fn start_node(urls: &[String], i: u8, ttl: Duration) -> Node {
+/// Starts node `i`, which reaches etcd at `urls`.
+async fn start_node(etcd: EtcdOptions, urls: &[String], i: u8, ttl: Duration) -> Node {
     let etcd = EtcdOptions {
         endpoints: urls.to_vec(),
         ttl,
-        ..EtcdOptions::default()
+        ..etcd
     };
     let options = ControlOptions {
         renew_margin: ttl / 3,

@@ -31,7 +31,7 @@ const NODES: u32 = 1000;
 
 #[tokio::test]
 async fn a_thousand_nodes_churn_storm_and_vanish() {
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -125,7 +125,7 @@ async fn a_thousand_nodes_churn_storm_and_vanish() {
 #[tokio::test]
 async fn a_list_that_breaks_off_anywhere_removes_nobody() {
     const LEASES: u32 = 2000;
-    let Some(etcd) = etcd_server::start().await else {
+    let Some(etcd) = etcd_server::start_as_wanted().await else {
         return;
     };
     etcd.put("config", CONFIG).await;
@@ -220,7 +220,9 @@ impl Watcher {
         let simulated = peers
             .iter()
             .filter(|(_, attrs)| attrs.public_ip.octets()[0] == 172);
-        simulated.map(|(subnet, attrs)| (subnet, attrs.clone())).collect()
+        simulated
+            .map(|(subnet, attrs)| (subnet, LeaseAttrs::clone(attrs)))
+            .collect()
     }
 
     async fn wait(&self, what: &str, good: impl Fn(&Table) -> bool) {

@@ -199,8 +199,18 @@ fn a_variable_gets_the_verdict_of_its_flag() {
 
 #[test]
 fn a_misspelt_flag_is_refused_with_its_name() {
-    for (flag, value) in CURRENT.iter().chain(FORMER).filter(|(flag, _)| flag.len() > 5) {
-        let wrong = format!("{}x{}", &flag[..3], &flag[4..]);
+    let long = CURRENT.iter().chain(FORMER).filter(|(flag, _)| flag.len() > 4);
+    let mistakes = long.flat_map(|(flag, value)| {
+        let (start, third, fourth, end) = (&flag[..2], &flag[2..3], &flag[3..4], &flag[4..]);
+        [
+            format!("{start}{third}x{end}"),
+            format!("{start}{fourth}{third}{end}"),
+            format!("{start}{third}{end}"),
+            format!("{start}{third}{fourth}{fourth}{end}"),
+        ]
+        .map(|wrong| (flag, value, wrong))
+    });
+    for (flag, value, wrong) in mistakes.filter(|(flag, _, wrong)| flag != &wrong) {
         let Err(Stop::Misused(error)) = parse(
             &words(&["flanneld", &format!("--{wrong}={value}")]),
             &BTreeMap::new(),

@@ -10,6 +10,7 @@ use kersey::lab::topology::INTERFACE;
 
 use crate::overlay::{Blueprint, Overlay, READY, wait_for};
 use crate::routed::ip;
+use crate::support::nobody::by_nobody;
 use crate::support::require_root;
 
 #[test]
@@ -63,6 +64,31 @@ fn what_was_left_behind_is_listed_and_removed() {
         cleanup(&mut overlay, &socket, &[]),
         (Some(0), "nothing to clean up\n".to_owned())
     );
+}
+
+/// Who may not even look is not told that there is nothing.
+#[test]
+fn without_rights_it_does_not_say_that_nothing_is_left() {
+    if !require_root("without_rights_it_does_not_say_that_nothing_is_left") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("nolook", 1).build();
+    let mut kersey = Command::new(env!("CARGO_BIN_EXE_kersey"));
+    kersey.args([
+        "cleanup",
+        "--dry-run",
+        "--data-dir=/nowhere",
+        "--status-socket=/nowhere/status.sock",
+    ]);
+    let mut child = overlay.run("cleanup", 1, by_nobody(&kersey, "-all"));
+    let ended = child.wait_end(READY).unwrap();
+    assert_eq!(ended.code(), Some(3), "{}", child.log_end());
+    let said = child.log_end();
+    assert!(
+        said.contains("cannot look for firewall rules: this takes CAP_NET_ADMIN"),
+        "{said}"
+    );
+    assert!(!said.contains("nothing"), "{said}");
 }
 
 #[test]

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use kersey::addr::Prefix;
 use kersey::lab::interrupt;
 use kersey::lab::topology::INTERFACE;
+use kersey::lab::traffic::ping::Ping;
 use nix::sys::signal::Signal;
 
-use crate::overlay::{Blueprint, Overlay, READY, wait_for};
-use crate::routed::ip;
+use crate::firewall::run;
+use crate::handover::take_over;
+use crate::overlay::{Blueprint, DEVICE, Overlay, READY, wait_for, within};
+use crate::routed::{ip, routes};
 use crate::support::require_etcd;
 
 const UDP: &str = r#"{"Network":"10.244.0.0/16"}"#;
@@ -140,6 +144,66 @@ fn a_network_that_this_host_has_a_route_to_is_refused_and_the_route_stays() {
     overlay.restart(2);
     overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
     overlay.ping_all();
+}
+
+/// As where all of a site is 10.0.0.0/8: what pods have of it goes through the device, and the rest as before.
+#[test]
+fn a_network_that_holds_the_underlay_leaves_the_rest_of_it_alone() {
+    if !require_etcd("a_network_that_holds_the_underlay_leaves_the_rest_of_it_alone") {
+        return;
+    }
+    for backend in ["udp", "vxlan", "host-gw"] {
+        let mut blueprint = Blueprint::new("holds", 2);
+        blueprint.network = format!(
+            r#"{{"Network":"192.0.0.0/16","SubnetMin":"192.0.16.0","Backend":{{"Type":"{backend}"}}}}"#
+        );
+        let mut overlay = blueprint.start();
+        // A peer's subnet, and not the network.
+        let subnet = overlay.subnet(2);
+        let wanted = [Prefix::V4(subnet)];
+        let routed = |overlay: &Overlay| {
+            let routes = routes(overlay, 1);
+            routes.iter().map(|route| route.destination).collect::<Vec<_>>() == wanted
+        };
+        wait_for("the peer's route is there", READY, || routed(&overlay));
+        overlay.ping_all();
+        // A node answers a pod from its own address.
+        let (pod, node) = (overlay.pod(2), overlay.lab.nodes[0].v4);
+        let report = Ping::default().run(pod, node.into()).unwrap();
+        assert!(report.all(), "{backend}: {report:?}");
+        // What nobody has leased is no business of the device's.
+        let way = |overlay: &Overlay, to: &str| run(overlay, 1, "ip", &format!("route get {to}"));
+        let stranger = way(&overlay, "192.0.200.1");
+        assert!(stranger.contains(&format!("dev {INTERFACE}")), "{stranger}");
+        let shown = overlay.status(1).peers[0].kernel_route.clone();
+        assert_eq!(shown.as_deref(), (backend == "host-gw").then_some("installed"));
+        if backend == "host-gw" {
+            continue;
+        }
+        let pod = way(&overlay, &overlay.pod(2).addr.to_string());
+        assert!(pod.contains(&format!("dev {DEVICE}")), "{pod}");
+        // The kernel takes the routes of a device that is set down.
+        for change in ["down", "up", "down"] {
+            ip(&overlay, 1, &format!("link set {DEVICE} {change}"));
+        }
+        wait_for("the route is back", within(Duration::from_secs(2)), || {
+            routed(&overlay)
+        });
+        ip(&overlay, 1, &format!("link set {DEVICE} down"));
+        ip(&overlay, 1, &format!("link set {DEVICE} up"));
+        wait_for("the route is back", within(Duration::from_secs(2)), || {
+            routed(&overlay)
+        });
+        overlay.ping_all();
+        // A successor finds it, and a peer that leaves takes it along.
+        take_over(&mut overlay, 1, &[]);
+        assert!(routed(&overlay));
+        overlay.ping_all();
+        let key = format!("subnets/{}-{}", subnet.addr(), subnet.len());
+        overlay.terminate(2);
+        overlay.delete(&key);
+        wait_for("the route is gone", READY, || routes(&overlay, 1).is_empty());
+    }
 }
 
 /// Waits until node 2 has its peer in its cache.

@@ -11,8 +11,9 @@ use kersey::lab::topology::HUB_V4;
 use kersey::lab::traffic::probe::Probe;
 use nix::sys::signal::Signal;
 
+use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, PREFIX, READY, figure, wait_for, within};
-use crate::support::require_etcd;
+use crate::watch::{assert_untouched, probe, require_etcd, warm};
 
 /// F2: longer without etcd than the lease lives, by itself; then once more, and somebody has moved in.
 #[test]
@@ -28,6 +29,9 @@ fn a_node_cut_off_for_longer_than_its_lease_is_back_in_seconds() {
     let pids: Vec<_> = (1..=3).map(|nth| overlay.daemon(nth).pid()).collect();
     let own = overlay.subnet(2);
     let key = format!("subnets/{}", own.to_string().replace('/', "-"));
+    warm(&overlay, 1, 3);
+    warm(&overlay, 2, 3);
+    let mut oracle = Oracle::start(&mut overlay);
     let bystanders = Probe::start(overlay.pod(1), overlay.pod(3)).unwrap();
     wait_for("the probe runs", READY, || bystanders.received().0 > 100);
 
@@ -51,6 +55,8 @@ fn a_node_cut_off_for_longer_than_its_lease_is_back_in_seconds() {
     }
     assert_eq!(overlay.subnet(2), own);
     overlay.ping_all();
+    // The watch, whose old connection outlives the cut, goes where requests go by now: one connection is left.
+    oracle.check(&mut overlay, 1);
 
     cut(&overlay, "add");
     wait_for("the lease ends", READY, || overlay.get(&key).is_none());
@@ -71,13 +77,15 @@ fn a_node_cut_off_for_longer_than_its_lease_is_back_in_seconds() {
         stranger,
         "the stranger was overwritten"
     );
-    overlay.nodes[1].pods =
-        kersey::lab::cluster::give_pod_addresses(overlay.namespace(2), std::slice::from_ref(&new)).unwrap();
     for nth in [1, 3] {
         overlay.wait(nth, within(Duration::from_secs(3)), |status| {
             status.peers.iter().any(|peer| peer.subnets[0] == new)
         });
     }
+    // Before the node's pods get other addresses, for which the kernel makes routes.
+    oracle.check(&mut overlay, 2);
+    overlay.nodes[1].pods =
+        kersey::lab::cluster::give_pod_addresses(overlay.namespace(2), std::slice::from_ref(&new)).unwrap();
     overlay.ping_all();
     let report = bystanders.stop().unwrap();
     assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
@@ -105,6 +113,8 @@ fn the_second_host_with_an_address_is_told_and_the_first_is_untouched() {
             .kvs()
             .len())
     });
+    warm(&overlay, 1, 2);
+    let mut oracle = Oracle::start(&mut overlay);
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     wait_for("the probe runs", READY, || probe.received().0 > 100);
     // On one kernel only its name makes it another host.
@@ -137,6 +147,7 @@ fn the_second_host_with_an_address_is_told_and_the_first_is_untouched() {
             .len())
     });
     assert_eq!(before, after);
+    oracle.check(&mut overlay, 1);
     let report = probe.stop().unwrap();
     assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
     let lines = std::fs::read_to_string(&log).unwrap();
@@ -161,6 +172,8 @@ fn a_daemon_that_slept_through_a_thousand_changes_knows_them_all_two_seconds_lat
         write(&overlay, batch * 50..batch * 50 + 50, 10, false);
     }
     overlay.wait(2, READY, |status| status.peers.len() == 101);
+    warm(&overlay, 1, 2);
+    let mut oracle = Oracle::start(&mut overlay);
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     wait_for("the probe runs", READY, || probe.received().0 > 100);
     overlay.daemon(2).signal(Signal::SIGSTOP).unwrap();
@@ -199,6 +212,7 @@ fn a_daemon_that_slept_through_a_thousand_changes_knows_them_all_two_seconds_lat
     let asked = requests(&overlay) - before;
     figure("requests for it, of both nodes", asked);
     assert!(asked <= 5, "{asked} lists and watches");
+    oracle.check(&mut overlay, 1);
     drop(probe);
 }
 
@@ -266,20 +280,23 @@ fn requests(overlay: &Overlay) -> u64 {
         .sum::<f64>() as u64
 }
 
-/// F4: the member that serves a node is cut off from the other two. It answers pings, and knows nothing any more.
+/// F4: the member that serves node 1 is cut off from the other two. It answers pings, and knows nothing any more.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "a test measures")]
 fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
     if !require_etcd("a_member_cut_off_from_the_others_is_left_for_one_that_is_not") {
         return;
     }
-    let mut blueprint = Blueprint::new("quorum", 4);
-    blueprint.daemons = 0;
-    let mut overlay = blueprint.build();
+    // Daemons on nodes 1 and 2, members on 3 to 5.
     let url = |nth: usize, port: u16| format!("http://192.0.2.{nth}:{port}");
-    let all: Vec<_> = (1..=3).map(|nth| format!("m{nth}={}", url(nth, 2380))).collect();
+    let endpoints: Vec<_> = (3..=5).map(|nth| url(nth, 2379)).collect();
+    let mut blueprint = Blueprint::new("quorum", 5);
+    blueprint.daemons = 2;
+    blueprint.flags = vec!["--etcd-endpoints".to_owned(), endpoints.join(",")];
+    let mut overlay = blueprint.build();
+    let all: Vec<_> = (3..=5).map(|nth| format!("m{nth}={}", url(nth, 2380))).collect();
     let mut members = Vec::new();
-    for nth in 1..=3 {
+    for nth in 3..=5 {
         let mut command = std::process::Command::new("etcd");
         command.args(["--name", &format!("m{nth}"), "--log-level", "error"]);
         command
@@ -308,7 +325,7 @@ fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
                 .build()?;
             runtime.block_on(async {
                 let put = async {
-                    let mut client = etcd_client::Client::connect([place], None).await?;
+                    let mut client = crate::support::login::connect(place).await?;
                     client.put(key, value, None).await
                 };
                 Ok(tokio::time::timeout(Duration::from_secs(2), put).await??)
@@ -318,40 +335,37 @@ fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
     };
     let config = overlay.network();
     wait_for("the cluster", READY, || {
-        put(&overlay, 1, "config", config.clone())
+        put(&overlay, 3, "config", config.clone())
     });
-    let endpoints: Vec<_> = (1..=3).map(|nth| url(nth, 2379)).collect();
-    let mut command = overlay.command(4);
-    command.args(["--etcd-endpoints", &endpoints.join(",")]);
-    let mut daemon = overlay.run("node 4", 4, command);
-    let socket = overlay.socket(4);
-    let status = || kersey::lab::daemon::status(&socket).ok().flatten();
-    daemon
-        .wait(READY, || status().filter(|status| status.ready))
-        .unwrap();
+    overlay.start_daemons();
     put(
         &overlay,
-        1,
+        3,
         "subnets/10.244.250.0-24",
         r#"{"PublicIP":"192.0.2.250"}"#.to_owned(),
     );
-    daemon
-        .wait(READY, || status().filter(|status| status.peers.len() == 1))
-        .unwrap();
-    let serving = || -> Vec<usize> {
+    for nth in 1..=2 {
+        overlay.wait(nth, READY, |status| status.peers.len() == 2);
+    }
+    warm(&overlay, 1, 2);
+    let serving = |overlay: &Overlay| -> Vec<usize> {
         let text = overlay
-            .namespace(4)
+            .namespace(1)
             .run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/tcp")?))
             .unwrap();
         // The remote address as the kernel prints it: 192.0.2.N, port 2379, established.
-        (1..=3)
+        (3..=5)
             .filter(|nth| text.contains(&format!(" {nth:02X}0200C0:094B 01 ")))
             .collect()
     };
-    wait_for("one member is left", READY, || serving().len() == 1);
-    let lonely = serving()[0];
+    wait_for("one member is left", READY, || serving(&overlay).len() == 1);
+    let lonely = serving(&overlay)[0];
+    let other = if lonely == 5 { 3 } else { lonely + 1 };
+    overlay.other_etcd = Some(url(other, 2379));
+    let mut oracle = Oracle::start(&mut overlay);
+    let probe = probe(&overlay, 1, 2);
     // Both ways: what the others still told it would be news, too.
-    for other in (1..=3).filter(|nth| *nth != lonely) {
+    for other in (3..=5).filter(|nth| *nth != lonely) {
         for (here, there) in [(lonely, other), (other, lonely)] {
             let mut command = std::process::Command::new("ip");
             command.args(["route", "add", "blackhole", &format!("192.0.2.{there}")]);
@@ -365,7 +379,6 @@ fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
         }
     }
     let cut = Instant::now();
-    let other = lonely % 3 + 1;
     wait_for("the others go on", READY, || {
         put(
             &overlay,
@@ -374,16 +387,18 @@ fn a_member_cut_off_from_the_others_is_left_for_one_that_is_not() {
             r#"{"PublicIP":"192.0.2.251"}"#.to_owned(),
         )
     });
-    daemon
-        .wait(within(Duration::from_secs(20)), || {
-            status().filter(|status| status.peers.len() == 2)
-        })
-        .unwrap();
+    for nth in 1..=2 {
+        overlay.wait(nth, within(Duration::from_secs(20)), |status| {
+            status.peers.len() == 3
+        });
+    }
     figure("a member without a quorum left after", cut.elapsed());
     assert!(
         cut.elapsed() <= within(Duration::from_secs(20)),
         "{:?}",
         cut.elapsed()
     );
-    assert!(!serving().contains(&lonely));
+    assert!(!serving(&overlay).contains(&lonely));
+    oracle.check(&mut overlay, 1);
+    assert_untouched(&probe.stop().unwrap());
 }

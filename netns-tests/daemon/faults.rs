@@ -158,6 +158,14 @@ fn a_second_daemon_refuses_and_leaves_the_first_alone() {
     assert_eq!(complaints.len(), 1, "{}", other.log_end());
     assert!(complaints[0].contains(DEVICE), "{complaints:?}");
     assert!(!overlay.file("x.env").exists());
+    let status = kersey::lab::daemon::status(&overlay.file("x.sock"))
+        .unwrap()
+        .unwrap();
+    let problem = status.problem.unwrap_or_default();
+    assert!(
+        problem.starts_with("the data plane cannot be brought up: ") && problem.contains(DEVICE),
+        "{problem}"
+    );
     other.stop().unwrap();
 
     assert_restored(&overlay, 2);
@@ -228,9 +236,17 @@ fn a_wrong_config_is_waited_out_with_one_line_that_names_the_field() {
     let lines: Vec<_> = lines.lines().filter(|line| line.contains("SubnetLen")).collect();
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(child.is_running());
+    let problem = overlay.status(1).problem.unwrap_or_default();
+    assert!(
+        problem.starts_with("waiting for a usable network config: "),
+        "{problem}"
+    );
+    assert!(problem.contains("SubnetLen"), "{problem}");
 
     overlay.put("config", r#"{"Network":"10.244.0.0/16"}"#);
     wait_for_line(&mut child, "data plane up");
+    wait_for("it is ready", READY, || overlay.status(1).ready);
+    assert_eq!(overlay.status(1).problem, None);
     child.signal(Signal::SIGTERM).unwrap();
     assert_eq!(child.wait_end(Duration::from_secs(3)).unwrap().code(), Some(0));
 }

@@ -8,7 +8,7 @@ use kersey::lab::cluster::ClusterPlan;
 
 use crate::firewall::{PUT_RIGHT, assert_masqueraded, flags, run};
 use crate::overlay::{Blueprint, Daemon, Overlay, READY, wait_for, within};
-use crate::privileges::with_open_tun;
+use crate::support::nobody::{by_nobody, give};
 use crate::support::require_firewall;
 
 /// Has node 1 run after `hide` was done in a mount namespace of its own.
@@ -133,18 +133,10 @@ fn an_old_iptables_that_drops_is_seen_or_told_of_without_root() {
     }
     let mut overlay = Blueprint::embedded("unseen", 1).build();
     run(&overlay, 1, "iptables-legacy", "-P FORWARD DROP");
-    nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+    give(&overlay.file("."));
     let mut kersey = overlay.command(1);
     kersey.args(["--firewall=nft", "--iptables-resync=1"]);
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    command.args([
-        "--inh-caps=-all,+net_admin,+net_raw",
-        "--ambient-caps=-all,+net_admin,+net_raw",
-        "--bounding-set=-all,+net_admin,+net_raw",
-    ]);
-    command.arg(kersey.get_program()).args(kersey.get_args());
-    let command = with_open_tun(&command);
+    let command = by_nobody(&kersey, "+net_admin,+net_raw");
     let child = overlay.run("node 1", 1, command);
     overlay.nodes.push(Daemon {
         child,

@@ -9,10 +9,11 @@ use kersey::lab::traffic::probe::{Probe, ProbeReport};
 use nix::sys::signal::Signal;
 
 use crate::overlay::{Blueprint, Conversation, Daemon, Overlay, READY, figure, wait_for, within};
+use crate::routed::{SOON, routes, routes_to_others};
 use crate::support::{require_etcd, require_root};
 
 /// Starts a daemon in the place of node `nth`'s, and waits until the old one has gone and the new one is up.
-fn take_over(overlay: &mut Overlay, nth: usize, flags: &[&str]) {
+pub(crate) fn take_over(overlay: &mut Overlay, nth: usize, flags: &[&str]) {
     let mut command = overlay.command(nth);
     command.arg("--takeover").args(flags);
     let successor = overlay.run("successor", nth, command);
@@ -247,19 +248,26 @@ fn a_reload_takes_another_config_and_refuses_a_wrong_one() {
         );
     }
 
-    overlay.put(
-        "config",
-        r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#,
-    );
-    for nth in 1..=2 {
-        reload(&mut overlay, nth);
+    // To a backend without a tunnel and back, too: of the one before nothing is told any more.
+    for kind in ["vxlan", "host-gw", "udp"] {
+        let config = format!(r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"{kind}"}}}}"#);
+        overlay.put("config", config);
+        for nth in 1..=2 {
+            reload(&mut overlay, nth);
+        }
+        for nth in 1..=2 {
+            overlay.wait(nth, READY, |status| {
+                status.ready && status.backend.name == kind && status.peers.len() == 1
+            });
+            // Who the peers are a node knows some milliseconds before its kernel does.
+            let bare = routes_to_others(&overlay, nth);
+            let is_bare = || routes(&overlay, nth).iter().any(|route| bare.contains(route));
+            wait_for("the kernel routes are the backend's", within(SOON), || {
+                is_bare() == (kind == "host-gw")
+            });
+        }
+        overlay.ping_all();
     }
-    for nth in 1..=2 {
-        overlay.wait(nth, READY, |status| {
-            status.ready && status.backend.name == "vxlan" && status.peers.len() == 1
-        });
-    }
-    overlay.ping_all();
     assert_eq!(overlay.subnet(2), subnet);
     assert_eq!([overlay.daemon(1).pid(), overlay.daemon(2).pid()], pids);
 }

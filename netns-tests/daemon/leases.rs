@@ -8,8 +8,9 @@ use std::time::Duration;
 use kersey::lab::topology::INTERFACE;
 use kersey::lab::traffic::probe::Probe;
 
+use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, PREFIX, READY, figure, wait_for, within};
-use crate::support::require_etcd;
+use crate::watch::{require_etcd, warm};
 
 /// As captured from flannel v0.28.9, with an address of ours.
 const FLANNEL: &str = r#"{"PublicIP":"192.0.2.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":100,"VtepMAC":"4a:5b:ac:d9:d3:c7"}}"#;
@@ -35,19 +36,19 @@ fn a_peer_written_by_flannel_moves_leaves_and_comes_back() {
     let (first, second) = (port_of(&overlay, first), port_of(&overlay, second));
 
     // Under an etcd lease, as flannel's are.
-    let key = format!("{PREFIX}/subnets/10.244.99.0-24");
+    let key = format!("{PREFIX}/subnets/10.244.199.0-24");
     let lease = overlay.etcd(async |mut client| {
         let lease = client.lease_grant(86_400, None).await?.id();
         let options = etcd_client::PutOptions::new().with_lease(lease);
         client.put(key, FLANNEL, Some(options)).await?;
         Ok(lease)
     });
-    let pod: Ipv4Addr = "10.244.99.7".parse().unwrap();
+    let pod: Ipv4Addr = "10.244.199.7".parse().unwrap();
     assert_goes_to(&overlay, pod, &first);
 
     // Another address, same subnet.
     overlay.put(
-        "subnets/10.244.99.0-24",
+        "subnets/10.244.199.0-24",
         FLANNEL.replace("192.0.2.3\"", "192.0.2.33\""),
     );
     assert_goes_to(&overlay, pod, &second);
@@ -58,7 +59,7 @@ fn a_peer_written_by_flannel_moves_leaves_and_comes_back() {
     assert_eq!(drain(&first), 0, "packets still go to the old address");
 
     // Gone: the lease ends, with a put in between that took the key out of it.
-    overlay.delete("subnets/10.244.99.0-24");
+    overlay.delete("subnets/10.244.199.0-24");
     overlay.etcd(async |mut client| client.lease_revoke(lease).await.map(drop));
     for nth in [1, 2] {
         overlay.wait(nth, within(SOON), |status| status.peers.len() == 1);
@@ -77,8 +78,8 @@ fn a_peer_written_by_flannel_moves_leaves_and_comes_back() {
     });
 
     // Back, with another subnet.
-    overlay.put("subnets/10.244.98.0-24", FLANNEL);
-    assert_goes_to(&overlay, "10.244.98.7".parse().unwrap(), &first);
+    overlay.put("subnets/10.244.198.0-24", FLANNEL);
+    assert_goes_to(&overlay, "10.244.198.7".parse().unwrap(), &first);
     let report = probe.stop().unwrap();
     assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
 }
@@ -89,6 +90,8 @@ fn a_node_moves_to_another_address() {
         return;
     }
     let mut overlay = Blueprint::new("renumber", 2).start();
+    warm(&overlay, 1, 2);
+    let mut oracle = Oracle::start(&mut overlay);
     overlay.terminate(2);
     let (old, new) = (overlay.lab.nodes[1].v4, Ipv4Addr::new(192, 0, 2, 77));
     overlay
@@ -100,6 +103,7 @@ fn a_node_moves_to_another_address() {
             Ok(netlink.add_address(index, new.into(), 24).await?)
         })
         .unwrap();
+    oracle.rewired(&overlay, 2);
     overlay.restart(2);
     overlay.wait(2, READY, |status| status.ready && !status.peers.is_empty());
     let subnet = overlay.subnet(2).to_string();
@@ -113,6 +117,7 @@ fn a_node_moves_to_another_address() {
     overlay.nodes[1].pods =
         kersey::lab::cluster::give_pod_addresses(overlay.namespace(2), &status.node.subnets).unwrap();
     overlay.ping_all();
+    oracle.check(&mut overlay, 1);
 }
 
 #[test]
@@ -121,7 +126,7 @@ fn rotten_keys_touch_nobody() {
         return;
     }
     let mut overlay = two_and_a_spare("rot");
-    overlay.put("subnets/10.244.99.0-24", FLANNEL);
+    overlay.put("subnets/10.244.199.0-24", FLANNEL);
     for nth in [1, 2] {
         overlay.wait(nth, within(SOON), |status| status.peers.len() == 2);
     }
@@ -130,21 +135,23 @@ fn rotten_keys_touch_nobody() {
         peers.map(|peer| (peer.subnets, peer.endpoints)).collect()
     };
     let before = [1, 2].map(|nth| peers(&overlay, nth));
+    warm(&overlay, 1, 2);
+    let mut oracle = Oracle::start(&mut overlay);
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     let own = overlay.subnet(1).to_string().replace('/', "-");
     let wide = format!("subnets/{}-16", own.split_once("-").unwrap().0);
     let unreadable: [(&str, &[u8]); 10] = [
         ("subnets/", b"{}"),
         ("subnets/x", FLANNEL.as_bytes()),
-        ("subnets/10.244.99.0-24/", FLANNEL.as_bytes()),
-        ("subnets/10.244.99.0-33", FLANNEL.as_bytes()),
-        ("subnets/10.244.99.0", FLANNEL.as_bytes()),
-        ("subnets/10.244.100.0-24", b""),
+        ("subnets/10.244.199.0-24/", FLANNEL.as_bytes()),
+        ("subnets/10.244.199.0-33", FLANNEL.as_bytes()),
+        ("subnets/10.244.199.0", FLANNEL.as_bytes()),
+        ("subnets/10.244.200.0-24", b""),
         ("subnets/10.244.101.0-24", b"null"),
         ("subnets/10.244.102.0-24", b"\xff\xfe{"),
         ("subnets/10.244.103.0-24", br#"{"PublicIP":"nonsense"}"#),
         // A good peer's value goes bad: the peer stays as it was.
-        ("subnets/10.244.99.0-24", b"rot"),
+        ("subnets/10.244.199.0-24", b"rot"),
     ];
     for (key, value) in unreadable {
         overlay.put(key, value);
@@ -167,6 +174,18 @@ fn rotten_keys_touch_nobody() {
         });
         assert_eq!(peers(&overlay, nth), before[nth - 1], "node {nth}");
     }
+    // As many faults as keys: each is named once. What is in the store is not what holds (I1), and one of the leases is over others (I3).
+    let keys: Vec<_> = unreadable
+        .map(|(key, _)| key)
+        .into_iter()
+        .chain(foreign.map(|(key, _)| key))
+        .collect();
+    oracle.check_but(&mut overlay, keys.len(), &["I1 ", "I3 "]);
+    for key in keys {
+        overlay.delete(key);
+    }
+    overlay.put("subnets/10.244.199.0-24", FLANNEL);
+    oracle.check(&mut overlay, unreadable.len() + foreign.len());
     let report = probe.stop().unwrap();
     assert_eq!((report.lost(), report.corrupted()), (0, 0), "{report:?}");
     assert!(overlay.log(1).lines().count() < 60, "{}", overlay.log(1));
@@ -188,6 +207,9 @@ fn a_lease_an_operator_deleted_is_claimed_again() {
     });
     figure("own lease claimed again after", took);
     overlay.wait(2, READY, |status| status.ready);
+    wait_for("it is told", READY, || {
+        overlay.log(2).contains("our lease was gone from the store")
+    });
     assert_eq!((overlay.daemon(2).pid(), overlay.subnet(2)), (pid, subnet));
     overlay.wait(1, within(SOON), |status| status.peers.len() == 2);
     let before = probe.received();

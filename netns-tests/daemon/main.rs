@@ -40,8 +40,11 @@ mod leases;
 mod metrics;
 mod mtu;
 mod networks;
+mod networks_wiped;
 mod nodes;
 mod offloads;
+#[path = "../support/oracle.rs"]
+mod oracle;
 #[allow(dead_code, reason = "shared with tests that need more of it")]
 mod overlay;
 mod path;
@@ -54,6 +57,7 @@ mod path;
 mod pki;
 mod privileges;
 mod readiness;
+mod releases;
 mod routed;
 mod secrets;
 mod shared_port;
@@ -62,3 +66,6 @@ mod support;
 mod traces;
 mod underlay;
 mod vxlan;
+#[allow(dead_code, reason = "made for the tests of faults, which need more of it")]
+#[path = "../support/watch.rs"]
+mod watch;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,9 @@ use kersey::lab::traffic::tcp::Verified;
 use kersey::status::Status;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
+
+use crate::support::login;
+use crate::support::nobody::{assert_net_admin_alone, by_nobody, give, unprivileged};
 
 /// How long a daemon has to get ready and know its peers: milliseconds, but the machine may be busy.
 pub(crate) const READY: Duration = Duration::from_secs(20);
@@ -46,6 +49,8 @@ pub(crate) struct Blueprint {
     pub(crate) flags: Vec<String>,
     /// Further flags for one node, by its number.
     pub(crate) own_flags: BTreeMap<usize, Vec<String>>,
+    /// What a node runs, by its number, where it is not the program under test.
+    pub(crate) programs: BTreeMap<usize, PathBuf>,
     pub(crate) underlay: Underlay,
 }
 
@@ -61,6 +66,14 @@ pub(crate) enum Underlay {
     V6Only,
 }
 
+/// What a machine that is put in the place of another has of its files.
+#[allow(dead_code, reason = "the fault tests take machines away, and share this file")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disk {
+    Kept,
+    Lost,
+}
+
 impl Blueprint {
     /// An IPv4 network with its leases in etcd and a daemon on every node.
     pub(crate) fn new(tag: &str, nodes: usize) -> Self {
@@ -71,6 +84,7 @@ impl Blueprint {
             network: ClusterPlan::network("udp", false),
             flags: Vec::new(),
             own_flags: BTreeMap::new(),
+            programs: BTreeMap::new(),
             underlay: Underlay::Both,
         }
     }
@@ -108,7 +122,11 @@ impl Blueprint {
             folder: tempfile::tempdir().unwrap(),
             blueprint: self,
             starts: 0,
+            other_etcd: None,
         };
+        if unprivileged() {
+            give(overlay.folder.path());
+        }
         if overlay.blueprint.store == StoreKind::Etcd {
             overlay.start_etcd();
             let network = overlay.blueprint.network.clone();
@@ -143,6 +161,8 @@ pub(crate) struct Overlay {
     folder: TempDir,
     blueprint: Blueprint,
     starts: usize,
+    /// Where etcd is asked and written to, if not in the hub.
+    pub(crate) other_etcd: Option<String>,
 }
 
 impl Overlay {
@@ -206,7 +226,9 @@ impl Overlay {
 
     /// The command line of a node's daemon.
     pub(crate) fn command(&self, nth: usize) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kersey"));
+        let program = self.blueprint.programs.get(&nth);
+        let mut command =
+            Command::new(program.map_or(Path::new(env!("CARGO_BIN_EXE_kersey")), PathBuf::as_path));
         command.args(["run", "--iface", INTERFACE, "--device", DEVICE]);
         command.arg("--subnet-file").arg(self.file(&format!("{nth}.env")));
         command.arg("--data-dir").arg(self.file(&format!("{nth}.data")));
@@ -214,6 +236,9 @@ impl Overlay {
         match (self.blueprint.store, nth) {
             (StoreKind::Etcd, _) => {
                 command.arg("--etcd-endpoints").arg(self.etcd_place());
+                if login::wanted() {
+                    command.args(login::FLAGS);
+                }
             }
             (StoreKind::Embedded, 1) => {
                 command.args(["--listen", "192.0.2.1:8888"]);
@@ -225,7 +250,19 @@ impl Overlay {
         }
         command.args(&self.blueprint.flags);
         command.args(self.blueprint.own_flags.get(&nth).into_iter().flatten());
+        if unprivileged() {
+            return by_nobody(&command, "+net_admin");
+        }
         command
+    }
+
+    /// From its next start on, a node runs another program; `None` is the one under test.
+    #[allow(dead_code, reason = "not every test binary has two releases")]
+    pub(crate) fn set_program(&mut self, nth: usize, program: Option<PathBuf>) {
+        match program {
+            Some(program) => self.blueprint.programs.insert(nth, program),
+            None => self.blueprint.programs.remove(&nth),
+        };
     }
 
     pub(crate) fn socket(&self, nth: usize) -> PathBuf {
@@ -260,6 +297,9 @@ impl Overlay {
         let peers = self.nodes.len() - 1;
         for nth in 1..=self.nodes.len() {
             let status = self.wait(nth, READY, |status| status.ready && status.peers.len() >= peers);
+            if unprivileged() {
+                assert_net_admin_alone(self.daemon(nth).pid());
+            }
             self.nodes[nth - 1].pods =
                 give_pod_addresses(&self.lab.nodes[nth - 1].namespace, &status.node.subnets).unwrap();
         }
@@ -300,6 +340,32 @@ impl Overlay {
         self.daemon(nth).wait_end(Duration::from_secs(5)).unwrap();
     }
 
+    /// Kills a node's daemon and takes the node away, with its links.
+    #[allow(dead_code, reason = "the fault tests take machines away, and share this file")]
+    pub(crate) fn take_away(&mut self, nth: usize) {
+        assert_eq!(self.blueprint.underlay, Underlay::Both);
+        self.kill(nth);
+        self.blueprint.lab.take_away(&mut self.lab, nth).unwrap();
+    }
+
+    /// Puts another machine in the place of one that was taken away, with addresses that end in `low`. No daemon runs there yet.
+    #[allow(dead_code, reason = "the fault tests take machines away, and share this file")]
+    pub(crate) fn put_back(&mut self, nth: usize, low: u8, disk: Disk) {
+        self.blueprint.lab.put_back(&mut self.lab, nth, low).unwrap();
+        fs::remove_file(self.socket(nth)).unwrap();
+        if disk == Disk::Lost {
+            fs::remove_dir_all(self.file(&format!("{nth}.data"))).unwrap();
+            fs::remove_file(self.file(&format!("{nth}.env"))).unwrap();
+        }
+    }
+
+    /// Gives a node's pod the addresses of the subnets it has by now.
+    #[allow(dead_code, reason = "not every test binary has nodes whose subnet changes")]
+    pub(crate) fn move_pod(&mut self, nth: usize) {
+        let subnets = self.status(nth).node.subnets;
+        self.nodes[nth - 1].pods = give_pod_addresses(self.namespace(nth), &subnets).unwrap();
+    }
+
     /// Ends a node's daemon in order, and checks that it does so quickly.
     pub(crate) fn terminate(&mut self, nth: usize) {
         self.daemon(nth).signal(Signal::SIGTERM).unwrap();
@@ -320,6 +386,9 @@ impl Overlay {
 
     /// Where etcd is.
     pub(crate) fn etcd_place(&self) -> String {
+        if let Some(place) = &self.other_etcd {
+            return place.clone();
+        }
         match self.blueprint.underlay {
             Underlay::Both | Underlay::V4Only => format!("http://{HUB_V4}:2379"),
             Underlay::V6Only => format!("http://[{HUB_V6}]:2379"),
@@ -368,6 +437,9 @@ impl Overlay {
             })
             .unwrap();
         self.store = Some(child);
+        if login::wanted() {
+            self.etcd(login::ask_for);
+        }
     }
 
     #[allow(dead_code, reason = "the fault tests stop etcd, and share this file")]
@@ -393,7 +465,7 @@ impl Overlay {
                 .enable_all()
                 .build()?;
             runtime.block_on(async {
-                let done = async { work(Client::connect([place], None).await?).await };
+                let done = async { work(login::connect(place).await?).await };
                 Ok(tokio::time::timeout(Duration::from_secs(5), done).await??)
             })
         })

@@ -9,11 +9,13 @@ use nix::sys::signal::Signal;
 
 use crate::firewall::run;
 use crate::overlay::{Blueprint, Daemon, Overlay, READY, wait_for};
+use crate::support::nobody::{NOBODY, by_nobody, give, with_open_tun};
 use crate::support::{require_etcd, require_firewall, require_root};
 
 /// CAP_NET_ADMIN, and CAP_NET_RAW for ICMP errors and SRv6.
 const NET: u64 = 1 << 12 | 1 << 13;
 const NET_ADMIN: u64 = 1 << 12;
+const NET_BIND_SERVICE: u64 = 1 << 10;
 
 /// What the kernel says of each thread of a node's daemon: its name, and its fields.
 fn threads(overlay: &mut Overlay, nth: usize) -> Vec<(String, BTreeMap<String, String>)> {
@@ -51,7 +53,7 @@ fn assert_confined(overlay: &mut Overlay, nth: usize, kept: u64, uid: u32) {
         for set in ["CapEff", "CapPrm"] {
             assert_eq!(mask(&fields, set), expected, "{name}: {set}");
         }
-        assert_eq!(mask(&fields, "CapBnd") & !NET, 0, "{name}: {}", fields["CapBnd"]);
+        assert_eq!(mask(&fields, "CapBnd"), kept, "{name}: {}", fields["CapBnd"]);
         for set in ["CapInh", "CapAmb"] {
             assert_eq!(mask(&fields, set), 0, "{name}: {set}");
         }
@@ -92,6 +94,45 @@ fn every_thread_keeps_what_it_needs_and_no_more() {
     }
 }
 
+/// What a flag names keeps its capability, for whoever has the port now may give it back; a low port in the network config is told of.
+#[test]
+fn ports_below_1024_are_listened_on_where_flags_name_them() {
+    if !require_root("ports_below_1024_are_listened_on_where_flags_name_them") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("lowports", 2);
+    blueprint.daemons = 1;
+    blueprint.flags = [
+        "--healthz-ip=127.0.0.1",
+        "--healthz-port=101",
+        "--listen=192.0.2.1:80",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let mut overlay = blueprint.start();
+    for addr in ["127.0.0.1:101", "192.0.2.1:80"] {
+        wait_for("somebody listens", READY, || {
+            let connected = overlay
+                .namespace(1)
+                .run(|| Ok(std::net::TcpStream::connect(addr).is_ok()));
+            connected.unwrap()
+        });
+    }
+    assert_confined(&mut overlay, 1, NET | NET_BIND_SERVICE, 0);
+
+    let mut blueprint = Blueprint::embedded("lowport", 1);
+    blueprint.network = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":500}}"#.to_owned();
+    let mut overlay = blueprint.build();
+    let command = overlay.command(1);
+    overlay.adopt(1, command);
+    wait_for("the remedy is told", READY, || {
+        overlay
+            .log(1)
+            .contains("ports below 1024 take CAP_NET_BIND_SERVICE")
+    });
+    assert!(overlay.daemon(1).is_running());
+}
+
 /// S14: who may read and write what the daemon makes.
 fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
     for (name, mode) in [
@@ -108,15 +149,6 @@ fn assert_files(overlay: &Overlay, nth: usize, uid: u32) {
     }
 }
 
-/// The command where everybody may use `/dev/net/tun`, as udev has it on most machines.
-pub(crate) fn with_open_tun(inner: &Command) -> Command {
-    let prepare = "mount -t tmpfs none /dev/net; mknod -m 666 /dev/net/tun c 10 200";
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-ec", &format!("{prepare}; exec \"$@\""), "sh"]);
-    command.arg(inner.get_program()).args(inner.get_args());
-    command
-}
-
 #[test]
 fn another_user_runs_it_as_well() {
     if !require_root("another_user_runs_it_as_well") {
@@ -126,7 +158,7 @@ fn another_user_runs_it_as_well() {
     blueprint.flags = vec!["--user=65534".to_owned()];
     let mut overlay = blueprint.build();
     // The folder of subnet file and socket, which an administrator would chown.
-    nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+    give(&overlay.file("."));
     for nth in 1..=2 {
         let command = with_open_tun(&overlay.command(nth));
         let child = overlay.run(&format!("node {nth}"), nth, command);
@@ -137,8 +169,8 @@ fn another_user_runs_it_as_well() {
     }
     overlay.wait_all();
     overlay.ping_all();
-    assert_confined(&mut overlay, 2, NET, 65534);
-    assert_files(&overlay, 2, 65534);
+    assert_confined(&mut overlay, 2, NET, NOBODY);
+    assert_files(&overlay, 2, NOBODY);
     // The device is made anew by the same user.
     overlay
         .namespace(2)
@@ -163,11 +195,11 @@ fn another_users_firewall_rules_are_made_and_looked_after() {
         blueprint.flags = rules_by(tool);
         blueprint.flags.push("--user=65534".to_owned());
         let mut overlay = blueprint.build();
-        nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+        give(&overlay.file("."));
         let command = with_open_tun(&overlay.command(1));
         overlay.adopt(1, command);
         assert_rules(&mut overlay, tool, tool);
-        assert_confined(&mut overlay, 1, NET, 65534);
+        assert_confined(&mut overlay, 1, NET, NOBODY);
     }
 }
 
@@ -202,7 +234,7 @@ fn unit(program: &str, tool: &str, lock_mode: &str) -> Overlay {
     let mut blueprint = Blueprint::embedded("unitfw", 1);
     blueprint.flags = rules_by(tool);
     let mut overlay = blueprint.build();
-    nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+    give(&overlay.file("."));
     let kersey = overlay.command(1);
     let folder = overlay.file("");
     let alternatives = if program == "iptables-legacy" {
@@ -277,6 +309,24 @@ fn a_user_who_may_not_write_is_told_where() {
     }
 }
 
+/// Whoever just types it as a user is told what it takes, with the status that says that trying again is of no use.
+#[test]
+fn a_user_without_any_rights_is_told_what_it_takes() {
+    if !require_root("a_user_without_any_rights_is_told_what_it_takes") {
+        return;
+    }
+    let mut overlay = Blueprint::embedded("norights", 1).build();
+    let command = by_nobody(&overlay.command(1), "-all");
+    let mut child = overlay.run("node 1", 1, command);
+    let ended = child.wait_end(READY).unwrap();
+    let log = child.log_end();
+    assert_eq!(ended.code(), Some(3), "{log}");
+    assert!(
+        log.contains("CAP_NET_ADMIN and directories it may write to"),
+        "{log}"
+    );
+}
+
 /// S7: started without root, with nothing but CAP_NET_ADMIN.
 #[test]
 fn cap_net_admin_alone_is_enough() {
@@ -285,26 +335,17 @@ fn cap_net_admin_alone_is_enough() {
     }
     let mut overlay = Blueprint::new("adminonly", 2).start();
     overlay.terminate(2);
-    nix::unistd::chown(&overlay.file("."), Some(65534.into()), Some(65534.into())).unwrap();
+    give(&overlay.file("."));
     let files = fs::read_dir(overlay.file("2.data")).unwrap();
     let files = files.map(|entry| entry.unwrap().path());
     for path in files.chain(["2.env", "2.data"].map(|name| overlay.file(name))) {
-        nix::unistd::chown(&path, Some(65534.into()), Some(65534.into())).unwrap();
+        give(&path);
     }
-    let kersey = overlay.command(2);
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    command.args([
-        "--inh-caps=-all,+net_admin",
-        "--ambient-caps=-all,+net_admin",
-        "--bounding-set=-all,+net_admin",
-    ]);
-    command.arg(kersey.get_program()).args(kersey.get_args());
-    let command = with_open_tun(&command);
+    let command = by_nobody(&overlay.command(2), "+net_admin");
     overlay.nodes[1].child = overlay.run("net_admin alone", 2, command);
     overlay.wait_all();
     overlay.ping_all();
-    assert_confined(&mut overlay, 2, NET_ADMIN, 65534);
+    assert_confined(&mut overlay, 2, NET_ADMIN, NOBODY);
 }
 
 #[test]

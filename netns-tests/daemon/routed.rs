@@ -196,16 +196,16 @@ fn a_peer_written_by_flannel_is_a_gateway_until_it_leaves() {
         return;
     }
     let mut overlay = two_and_a_spare("flannel");
-    let pod: IpAddr = "10.244.99.2".parse().unwrap();
+    let pod: IpAddr = "10.244.199.2".parse().unwrap();
     for command in [
-        "address add 10.244.99.2/32 dev lo".to_owned(),
+        "address add 10.244.199.2/32 dev lo".to_owned(),
         "address add 192.0.2.33/24 dev eth0".to_owned(),
         format!("route add {} via 192.0.2.1", overlay.subnet(1)),
     ] {
         ip(&overlay, 3, &command);
     }
-    overlay.put("subnets/10.244.99.0-24", FLANNEL);
-    let to = prefix("10.244.99.0/24");
+    overlay.put("subnets/10.244.199.0-24", FLANNEL);
+    let to = prefix("10.244.199.0/24");
     let through = |overlay: &Overlay, nth, gateway: &str| {
         held(overlay, nth, to)
             == [HeldRoute {
@@ -232,7 +232,7 @@ fn a_peer_written_by_flannel_is_a_gateway_until_it_leaves() {
 
     // Another address, same subnet.
     overlay.put(
-        "subnets/10.244.99.0-24",
+        "subnets/10.244.199.0-24",
         FLANNEL.replace("192.0.2.3\"", "192.0.2.33\""),
     );
     wait_for("the route follows", within(SOON), || {
@@ -241,7 +241,7 @@ fn a_peer_written_by_flannel_is_a_gateway_until_it_leaves() {
     let report = Ping::default().run(overlay.pod(1), pod).unwrap();
     assert!(report.all(), "{report:?}");
 
-    overlay.delete("subnets/10.244.99.0-24");
+    overlay.delete("subnets/10.244.199.0-24");
     for nth in [1, 2] {
         let took = wait_for("the route goes with its peer", within(SOON), || {
             held(&overlay, nth, to).is_empty()
@@ -261,25 +261,25 @@ fn a_peer_without_a_route_is_told_once_and_harms_nobody() {
     // Somebody's bridge has the network already.
     for command in [
         "link add pods type bridge",
-        "address add 10.244.98.1/24 dev pods",
+        "address add 10.244.198.1/24 dev pods",
         "link set pods up",
     ] {
         ip(&overlay, 1, command);
     }
     let before = routes_to_others(&overlay, 1);
     overlay.put(
-        "subnets/10.244.97.0-24",
+        "subnets/10.244.197.0-24",
         FLANNEL.replace("192.0.2.3", "198.51.100.7"),
     );
-    overlay.put("subnets/10.244.98.0-24", FLANNEL);
+    overlay.put("subnets/10.244.198.0-24", FLANNEL);
     overlay.put(
-        "subnets/10.244.96.0-24",
+        "subnets/10.244.196.0-24",
         r#"{"PublicIP":"192.0.2.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:5b:ac:d9:d3:c7"}}"#,
     );
     let causes = [
-        ("10.244.96.0/24", "backend \"vxlan\""),
-        ("10.244.97.0/24", "not on the underlay's link"),
-        ("10.244.98.0/24", "the kernel has that network"),
+        ("10.244.196.0/24", "backend \"vxlan\""),
+        ("10.244.197.0/24", "not on the underlay's link"),
+        ("10.244.198.0/24", "the kernel has that network"),
     ];
     overlay.wait(1, within(SOON), |status| {
         causes.iter().all(|(subnet, cause)| {
@@ -303,7 +303,7 @@ fn a_peer_without_a_route_is_told_once_and_harms_nobody() {
 
     // The far peer comes near.
     ip(&overlay, 1, "address add 198.51.100.1/24 dev eth0");
-    let to = prefix("10.244.97.0/24");
+    let to = prefix("10.244.197.0/24");
     wait_for("the kernel takes the route", within(SOON), || {
         routes(&overlay, 1).contains(&via(&overlay, 1, to, "198.51.100.7".parse().unwrap()))
     });
@@ -337,20 +337,20 @@ fn hostile_leases_make_no_route() {
         ("192.0.2.0-24".to_owned(), "192.0.2.3"),
         ("192.0.2.254-32".to_owned(), "192.0.2.3"),
         (format!("{own}-25"), "192.0.2.3"),
-        ("10.244.90.0-24".to_owned(), "0.0.0.0"),
-        ("10.244.91.0-24".to_owned(), "127.0.0.1"),
-        ("10.244.92.0-24".to_owned(), "224.0.0.1"),
-        ("10.244.93.0-24".to_owned(), "255.255.255.255"),
-        ("10.244.94.0-24".to_owned(), "192.0.2.1"),
-        ("10.244.95.0-24".to_owned(), "10.244.1.1"),
+        ("10.244.190.0-24".to_owned(), "0.0.0.0"),
+        ("10.244.191.0-24".to_owned(), "127.0.0.1"),
+        ("10.244.192.0-24".to_owned(), "224.0.0.1"),
+        ("10.244.193.0-24".to_owned(), "255.255.255.255"),
+        ("10.244.194.0-24".to_owned(), "192.0.2.1"),
+        ("10.244.195.0-24".to_owned(), "10.244.1.1"),
     ];
     for (subnet, public_ip) in &hostile {
         let value = FLANNEL.replace("192.0.2.3", public_ip);
         overlay.put(&format!("subnets/{subnet}"), value);
     }
     // The last one is good, and comes after the others.
-    overlay.put("subnets/10.244.99.0-24", FLANNEL);
-    let to = prefix("10.244.99.0/24");
+    overlay.put("subnets/10.244.199.0-24", FLANNEL);
+    let to = prefix("10.244.199.0/24");
     wait_for("the good one is a route", within(SOON), || {
         held(&overlay, 1, to).len() == 1
     });
@@ -403,34 +403,34 @@ fn what_stood_there_before_is_taken_over_or_taken_away() {
         return;
     }
     let mut overlay = two_and_a_spare("before");
-    overlay.put("subnets/10.244.99.0-24", FLANNEL);
-    let to = prefix("10.244.99.0/24");
+    overlay.put("subnets/10.244.199.0-24", FLANNEL);
+    let to = prefix("10.244.199.0/24");
     wait_for("the lease is a route", within(SOON), || {
         held(&overlay, 1, to).len() == 1
     });
     overlay.terminate(1);
     for command in [
         // flannel's, to the same place.
-        "route replace 10.244.99.0/24 via 192.0.2.254",
+        "route replace 10.244.199.0/24 via 192.0.2.254",
         // Ours, of a peer that left meanwhile; of another network; of a whole one.
-        "route add 10.244.95.0/24 via 192.0.2.3 proto 75",
+        "route add 10.244.195.0/24 via 192.0.2.3 proto 75",
         "route add 10.245.0.0/24 via 192.0.2.3 proto 75",
         // Somebody else's, to no peer.
-        "route add 10.244.94.0/24 via 192.0.2.3",
+        "route add 10.244.194.0/24 via 192.0.2.3",
     ] {
         ip(&overlay, 1, command);
     }
     overlay.restart(1);
     overlay.wait(1, READY, |status| status.ready && status.peers.len() == 2);
     wait_for("the table is right", within(SOON), || {
-        held(&overlay, 1, prefix("10.244.95.0/24")).is_empty()
+        held(&overlay, 1, prefix("10.244.195.0/24")).is_empty()
             && held(&overlay, 1, to)
                 == [HeldRoute {
                     owner: RouteOwner::Kersey,
                     route: via(&overlay, 1, to, "192.0.2.3".parse().unwrap()),
                 }]
     });
-    for kept in ["10.245.0.0/24", "10.244.94.0/24"] {
+    for kept in ["10.245.0.0/24", "10.244.194.0/24"] {
         assert_eq!(held(&overlay, 1, prefix(kept)).len(), 1, "{kept}");
     }
     overlay.ping_all();
@@ -575,7 +575,7 @@ fn held(overlay: &Overlay, nth: usize, to: Prefix) -> Vec<HeldRoute> {
 }
 
 /// The routes a node should have, in order: to the subnets of all others through their addresses.
-fn routes_to_others(overlay: &Overlay, nth: usize) -> Vec<Route> {
+pub(crate) fn routes_to_others(overlay: &Overlay, nth: usize) -> Vec<Route> {
     let mut wanted = Vec::new();
     for other in (1..=overlay.nodes.len()).filter(|&other| other != nth) {
         let node = &overlay.lab.nodes[other - 1];

@@ -13,9 +13,10 @@ use kersey::lab::daemon::Child;
 use kersey::lab::topology::INTERFACE;
 use kersey::lab::traffic::probe::Probe;
 
+use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for, within};
 use crate::routed::ip;
-use crate::support::{require_etcd, require_root};
+use crate::watch::{require_etcd, require_root, warm};
 
 /// How soon the store has a node's new address.
 const PUBLISHED: Duration = Duration::from_secs(2);
@@ -30,9 +31,11 @@ fn a_new_address_is_published_under_the_old_subnet_in_etcd() {
     let mut overlay = Blueprint::new("newaddr", 2).start();
     let subnet = overlay.subnet(2);
     let key = format!("subnets/{}", subnet.to_string().replace('/', "-"));
+    let mut oracle = oracle(&mut overlay);
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     wait_for("the probe runs", READY, || probe.received().0 > 100);
     readdress(&overlay, "192.0.2.2", "192.0.2.77");
+    oracle.rewired(&overlay, 2);
     let took = wait_for("etcd has the address", within(PUBLISHED), || {
         let value = overlay.get(&key).map(|(value, _)| value);
         value.is_some_and(|value| value.contains("\"192.0.2.77\""))
@@ -56,12 +59,13 @@ fn a_new_address_is_published_under_the_old_subnet_in_etcd() {
     assert_eq!(leases.kvs().len(), 2);
     assert_eq!(overlay.subnet(2), subnet);
     assert_eq!(overlay.status(2).node.public_ips, ["192.0.2.77"]);
+    oracle.check(&mut overlay, 1);
 }
 
 #[test]
 fn a_new_address_is_published_through_a_server() {
     if require_root("a_new_address_is_published_through_a_server") {
-        moves(Blueprint::embedded("newsrv", 2), ":8285");
+        moves(Blueprint::embedded("newsrv", 2), ":8285", &[]);
     }
 }
 
@@ -70,7 +74,7 @@ fn a_new_address_moves_vxlan() {
     if require_root("a_new_address_moves_vxlan") {
         let mut blueprint = Blueprint::embedded("newvx", 2);
         blueprint.network = ClusterPlan::network("vxlan", false);
-        moves(blueprint, ":8472");
+        moves(blueprint, ":8472", &[]);
     }
 }
 
@@ -82,18 +86,21 @@ fn a_new_address_moves_gateways() {
         for nth in 1..=2 {
             blueprint.own_flags.insert(nth, vec!["--firewall=off".to_owned()]);
         }
-        moves(blueprint, "");
+        // There is no device that the network could be routed to.
+        moves(blueprint, "", &["I2 node 1: no route", "I2 node 2: no route"]);
     }
 }
 
-/// Twice, so that the second time it is the lease of the first that moves.
-fn moves(blueprint: Blueprint, port: &str) {
+/// Twice, so that the second time it is the lease of the first that moves; `but` is what the oracle is not asked.
+fn moves(blueprint: Blueprint, port: &str, but: &[&str]) {
     let mut overlay = blueprint.start();
     let subnet = overlay.subnet(2);
+    let mut oracle = oracle(&mut overlay);
     let probe = Probe::start(overlay.pod(1), overlay.pod(2)).unwrap();
     wait_for("the probe runs", READY, || probe.received().0 > 100);
     for (old, new) in [("192.0.2.2", "192.0.2.77"), ("192.0.2.77", "192.0.2.78")] {
         readdress(&overlay, old, new);
+        oracle.rewired(&overlay, 2);
         followed(&mut overlay, &format!("{new}{port}"));
         let before = probe.received();
         wait_for("traffic flows", READY, || {
@@ -106,6 +113,7 @@ fn moves(blueprint: Blueprint, port: &str) {
     assert!(report.longest_gap() <= within(FOLLOWED), "{report:?}");
     assert_eq!((overlay.subnet(2), overlay.status(1).peers.len()), (subnet, 1));
     overlay.ping_all();
+    oracle.check_but(&mut overlay, 2, but);
 }
 
 #[test]
@@ -115,6 +123,7 @@ fn a_flapping_link_costs_nothing_but_the_flaps() {
     }
     let mut overlay = Blueprint::new("flap", 2).start();
     let (subnet, pid) = (overlay.subnet(2), overlay.daemon(2).pid());
+    let mut oracle = oracle(&mut overlay);
     for _ in 0..20 {
         ip(&overlay, 2, &format!("link set {INTERFACE} down"));
         std::thread::sleep(Duration::from_millis(20));
@@ -129,6 +138,9 @@ fn a_flapping_link_costs_nothing_but_the_flaps() {
         there > 100 && back > 100
     });
     figure("F13: traffic after 20 flaps after", took);
+    // Not sooner: a route says whether its link is down.
+    oracle.rewired(&overlay, 2);
+    oracle.check(&mut overlay, 1);
     probe.stop().unwrap();
     assert_eq!((overlay.subnet(2), overlay.daemon(2).pid()), (subnet, pid));
     let log = overlay.log(2);
@@ -142,7 +154,8 @@ fn an_interface_made_anew_carries_the_overlay_again() {
     }
     let mut overlay = Blueprint::embedded("anewif", 2).start();
     let subnet = overlay.subnet(2);
-    for (old, new) in [("192.0.2.2", "192.0.2.2"), ("192.0.2.2", "192.0.2.79")] {
+    let mut oracle = oracle(&mut overlay);
+    for (faults, (old, new)) in (1..).zip([("192.0.2.2", "192.0.2.2"), ("192.0.2.2", "192.0.2.79")]) {
         ip(&overlay, 2, &format!("link del {INTERFACE}"));
         wait_for("it is noticed", within(FOLLOWED), || {
             overlay.log(2).contains("the underlay is away")
@@ -172,6 +185,8 @@ fn an_interface_made_anew_carries_the_overlay_again() {
         );
         probe.stop().unwrap();
         followed(&mut overlay, &format!("{new}:8285"));
+        oracle.rewired(&overlay, 2);
+        oracle.check(&mut overlay, faults);
     }
     assert_eq!(overlay.subnet(2), subnet);
 }
@@ -187,6 +202,7 @@ fn a_default_route_that_moves_takes_the_node_along() {
     without_iface(&mut overlay);
     overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
     assert_eq!(overlay.status(2).node.interface, INTERFACE);
+    let mut oracle = oracle(&mut overlay);
     // B23: a route with a worse metric is no reason, wherever it stands in the list.
     ip(
         &overlay,
@@ -196,6 +212,7 @@ fn a_default_route_that_moves_takes_the_node_along() {
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(overlay.status(2).node.interface, INTERFACE);
     ip(&overlay, 2, "route replace default via 198.51.100.254 dev eth1");
+    oracle.rewired(&overlay, 2);
     followed(&mut overlay, "198.51.100.2:8285");
     overlay.wait(2, READY, |status| status.ready && status.node.interface == "eth1");
     assert_eq!(overlay.subnet(2), subnet);
@@ -204,6 +221,7 @@ fn a_default_route_that_moves_takes_the_node_along() {
         ping.run(overlay.pod(1), overlay.pod(2).addr)
             .is_ok_and(|report| report.all())
     });
+    oracle.check(&mut overlay, 1);
 }
 
 /// B23: the only default route is one of policy routing, and a rule that comes and goes moves the node.
@@ -218,6 +236,7 @@ fn policy_routing_chooses_the_underlay_and_is_followed() {
     second_uplink(&overlay, "203.0.113");
     without_iface(&mut overlay);
     overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+    let mut oracle = oracle(&mut overlay);
     // As long as the main table has a default route, that counts.
     ip(
         &overlay,
@@ -241,7 +260,10 @@ fn policy_routing_chooses_the_underlay_and_is_followed() {
     ip(&overlay, 2, "rule add table 101 priority 39000");
     followed(&mut overlay, "192.0.2.2:8285");
     ip(&overlay, 2, "rule del table 101 priority 39000");
+    oracle.rewired(&overlay, 2);
     followed(&mut overlay, "203.0.113.2:8285");
+    // Three moves.
+    oracle.check(&mut overlay, 3);
 
     // And for who starts there.
     without_iface(&mut overlay);
@@ -254,6 +276,7 @@ fn policy_routing_chooses_the_underlay_and_is_followed() {
     assert_eq!(overlay.subnet(2), subnet);
     overlay.wait(1, READY, |status| status.peers.len() == 1);
     overlay.ping_all();
+    oracle.check(&mut overlay, 4);
 }
 
 #[test]
@@ -332,6 +355,12 @@ fn an_address_added_beside_it_moves_nobody() {
     let log = overlay.log(2);
     assert_eq!(log.matches("joining anew").count(), 0, "{log}");
     assert_eq!(overlay.status(2).node.public_ips, ["192.0.2.2"]);
+}
+
+/// Has both nodes use what they allocate once, and remembers how they are.
+fn oracle(overlay: &mut Overlay) -> Oracle {
+    warm(overlay, 1, 2);
+    Oracle::start(overlay)
 }
 
 /// Takes one address off node 2's interface, and puts another on.

@@ -1,7 +1,7 @@
 //! F16: the wall clock jumps, or a machine has a young or a very old monotonic clock. Timers do not care, and a certificate that is not
 //! valid yet is waited for.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,6 +12,7 @@ use kersey::lab::interrupt;
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, READY, figure, wait_for, within};
 use crate::pki::Authority;
+use crate::support::nobody::{give, unprivileged};
 use crate::{assert_gap, assert_untouched, flows, probe, require_etcd, require_root, warm};
 
 /// Below `/usr/lib/` and the machine's name, where Debian has it.
@@ -36,8 +37,7 @@ fn f16_a_jumping_clock_moves_no_timer() {
     overlay.terminate(2);
     let clock = overlay.file("clock");
     set(&clock, "+0");
-    let mut command = overlay.command(2);
-    hold(&mut command, &library, &clock);
+    let command = hold(&overlay.command(2), &library, &clock);
     overlay.nodes[1].child = overlay.run("node 2, under a clock of ours", 2, command);
     overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
     warm(&overlay, 1, 2);
@@ -120,6 +120,10 @@ fn f16_a_certificate_that_a_wild_clock_refuses_is_tried_again() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::new(folder.path(), "ca");
     let server = authority.server(folder.path(), "server", &["192.0.2.1"]);
+    if unprivileged() {
+        give(folder.path());
+        give(&server.key);
+    }
     let file = |path: &Path| path.display().to_string();
     let mut blueprint = Blueprint::embedded("tlsclock", 2);
     blueprint.own_flags.insert(
@@ -144,8 +148,7 @@ fn f16_a_certificate_that_a_wild_clock_refuses_is_tried_again() {
         Some("http://192.0.2.1:8888") => OsString::from("https://192.0.2.1:8888"),
         _ => word.to_owned(),
     }));
-    hold(&mut two, &library, &clock);
-    overlay.adopt(2, two);
+    overlay.adopt(2, hold(&two, &library, &clock));
     wait_for("it is told", READY, || overlay.log(2).contains("not valid yet"));
     interrupt::sleep(Duration::from_secs(4)).unwrap();
     assert!(overlay.daemon(2).is_running(), "{}", overlay.log(2));
@@ -208,11 +211,24 @@ fn renews_in_time(overlay: &Overlay, when: &str) {
 }
 
 /// Has a command live by the clock in a file.
-fn hold(command: &mut Command, library: &Path, clock: &Path) {
-    command.env("LD_PRELOAD", library);
-    command.env("FAKETIME_TIMESTAMP_FILE", clock);
-    command.env("FAKETIME_NO_CACHE", "1");
-    command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+fn hold(plain: &Command, library: &Path, clock: &Path) -> Command {
+    let words: Vec<_> = std::iter::once(plain.get_program())
+        .chain(plain.get_args())
+        .collect();
+    // For the daemon alone: what the first program makes that loads the library, programs of other users cannot open.
+    let is_daemon = |word: &&OsStr| *word == env!("CARGO_BIN_EXE_kersey");
+    let (before, daemon) = words.split_at(words.iter().position(is_daemon).unwrap());
+    let mut env = Command::new("env");
+    env.arg(format!("LD_PRELOAD={}", library.display()));
+    env.arg(format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()));
+    env.args(["FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"]);
+    env.args(daemon);
+    let Some((program, args)) = before.split_first() else {
+        return env;
+    };
+    let mut command = Command::new(program);
+    command.args(args).arg("env").args(env.get_args());
+    command
 }
 
 fn set(clock: &Path, to: &str) {

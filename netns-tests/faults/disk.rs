@@ -41,7 +41,11 @@ impl Disk {
         }
         let plain = overlay.command(nth);
         let mut command = Command::new("unshare");
-        let script = format!("mount {mount} {}; exec \"$@\"", folder.display());
+        // Whoever the daemon is, it may write there.
+        let script = format!(
+            "mount {mount} {folder}; chmod 1777 {folder} || true; exec \"$@\"",
+            folder = folder.display()
+        );
         command.args(["--mount", "sh", "-ec", &script, "sh"]);
         command.arg(plain.get_program()).args(plain.get_args());
         if files == Files::All {

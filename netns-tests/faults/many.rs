@@ -8,11 +8,12 @@ use std::ops::Range;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use etcd_client::{Client, Txn, TxnOp};
+use etcd_client::{Txn, TxnOp};
 use kersey::lab::topology::INTERFACE;
 
 use crate::oracle::Oracle;
 use crate::overlay::{Blueprint, Overlay, PREFIX, READY, figure, within};
+use crate::support::login;
 use crate::support::sniffer::{Sniffer, Way};
 use crate::{assert_untouched, in_ci, probe, require_etcd, warm};
 
@@ -139,7 +140,7 @@ fn change(overlay: &Overlay, changes: u32, tell: &mpsc::Sender<(u32, u32, Instan
             .enable_all()
             .build()?;
         runtime.block_on(async {
-            let mut client = Client::connect([place], None).await?;
+            let mut client = login::connect(place).await?;
             let mut ticks = tokio::time::interval(Duration::from_secs(1) / A_SECOND);
             for change in 0..changes {
                 ticks.tick().await;

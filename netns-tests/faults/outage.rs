@@ -1,14 +1,15 @@
-//! F1: the store goes away, in three manners. Packets do not notice.
+//! F1: the store goes away, in three manners; F7: it comes back empty, or as it was before. Packets do not notice.
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
+use kersey::addr::Ipv4Prefix;
 use kersey::lab::interrupt;
 use kersey::lab::traffic::cpu;
 use nix::sys::signal::Signal;
 
 use crate::oracle::Oracle;
-use crate::overlay::{Blueprint, Overlay, figure, within};
+use crate::overlay::{Blueprint, Overlay, figure, wait_for, within};
 use crate::{assert_untouched, in_ci, probe, require_etcd, warm};
 
 /// How etcd is made to fail, and to come back.
@@ -27,6 +28,96 @@ fn f1_an_outage_of_the_store_costs_no_packet() {
     if require_etcd("f1_an_outage_of_the_store_costs_no_packet") {
         outages("outage", Duration::from_secs(in_ci(60, 10)));
     }
+}
+
+/// F7: etcd comes back with the config and nothing else.
+#[test]
+fn f7_a_store_that_comes_back_empty_is_filled_again_and_costs_no_packet() {
+    if !require_etcd("f7_a_store_that_comes_back_empty_is_filled_again_and_costs_no_packet") {
+        return;
+    }
+    let mut overlay = Blueprint::new("wiped", 3).start();
+    let subnets = [1, 2, 3].map(|nth| overlay.subnet(nth));
+    warm(&overlay, 1, 2);
+    let mut oracle = Oracle::start(&mut overlay);
+    let probe = probe(&overlay, 1, 2);
+    cause(&mut overlay, Fault::Killed);
+    std::fs::remove_dir_all(overlay.file("etcd")).unwrap();
+    mend(&mut overlay, Fault::Killed);
+    overlay.put("config", overlay.network());
+    let took = wait_for(
+        "all are registered again",
+        within(Duration::from_secs(10)),
+        || subnets.iter().all(|subnet| overlay.get(&key(subnet)).is_some()),
+    );
+    figure("F7: all registered again after", took);
+    assert_told_once(&mut overlay, &mut oracle, &subnets);
+    assert_untouched(&probe.stop().unwrap());
+}
+
+/// F7: etcd is what it was when one node of three was there.
+#[test]
+fn f7_a_store_restored_from_a_backup_is_filled_again_and_costs_no_packet() {
+    if !require_etcd("f7_a_store_restored_from_a_backup_is_filled_again_and_costs_no_packet") {
+        return;
+    }
+    let mut overlay = Blueprint::new("backup", 3).build();
+    let command = overlay.command(1);
+    overlay.adopt(1, command);
+    overlay.wait_all();
+    overlay.etcd_process().signal(Signal::SIGTERM).unwrap();
+    overlay.etcd_process().wait_end(Duration::from_secs(10)).unwrap();
+    copy(&overlay, "etcd", "backup");
+    overlay.start_etcd();
+    for nth in 2..=3 {
+        let command = overlay.command(nth);
+        overlay.adopt(nth, command);
+    }
+    overlay.wait_all();
+    let subnets = [1, 2, 3].map(|nth| overlay.subnet(nth));
+    // That the backup is the older one has to be seen from its revision.
+    for nth in 0..50 {
+        overlay.put("unrelated", nth.to_string());
+    }
+    warm(&overlay, 2, 3);
+    let mut oracle = Oracle::start(&mut overlay);
+    // Between two that the backup has never heard of.
+    let probe = probe(&overlay, 2, 3);
+    cause(&mut overlay, Fault::Killed);
+    std::fs::remove_dir_all(overlay.file("etcd")).unwrap();
+    copy(&overlay, "backup", "etcd");
+    mend(&mut overlay, Fault::Killed);
+    let took = wait_for(
+        "all are registered again",
+        within(Duration::from_secs(10)),
+        || subnets.iter().all(|subnet| overlay.get(&key(subnet)).is_some()),
+    );
+    figure("F7: all registered again over a backup after", took);
+    assert_eq!(overlay.get("unrelated"), None, "that is no backup");
+    assert_told_once(&mut overlay, &mut oracle, &subnets);
+    assert_untouched(&probe.stop().unwrap());
+}
+
+/// Copies a folder among the test's own.
+fn copy(overlay: &Overlay, from: &str, to: &str) {
+    let mut command = std::process::Command::new("cp");
+    command.arg("-a").arg(overlay.file(from)).arg(overlay.file(to));
+    assert!(command.status().unwrap().success());
+}
+
+fn key(subnet: &Ipv4Prefix) -> String {
+    format!("subnets/{}", subnet.to_string().replace('/', "-"))
+}
+
+/// All is well, each node has the subnet it had, and has told once, as an error, that etcd is another.
+fn assert_told_once(overlay: &mut Overlay, oracle: &mut Oracle, subnets: &[Ipv4Prefix; 3]) {
+    const TOLD: &str = "etcd is not the one it was";
+    oracle.check_but(overlay, 1, &[TOLD]);
+    assert_eq!(
+        [1, 2, 3].map(|nth| overlay.log(nth).matches(TOLD).count()),
+        [1; 3]
+    );
+    assert_eq!([1, 2, 3].map(|nth| overlay.subnet(nth)), *subnets);
 }
 
 /// One outage of each kind, on one network.

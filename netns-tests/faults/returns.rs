@@ -1,6 +1,7 @@
 //! F14: a peer comes back as another. Others follow, and send nothing to where it was.
 //!
-//! The peers that come back are keys in etcd, as flannel writes them; nodes 3 and 4 have no daemon, only somebody who listens.
+//! The peers that come back here are keys in etcd, as flannel writes them; nodes 3 and 4 have no daemon, only somebody who listens. In
+//! `machines.rs` they are machines.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
@@ -35,47 +36,53 @@ fn f14_a_peer_that_returns_in_any_of_four_ways_is_followed() {
         four: Sniffer::start(overlay.namespace(4), INTERFACE),
     };
     let probe = probe(&overlay, 1, 2);
-    put(&overlay, 99, 3, MAC_ONE);
-    follow(&overlay, &ears, "it comes", &[(99, 3, MAC_ONE)], &[]);
+    put(&overlay, 199, 3, MAC_ONE);
+    follow(&overlay, &ears, "it comes", &[(199, 3, MAC_ONE)], &[]);
 
-    put(&overlay, 99, 3, MAC_TWO);
-    follow(&overlay, &ears, "same address, new MAC", &[(99, 3, MAC_TWO)], &[]);
+    put(&overlay, 199, 3, MAC_TWO);
+    follow(
+        &overlay,
+        &ears,
+        "same address, new MAC",
+        &[(199, 3, MAC_TWO)],
+        &[],
+    );
 
-    put(&overlay, 99, 4, MAC_TWO);
+    put(&overlay, 199, 4, MAC_TWO);
     follow(
         &overlay,
         &ears,
         "new address, same subnet",
-        &[(99, 4, MAC_TWO)],
+        &[(199, 4, MAC_TWO)],
         &[],
     );
 
-    overlay.delete(&key(99));
-    put(&overlay, 98, 3, MAC_ONE);
+    overlay.delete(&key(199));
+    put(&overlay, 198, 3, MAC_ONE);
     follow(
         &overlay,
         &ears,
         "new address, new subnet",
-        &[(98, 3, MAC_ONE)],
-        &[99],
+        &[(198, 3, MAC_ONE)],
+        &[199],
     );
 
-    put(&overlay, 97, 4, MAC_TWO);
+    put(&overlay, 197, 4, MAC_TWO);
     follow(
         &overlay,
         &ears,
         "another",
-        &[(98, 3, MAC_ONE), (97, 4, MAC_TWO)],
-        &[99],
+        &[(198, 3, MAC_ONE), (197, 4, MAC_TWO)],
+        &[199],
     );
-    put(&overlay, 97, 3, MAC_ONE);
-    put(&overlay, 98, 4, MAC_TWO);
+    put(&overlay, 197, 3, MAC_ONE);
+    put(&overlay, 198, 4, MAC_TWO);
     follow(
         &overlay,
         &ears,
         "they swap",
-        &[(97, 3, MAC_ONE), (98, 4, MAC_TWO)],
-        &[99],
+        &[(197, 3, MAC_ONE), (198, 4, MAC_TWO)],
+        &[199],
     );
 
     oracle.check(&mut overlay, 1);
@@ -96,16 +103,38 @@ impl Ears {
         [(3, &self.three), (4, &self.four)]
             .into_iter()
             .flat_map(|(node, ear)| ear.packets().into_iter().map(move |packet| (node, packet)))
-            .filter_map(|(node, (way, packet))| {
-                // IP 20, UDP 8, VXLAN 8, Ethernet 14, IP.
-                let is_vxlan = way == Way::In && packet.get(9) == Some(&17);
-                let is_ours = packet.get(22..24) == Some(&PORT.to_be_bytes()[..]);
-                let station = packet.get(36..42)?.try_into().ok()?;
-                (is_vxlan && is_ours).then_some(())?;
-                Some((*packet.get(50 + 18)?, node, station))
+            .filter(|(_, (way, _))| *way == Way::In)
+            .filter_map(|(node, (_, packet))| {
+                let tunnelled = tunnelled(&packet)?;
+                Some((tunnelled.subnet, node, tunnelled.station))
             })
             .collect()
     }
+}
+
+/// A packet in the tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Tunnelled {
+    /// The third byte of the inner destination.
+    pub(crate) subnet: u8,
+    /// Where it is sent to.
+    pub(crate) to: Ipv4Addr,
+    /// The Ethernet address inside.
+    pub(crate) station: [u8; 6],
+}
+
+/// What a packet of the underlay is, if it is in the tunnel: IP 20, UDP 8, VXLAN 8, Ethernet 14, IP.
+pub(crate) fn tunnelled(packet: &[u8]) -> Option<Tunnelled> {
+    let is_udp = packet.get(9) == Some(&17);
+    let is_ours = packet.get(22..24) == Some(&PORT.to_be_bytes()[..]);
+    let to: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
+    let station = packet.get(36..42)?.try_into().ok()?;
+    (is_udp && is_ours).then_some(())?;
+    Some(Tunnelled {
+        subnet: *packet.get(50 + 18)?,
+        to: to.into(),
+        station,
+    })
 }
 
 /// Waits until packets go where they should, then counts those that do not: there must be none.
@@ -117,7 +146,7 @@ fn follow(overlay: &Overlay, ears: &Ears, what: &str, wanted: &[Heard], gone: &[
         .collect();
     let took = wait_for(what, within(Duration::from_secs(2)), || {
         for &subnet in &subnets {
-            say(overlay, subnet);
+            say(overlay, 1, subnet);
         }
         std::thread::sleep(Duration::from_millis(5));
         let mut heard = ears.heard();
@@ -132,7 +161,7 @@ fn follow(overlay: &Overlay, ears: &Ears, what: &str, wanted: &[Heard], gone: &[
     ears.heard();
     for _ in 0..50 {
         for &subnet in &subnets {
-            say(overlay, subnet);
+            say(overlay, 1, subnet);
         }
     }
     let mut heard = Vec::new();
@@ -162,9 +191,9 @@ fn put(overlay: &Overlay, subnet: u8, node: u8, mac: [u8; 6]) {
     overlay.put(&key(subnet), value);
 }
 
-/// Sends a datagram from node 1's pod.
-fn say(overlay: &Overlay, subnet: u8) {
-    let from = overlay.pod(1);
+/// Sends a datagram from a node's pod.
+pub(crate) fn say(overlay: &Overlay, from: usize, subnet: u8) {
+    let from = overlay.pod(from);
     let socket = from
         .namespace
         .run(|| Ok(UdpSocket::bind((from.addr, 0))?))

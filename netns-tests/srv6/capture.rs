@@ -48,9 +48,9 @@ fn tshark_reads_what_a_sid_answers() {
     }
     let overlay = plain("s6answers", 3, json!({})).start();
     let sniffer = Sniffer::start(overlay.namespace(2), INTERFACE);
-    // Segments that are larger than the way onward carries are told of.
+    // Segments that are larger than the way onward carries are told of. The route of the whole locator is the daemon's, which sets it right.
     let mut route = Command::new("ip");
-    route.args(["-6", "route", "replace", "fd12:3456:789a:c000:203::/80"]);
+    route.args(["-6", "route", "add", "fd12:3456:789a:c000:203::1"]);
     route.args(["via", "2001:db8:1::3", "dev", INTERFACE, "mtu", "1300"]);
     assert!(
         overlay

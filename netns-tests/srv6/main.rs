@@ -21,6 +21,7 @@
 
 mod behaviors;
 mod capture;
+mod cross_connect;
 mod hostile;
 mod io;
 mod lab;

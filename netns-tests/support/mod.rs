@@ -1,5 +1,14 @@
 //! What every test in real namespaces needs.
 
+#[allow(dead_code, reason = "not every test binary has etcd")]
+#[path = "../../tests/etcd_server/login.rs"]
+pub(crate) mod login;
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "not every test binary has daemons; a test says what went wrong by panicking"
+)]
+pub(crate) mod nobody;
 #[allow(
     dead_code,
     clippy::unwrap_used,

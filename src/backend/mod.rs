@@ -408,6 +408,29 @@ pub fn select(kind: Option<&str>, json: &str, identity: Identity) -> Result<AnyB
     }
 }
 
+/// The keys that a backend reads of its settings, if it is one of ours; their case does not matter.
+pub fn keys(kind: &str) -> Option<&'static [&'static str]> {
+    let keys: &[&str] = match kind {
+        "udp" => &["Type", "Port"],
+        // A port is refused by the latter, which is not to ignore it.
+        "vxlan" | "auto" => &["Type", "VNI", "Port", "MTU", "GBP", "Learning", "DirectRouting"],
+        "srv6" => &[
+            "Type",
+            "Block",
+            "LocatorLen",
+            "Mode",
+            "MTU",
+            "Domain",
+            "Paths",
+            "HMAC",
+            "HMACKeyID",
+        ],
+        "host-gw" | "alloc" => &["Type"],
+        _ => return None,
+    };
+    Some(keys)
+}
+
 /// The address at which a peer is reached for `prefix`: of the prefix's own family if both sides have it, else of the other.
 ///
 /// Both sides choose alike, so that a peer's datagrams come from where ours to it go, which the ingress check relies on.

@@ -20,6 +20,7 @@ use clap::{Args, Subcommand};
 use self::results::{LITTLE_LOSS, Metric, NO_LOSS, Raw, Report, Sample, Scenario, Spread, Switches, Unit};
 use crate::addr::Mtu;
 use crate::cli::progress::{Progress, table};
+use crate::cli::tell::{say, say_aside};
 use crate::host::ethtool::Switch;
 use crate::lab::contestant::{self, Contestant, Kersey};
 use crate::lab::interrupt;
@@ -156,11 +157,6 @@ pub fn run(options: BenchOptions) -> Result<ExitCode> {
 /// Pairs of one node of each kind.
 const MIXED: [Contestant; 2] = [Contestant::KerseyToKernel, Contestant::KernelToKersey];
 
-#[expect(
-    clippy::print_stderr,
-    clippy::print_stdout,
-    reason = "the report is for the person who asked"
-)]
 fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     if options.quick {
         options.pairs = options.pairs.min(2);
@@ -188,7 +184,7 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     }
     contestants.dedup();
     let folder = tempfile::Builder::new()
-        .prefix("kersey-bench-")
+        .prefix(&crate::lab::cluster::folder_prefix(std::process::id()))
         .tempdir()
         .context("cannot make a folder")?;
     let mut report = Report {
@@ -207,7 +203,7 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
         busy_before_percent: 0.0,
         scenarios: Vec::new(),
     };
-    eprintln!(
+    say_aside!(
         "kersey bench vs-kernel · {} backend · Linux {} · {} processors · MTU {} · {} rounds · about {} min\n",
         options.backend,
         report.kernel,
@@ -236,13 +232,13 @@ fn vs_kernel(mut options: VsKernel) -> Result<ExitCode> {
     for switches in options.scenarios() {
         let nth = report.scenarios.len();
         let scenario = options.scenario(&contestants, switches, folder.path(), &progress, nth)?;
-        println!("\n{}", options.text(&scenario, &contestants));
+        say!("\n{}", options.text(&scenario, &contestants));
         report.scenarios.push(scenario);
     }
     if let Some(path) = &options.json {
         let json = serde_json::to_vec_pretty(&report)?;
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
-        eprintln!("everything measured: {}", path.display());
+        say_aside!("everything measured: {}", path.display());
     }
     Ok(ExitCode::SUCCESS)
 }

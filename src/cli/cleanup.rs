@@ -131,6 +131,8 @@ enum CleanupError {
     LookAtSwitches(io::Error),
     #[error("cannot look for firewall rules: {0}")]
     LookAtFirewall(firewall::tool::ToolError),
+    #[error("cannot look for firewall rules: this takes CAP_NET_ADMIN; try sudo")]
+    LookDenied,
     #[error("cannot remove {what}: {cause}")]
     Remove { what: String, cause: String },
     #[error("cannot remove {0}: this takes CAP_NET_ADMIN; try sudo")]
@@ -160,7 +162,7 @@ pub fn run(options: &CleanupOptions) -> ExitCode {
         // Nobody is left to tell when the terminal is gone.
         let _ = writeln!(io::stderr(), "error: {error}");
         status = match error {
-            CleanupError::Denied(_) => exit::ENVIRONMENT,
+            CleanupError::Denied(_) | CleanupError::LookDenied => exit::ENVIRONMENT,
             CleanupError::DaemonRuns(_)
             | CleanupError::Socket { .. }
             | CleanupError::Runtime(_)
@@ -186,9 +188,7 @@ async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupErr
         Ok(rules) => found.extend(rules.into_iter().map(Leftover::Firewall)),
         // What else there is can be removed all the same.
         Err(error) if error.to_string().contains("Operation not permitted") => {
-            errors.push(CleanupError::Denied(
-                "firewall rules, should there be any".to_owned(),
-            ));
+            errors.push(CleanupError::LookDenied);
         }
         Err(error) => errors.push(CleanupError::LookAtFirewall(error)),
     }
@@ -222,7 +222,7 @@ async fn clean(options: &CleanupOptions) -> Result<Vec<CleanupError>, CleanupErr
             let _ = fs::remove_file(&held.file);
         }
     }
-    if found.is_empty() {
+    if found.is_empty() && errors.is_empty() {
         let _ = io::stdout().write_all(b"nothing to clean up\n");
     }
     Ok(errors)

@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 
 use super::store::config_source;
 use super::{Parsed, Stop, UsageError, Variables, config_file, exit, parse};
+use crate::cli::tell::{say, say_aside};
 use crate::control::state_file;
 use crate::options::{NetworkConfigSource, StoreKind};
 
@@ -43,13 +44,17 @@ struct CheckOptions {
     network_config: Option<NetworkConfigSource>,
 }
 
-/// Checks, and says what is wrong or that nothing is. `unusable` tells why no node could run by a network config.
-#[expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "the answer is for the person who asked"
-)]
-pub fn run(options: &ConfigOptions, unusable: impl Fn(&str) -> Option<String>) -> ExitCode {
+/// What a daemon would say of network configs.
+#[derive(Clone, Copy, Debug)]
+pub struct Judge {
+    /// Why no node could run by one, if that is so.
+    pub unusable: fn(&str) -> Option<String>,
+    /// Which of its keys nobody reads, a sentence each.
+    pub unread: fn(&str) -> Vec<String>,
+}
+
+/// Checks, and says what is wrong or that nothing is.
+pub fn run(options: &ConfigOptions, judge: Judge) -> ExitCode {
     let Action::Check(check) = &options.action;
     let mut complaints = Vec::new();
     let file = match (&check.file, &check.network_config) {
@@ -58,24 +63,29 @@ pub fn run(options: &ConfigOptions, unusable: impl Fn(&str) -> Option<String>) -
         (None, None) => Some(PathBuf::from(config_file::DEFAULT_PATH)),
     };
     if let Some(file) = file {
-        match check_file(&file, &check.daemon, &unusable) {
+        match check_file(&file, &check.daemon, judge) {
             Ok(notes) => {
                 for note in notes {
-                    eprintln!("warning: {note}");
+                    say_aside!("warning: {note}");
                 }
-                println!("{}: the config file would do", file.display());
+                say!("{}: the config file would do", file.display());
             }
             Err(complaint) => complaints.push(complaint),
         }
     }
     if let Some(given) = &check.network_config {
-        match check_network(given, &unusable) {
-            Ok(()) => println!("the network config would do"),
+        match check_network(given, judge) {
+            Ok(notes) => {
+                for note in notes {
+                    say_aside!("warning: {note}");
+                }
+                say!("the network config would do");
+            }
             Err(complaint) => complaints.push(complaint),
         }
     }
     for complaint in &complaints {
-        eprintln!("error: {}", complaint.text);
+        say_aside!("error: {}", complaint.text);
     }
     complaints.first().map_or(ExitCode::from(exit::OK), |complaint| {
         ExitCode::from(complaint.status)
@@ -99,21 +109,25 @@ impl Complaint {
 }
 
 /// Reads a file as the daemon would; the sentences are what the daemon would log.
-fn check_file(
-    file: &Path,
-    daemon: &str,
-    unusable: impl Fn(&str) -> Option<String>,
-) -> Result<Vec<String>, Complaint> {
+fn check_file(file: &Path, daemon: &str, judge: Judge) -> Result<Vec<String>, Complaint> {
     let path = file
         .to_str()
         .ok_or_else(|| Complaint::usage("the file's name is no UTF-8"))?;
+    std::fs::metadata(file).map_err(|error| {
+        let hint = match path {
+            config_file::DEFAULT_PATH => "name another: kersey config check FILE",
+            _ => "",
+        };
+        let text = format!("cannot read the config file {path}: {error}");
+        Complaint::usage(UsageError::new(text, hint))
+    })?;
     let flag = format!("--config={path}");
     let words: &[&str] = match daemon {
         "flanneld" => &["flanneld", &flag],
         daemon => &["kersey", daemon, &flag],
     };
     let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
-    let Parsed { command, notes } = match parse(&words, &Variables::new()) {
+    let Parsed { command, mut notes } = match parse(&words, &Variables::new()) {
         Ok(parsed) => parsed,
         Err(Stop::Misused(error)) => return Err(Complaint::usage(error)),
         Err(Stop::Clap(error)) => return Err(Complaint::usage(error)),
@@ -134,16 +148,14 @@ fn check_file(
     };
     if let Some(StoreKind::Embedded(embedded)) = store {
         for (_, given) in &embedded.network_configs {
-            check_network(given, &unusable)?;
+            notes.extend(check_network(given, judge)?);
         }
     }
     Ok(notes)
 }
 
-fn check_network(
-    source: &NetworkConfigSource,
-    unusable: impl Fn(&str) -> Option<String>,
-) -> Result<(), Complaint> {
+/// Gives what a daemon would warn of.
+fn check_network(source: &NetworkConfigSource, judge: Judge) -> Result<Vec<String>, Complaint> {
     let text = match source {
         NetworkConfigSource::Inline(text) => text.clone(),
         NetworkConfigSource::File(path) => state_file::read(path, MAX_NETWORK_CONFIG).map_err(|error| {
@@ -153,8 +165,8 @@ fn check_network(
             ))
         })?,
     };
-    match unusable(&text) {
-        None => Ok(()),
+    match (judge.unusable)(&text) {
+        None => Ok((judge.unread)(&text)),
         Some(text) => Err(Complaint {
             text,
             status: exit::CONFIG,
@@ -171,9 +183,10 @@ mod tests {
         config_source(text).unwrap()
     }
 
-    fn unusable(text: &str) -> Option<String> {
-        NetworkConfig::parse(text).err().map(|error| error.to_string())
-    }
+    const JUDGE: Judge = Judge {
+        unusable: |text| NetworkConfig::parse(text).err().map(|error| error.to_string()),
+        unread: |text| vec![format!("{} bytes", text.len())],
+    };
 
     #[test]
     fn a_file_is_checked_as_the_daemon_would_read_it() {
@@ -205,7 +218,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("kersey.toml");
             std::fs::write(&path, text).unwrap();
-            let checked = check_file(&path, daemon, unusable).map(|_| ());
+            let checked = check_file(&path, daemon, JUDGE).map(|_| ());
             match (checked, expected) {
                 (Ok(()), Ok(())) => {}
                 (Err(complaint), Err((status, part))) => {
@@ -218,11 +231,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = check_file(Path::new("/nowhere/kersey.toml"), "run", JUDGE).unwrap_err();
+        assert_eq!(error.status, exit::USAGE);
+        assert_eq!(
+            error.text,
+            "cannot read the config file /nowhere/kersey.toml: No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
     fn a_network_config_is_checked_from_text_and_from_a_file() {
-        assert!(check_network(&source(" {\"Network\":\"10.0.0.0/16\"}"), unusable).is_ok());
-        let error = check_network(&source("{}"), unusable).unwrap_err();
+        let notes = check_network(&source(r#"{"Network":"10.0.0.0/16"}"#), JUDGE).unwrap();
+        assert_eq!(notes, ["25 bytes"]);
+        let error = check_network(&source("{}"), JUDGE).unwrap_err();
         assert_eq!(error.status, exit::CONFIG);
-        let error = check_network(&source("/nowhere/net-conf.json"), unusable).unwrap_err();
+        let error = check_network(&source("/nowhere/net-conf.json"), JUDGE).unwrap_err();
         assert_eq!(error.status, exit::USAGE);
     }
 }

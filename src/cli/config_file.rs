@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
 
 use super::UsageError;
 use super::environment::Variables;
-use super::go_flags::{FlagKind, Grammar, Setting, nearest};
+use super::go_flags::{FlagKind, Grammar, Setting};
 use crate::control::state_file;
+use crate::options::nearest;
 
 /// Where a file is looked for if none is named.
 pub(super) const DEFAULT_PATH: &str = "/etc/kersey/kersey.toml";
@@ -57,6 +58,9 @@ const COMMA_LISTS: [&str; 5] = ["etcd-endpoints", "remote", "networks", "listen"
 
 /// Flags that make no sense in a file.
 pub(super) const NOT_IN_A_FILE: [&str; 4] = ["help", "version", "config", "dry-run"];
+
+/// Keys of flannel's network config, which is another file.
+const NETWORK_CONFIG: [&str; 4] = ["Network", "IPv6Network", "SubnetLen", "Backend"];
 
 /// Open to others than the owner and a group, such as that of the service.
 const NOT_PRIVATE: u32 = 0o007;
@@ -245,6 +249,10 @@ fn unknown_key(place: &FilePlace, key: &str, grammar: &Grammar) -> UsageError {
         "give it on the command line".to_owned()
     } else {
         match nearest(key, names) {
+            _ if NETWORK_CONFIG.contains(&key) => {
+                "that is a network config; `kersey config check --network-config FILE` looks at one"
+                    .to_owned()
+            }
             Some(near) => format!("did you mean {near:?}?"),
             None => "keys are the names of flags; `kersey run --help` lists them".to_owned(),
         }
@@ -324,6 +332,12 @@ mod tests {
                 "did you mean \"etcd-prefix\"?",
             ),
             ("f.toml", "zzz = 1", "unknown key \"zzz\"", "names of flags"),
+            (
+                "f.json",
+                r#"{"Network":"10.244.0.0/16"}"#,
+                "unknown key \"Network\"",
+                "--network-config",
+            ),
             (
                 "f.toml",
                 "[run]\nv = 1\n",

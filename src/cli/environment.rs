@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::go_flags::{Grammar, Setting, nearest};
+use super::go_flags::{Grammar, Setting};
+use crate::options::nearest;
 
 /// The environment as far as we read it.
 pub(super) type Variables = BTreeMap<String, String>;

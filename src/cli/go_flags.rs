@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::UsageError;
+use crate::options::nearest;
 
 /// Which flags there are, and which of them are booleans.
 #[derive(Debug)]
@@ -212,38 +213,6 @@ pub(super) fn parse_int(text: &str) -> Result<i64, String> {
     Ok(if negative { -value } else { value })
 }
 
-/// The name among `names` most like `word`, if any is close enough to be what was meant: at most a third of its
-/// letters differ.
-pub(super) fn nearest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let word = word.to_ascii_lowercase().replace('_', "-");
-    names
-        .map(|name| {
-            (
-                edit_distance(&word, &name.to_ascii_lowercase().replace('_', "-")),
-                name,
-            )
-        })
-        .filter(|(distance, name)| *distance <= name.len().max(word.len()) / 3)
-        .min()
-        .map(|(_, name)| name)
-}
-
-/// Insertions, deletions and changes of letters that turn `a` into `b`.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(64).enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let change = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -345,17 +314,6 @@ mod tests {
         for text in ["", "yes", "on", "tRUE", "2"] {
             assert!(parse_bool(text).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn the_nearest_name_is_close_or_none() {
-        let names = ["etcd-endpoints", "etcd-keyfile", "iface"];
-        assert_eq!(
-            nearest("etcd-endpoint", names.into_iter()),
-            Some("etcd-endpoints")
-        );
-        assert_eq!(nearest("ETCD_KEYFLE", names.into_iter()), Some("etcd-keyfile"));
-        assert_eq!(nearest("mtu", names.into_iter()), None);
     }
 
     fn grammar() -> Grammar {

@@ -13,7 +13,8 @@ use serde::Serialize;
 use crate::addr::Mtu;
 use crate::cli::UsageError;
 use crate::cli::progress::{Progress, grouped, table};
-use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind};
+use crate::cli::tell::{say, say_aside};
+use crate::lab::cluster::{Cluster, ClusterPlan, Peer, StoreKind, folder_prefix};
 use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
 use crate::lab::seg6_node;
@@ -265,14 +266,9 @@ struct PairPing {
     mean_ms: f64,
 }
 
-#[expect(
-    clippy::print_stderr,
-    clippy::print_stdout,
-    reason = "the report is for the person who asked"
-)]
 fn once(options: &LabOptions) -> Result<ExitCode> {
     let shape = &options.shape;
-    eprintln!(
+    say_aside!(
         "kersey lab · {} nodes · {} backend · {} store · underlay MTU {}{}\n",
         shape.nodes,
         shape.backend,
@@ -280,8 +276,9 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
         shape.mtu,
         shape.special()
     );
+    let kept = if options.keep { standing::KEPT } else { "" };
     let mut folder = tempfile::Builder::new()
-        .prefix("kersey-lab-")
+        .prefix(&format!("{}{kept}", folder_prefix(std::process::id())))
         .tempdir()
         .context("cannot make a folder")?;
     folder.disable_cleanup(options.keep);
@@ -309,13 +306,13 @@ fn once(options: &LabOptions) -> Result<ExitCode> {
     })?;
 
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        eprintln!();
-        print!("{}", report.text());
+        say_aside!("");
+        say!("{}", report.text().trim_end());
     }
     if options.keep {
-        eprintln!("\nlogs and files of the daemons: {}", folder.path().display());
+        say_aside!("\nlogs and files of the daemons: {}", folder.path().display());
     }
     Ok(if report.passed {
         ExitCode::SUCCESS

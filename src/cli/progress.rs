@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::cli::tell::say_aside;
+
 /// Width of a step's name; what came of it starts in the next column.
 const NAME: usize = 34;
 
@@ -84,7 +86,6 @@ impl Progress {
         Some(spinner)
     }
 
-    #[expect(clippy::print_stderr, reason = "progress is for the person watching")]
     fn line(&self, mark: &str, colour: &str, name: &str, outcome: &str, took: Option<Duration>) {
         let took = took.map_or_else(String::new, |took| format!("{:.1} s", took.as_secs_f64()));
         let mark = if self.terminal && std::env::var_os("NO_COLOR").is_none() {
@@ -92,7 +93,7 @@ impl Progress {
         } else {
             mark.to_owned()
         };
-        eprintln!("  {mark} {name:NAME$} {took:>7}   {outcome}");
+        say_aside!("  {mark} {name:NAME$} {took:>7}   {outcome}");
     }
 }
 

@@ -255,6 +255,20 @@ mod tests {
     }
 
     #[test]
+    fn a_subnet_is_drawn_from_the_first_hundred_that_are_free() {
+        let config = config(r#"{"Network":"10.0.0.0/16"}"#);
+        // Without the first, which no node gets, and one that somebody has.
+        let taken = keys(&["10.0.50.0-24"]);
+        let mut rng = StdRng::seed_from_u64(1);
+        let drawn: std::collections::BTreeSet<u8> = (0..5_000)
+            .map(|_| choose(&config, &taken, None, &mut rng).unwrap())
+            .map(|subnet| subnet.ipv4().unwrap().addr().octets()[2])
+            .collect();
+        let first_hundred = (1..=101).filter(|&third| third != 50).collect();
+        assert_eq!(drawn, first_hundred);
+    }
+
+    #[test]
     fn the_last_free_subnet_is_found_and_then_none() {
         let config = config(r#"{"Network":"10.0.0.0/24","SubnetLen":26}"#);
         let mut rng = StdRng::seed_from_u64(1);

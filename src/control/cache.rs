@@ -4,15 +4,17 @@
 //! from. It is replaced whole, and read without trust: every part passes the same checks as if it came from the store,
 //! and a file that is damaged, of another version or of another store counts as none.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeSeq;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use crate::control::state_file;
-use crate::lease::{LeaseAttrs, Subnet};
+use crate::lease::{BySubnet, LeaseAttrs, Subnet};
 
 /// The file's name in the state directory.
 pub const FILE_NAME: &str = "control.json";
@@ -30,32 +32,65 @@ pub struct Cache {
     /// Our own lease.
     pub own: Option<(Subnet, LeaseAttrs)>,
     /// The peers.
-    pub peers: BTreeMap<Subnet, LeaseAttrs>,
+    pub peers: BySubnet<Arc<LeaseAttrs>>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Document {
+/// The file as it is written: peer by peer, for their text is several times as large as what is kept of them.
+#[derive(Serialize)]
+struct Draft<'a> {
     version: u32,
-    store: String,
-    config: Option<String>,
-    own: Option<Row>,
-    peers: Vec<Row>,
+    store: &'a str,
+    config: Option<&'a str>,
+    own: Option<RowDraft>,
+    #[serde(serialize_with = "rows")]
+    peers: &'a BySubnet<Arc<LeaseAttrs>>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Row {
+#[derive(Serialize)]
+struct RowDraft {
     subnet: String,
     attrs: Box<RawValue>,
 }
 
-impl Row {
-    fn new(subnet: Subnet, attrs: &LeaseAttrs) -> io::Result<Self> {
+impl RowDraft {
+    fn new(subnet: Subnet, attrs: &LeaseAttrs) -> Result<Self, serde_json::Error> {
         Ok(Self {
             subnet: subnet.to_string(),
             attrs: RawValue::from_string(attrs.to_json())?,
         })
     }
+}
 
+fn rows<S: Serializer>(peers: &&BySubnet<Arc<LeaseAttrs>>, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut rows = serializer.serialize_seq(Some(peers.len()))?;
+    for (subnet, attrs) in peers.iter() {
+        let row = RowDraft::new(subnet, attrs).map_err(serde::ser::Error::custom)?;
+        rows.serialize_element(&row)?;
+    }
+    rows.end()
+}
+
+/// The file as it is read: its rows are parts of its text.
+#[derive(Deserialize)]
+struct Document<'a> {
+    version: u32,
+    store: String,
+    config: Option<String>,
+    #[serde(borrow)]
+    own: Option<Row<'a>>,
+    #[serde(borrow)]
+    peers: Vec<Row<'a>>,
+}
+
+#[derive(Deserialize)]
+struct Row<'a> {
+    #[serde(borrow)]
+    subnet: Cow<'a, str>,
+    #[serde(borrow)]
+    attrs: &'a RawValue,
+}
+
+impl Row<'_> {
     fn read(&self) -> Option<(Subnet, LeaseAttrs)> {
         Some((
             self.subnet.parse().ok()?,
@@ -68,8 +103,11 @@ impl Cache {
     /// Reads the cache of the store at `place`; empty if there is no usable one.
     pub fn load(dir: &Path, place: &str) -> Self {
         let path = dir.join(FILE_NAME);
-        let read = state_file::read(&path, MAX_BYTES)
-            .and_then(|text| serde_json::from_str::<Document>(&text).map_err(io::Error::from));
+        let text = state_file::read(&path, MAX_BYTES);
+        let read = text
+            .as_ref()
+            .map_err(|error| io::Error::new(error.kind(), error.to_string()))
+            .and_then(|text| serde_json::from_str::<Document<'_>>(text).map_err(io::Error::from));
         let document = match read {
             Ok(document) if document.version == VERSION && document.store == place => document,
             Ok(_) => {
@@ -86,7 +124,12 @@ impl Cache {
         Self {
             config: document.config,
             own: document.own.as_ref().and_then(Row::read),
-            peers: document.peers.iter().filter_map(Row::read).collect(),
+            peers: document
+                .peers
+                .iter()
+                .filter_map(Row::read)
+                .map(|(subnet, attrs)| (subnet, Arc::new(attrs)))
+                .collect(),
         }
     }
 
@@ -95,21 +138,19 @@ impl Cache {
     /// # Errors
     /// The file cannot be written; an old one is left as it was.
     pub fn save(&self, dir: &Path, place: &str) -> io::Result<()> {
-        let own = self.own.as_ref().map(|(subnet, attrs)| Row::new(*subnet, attrs));
-        let peers = self.peers.iter().map(|(subnet, attrs)| Row::new(*subnet, attrs));
-        let document = Document {
+        let own = self.own.as_ref();
+        let draft = Draft {
             version: VERSION,
-            store: place.to_owned(),
-            config: self.config.clone(),
-            own: own.transpose()?,
-            peers: peers.collect::<io::Result<_>>()?,
+            store: place,
+            config: self.config.as_deref(),
+            own: own
+                .map(|(subnet, attrs)| RowDraft::new(*subnet, attrs))
+                .transpose()?,
+            peers: &self.peers,
         };
-        state_file::replace(
-            &dir.join(FILE_NAME),
-            &serde_json::to_string(&document)?,
-            0o600,
-            0o700,
-        )
+        state_file::replace_with(&dir.join(FILE_NAME), 0o600, 0o700, |file| {
+            serde_json::to_writer(file, &draft).map_err(io::Error::from)
+        })
     }
 }
 
@@ -129,10 +170,13 @@ mod tests {
         Cache {
             config: Some(r#"{"Network":"10.0.0.0/16"}"#.to_owned()),
             own: Some(lease("10.0.1.0-24", r#"{"PublicIP":"192.0.2.1"}"#)),
-            peers: BTreeMap::from([lease(
+            peers: [lease(
                 "10.0.2.0-24",
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1}}"#,
-            )]),
+            )]
+            .map(|(subnet, attrs)| (subnet, Arc::new(attrs)))
+            .into_iter()
+            .collect(),
         }
     }
 

@@ -87,6 +87,13 @@ impl<P: Prefixed> SubnetRange<P> {
         subnet.prefix_len() == self.subnet_len()
             && (self.min.first()..=self.max.first()).contains(&subnet.first())
     }
+
+    /// Whether the address lies in the network, but in none of the range, so that it may be a node's own.
+    pub fn spares(&self, addr: P::Addr) -> bool {
+        let addr = P::number(addr);
+        let within = |first: P, last: P| (first.first()..=last.last()).contains(&addr);
+        within(self.network, self.network) && !within(self.min, self.max)
+    }
 }
 
 impl NetworkConfig {
@@ -107,6 +114,22 @@ impl NetworkConfig {
             .map(|(range, own)| number(range, own));
         v4.or(v6).unwrap_or(0)
     }
+
+    /// The keys that are read; their case does not matter.
+    pub const KEYS: &[&str] = &[
+        "Network",
+        "SubnetLen",
+        "SubnetMin",
+        "SubnetMax",
+        "IPv6Network",
+        "IPv6SubnetLen",
+        "IPv6SubnetMin",
+        "IPv6SubnetMax",
+        "EnableIPv4",
+        "EnableIPv6",
+        "EnableNFTables",
+        "Backend",
+    ];
 
     /// Reads and checks a config.
     ///

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::control::cache::Cache;
 use crate::control::follow::{self, Pace};
-use crate::control::peers::{PeerChanges, PeerTable};
+use crate::control::peers::{PeerChanges, PeerTable, Peers};
 use crate::control::store::{LEASE_TTL, Store, StoreError, WatchItem};
 use crate::control::{Backoff, ControlOptions, Publish, RateLimit, Source, Start, StoreHealth};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseEvent, LeaseUpdate};
@@ -50,7 +50,7 @@ pub(super) async fn run(
         store: &*store,
         options: &options,
         own: publish.lease.subscribe(),
-        table: PeerTable::clone(&publish.peers.borrow()),
+        table: publish.table,
         peers: &publish.peers,
         health: &publish.health,
         disturbed: &disturbed,
@@ -67,6 +67,11 @@ pub(super) async fn run(
         linger_complaints: RateLimit::default(),
     };
     tokio::join!(keep.run(start), follow.run());
+}
+
+/// Whether a lease was made anew in place of one that was gone, if the store tells.
+fn is_another(before: &Lease, now: &Lease) -> bool {
+    matches!((before.created, now.created), (Some(before), Some(now)) if before != now)
 }
 
 /// Keeps our own lease.
@@ -115,6 +120,8 @@ impl Keep<'_> {
                     due = self.renewal_due(&renewed);
                     if renewed.subnet != lease.subnet {
                         tracing::warn!(old = %lease.subnet, new = %renewed.subnet, "our subnet changed");
+                    } else if is_another(&lease, &renewed) {
+                        tracing::warn!(subnet = %renewed.subnet, "our lease was gone from the store; it is claimed again");
                     } else {
                         tracing::info!(subnet = %renewed.subnet, "lease renewed");
                     }
@@ -175,7 +182,7 @@ struct Follow<'a> {
     options: &'a ControlOptions,
     own: watch::Receiver<Lease>,
     table: PeerTable,
-    peers: &'a watch::Sender<Arc<PeerTable>>,
+    peers: &'a watch::Sender<Peers>,
     health: &'a watch::Sender<StoreHealth>,
     disturbed: &'a Notify,
     cache: Cache,
@@ -264,34 +271,37 @@ impl Follow<'_> {
                 "somebody keeps changing what our lease says; leaving it until its next renewal",
             ),
         }
-        let (rejected, held) = (self.table.rejected(), self.table.held());
+        let before = self.table.peers();
+        let (rejected, held) = (before.rejected().clone(), before.held());
+        let is_list = matches!(update, LeaseUpdate::Snapshot(_));
         // A list without our lease comes from a store that was wiped, restored, or cut off from us for long.
-        let forgetful = disturbance == Disturbance::Gone && matches!(update, LeaseUpdate::Snapshot(_));
+        let forgetful = disturbance == Disturbance::Gone && is_list;
         let changes = if forgetful {
-            self.table.apply_of_forgetful(&update)
+            self.table.apply_of_forgetful(update)
         } else {
-            self.table.apply(&update)
+            self.table.apply(update)
         };
-        let confirmed = matches!(update, LeaseUpdate::Snapshot(_)) && self.table.confirm();
+        let confirmed = is_list && self.table.confirm();
+        let peers = self.table.peers();
         // Whoever is held last has the whole time to come back.
-        if self.table.held() > held {
+        if peers.held() > held {
             // Peers that vanish and come back again and again are told of once a minute.
             if self.linger_complaints.allows() {
                 tracing::warn!(
-                    peers = self.table.held(),
+                    peers = peers.held(),
                     forgetful,
                     "the store may have lost peers that are alive; keeping them for a while"
                 );
             }
             self.linger_due = Some(Instant::now() + self.options.linger);
-        } else if self.table.held() == 0 {
+        } else if peers.held() == 0 {
             self.linger_due = None;
         }
-        let refused = self.table.rejected();
-        if refused != rejected && !refused.is_empty() && self.refusal_complaints.allows() {
+        let refused = peers.rejected();
+        if *refused != rejected && !refused.is_empty() && self.refusal_complaints.allows() {
             tracing::warn!(?refused, "some leases are refused");
         }
-        let counters_changed = refused != rejected || self.table.held() != held;
+        let counters_changed = *refused != rejected || peers.held() != held;
         self.publish(&changes, counters_changed || confirmed);
     }
 
@@ -319,13 +329,13 @@ impl Follow<'_> {
                 added = changes.added.len(),
                 changed = changes.changed.len(),
                 removed = changes.removed.len(),
-                peers = self.table.len(),
+                peers = self.table.peers().len(),
                 "peers changed"
             );
             self.cache_due.get_or_insert(Instant::now() + CACHE_DELAY);
         }
         if !changes.is_empty() || counters_changed {
-            self.peers.send_replace(Arc::new(self.table.clone()));
+            self.peers.send_replace(self.table.peers().clone());
         }
     }
 
@@ -334,12 +344,12 @@ impl Follow<'_> {
         let Some(dir) = self.options.state_dir.clone() else {
             return;
         };
-        self.cache.peers = self
-            .table
-            .iter()
-            .map(|(subnet, attrs)| (subnet, attrs.clone()))
-            .collect();
-        let (cache, place) = (self.cache.clone(), self.store.place());
+        // Those of the table; no list is kept for the next time.
+        let cache = Cache {
+            peers: self.table.peers().list().clone(),
+            ..self.cache.clone()
+        };
+        let place = self.store.place();
         self.saving = Some(tokio::task::spawn_blocking(move || cache.save(&dir, &place)));
     }
 }

@@ -56,7 +56,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::control::cache::Cache;
 use crate::control::config::NetworkConfig;
 use crate::control::identity::Holder;
-use crate::control::peers::PeerTable;
+use crate::control::peers::{PeerTable, Peers};
 use crate::control::store::{Store, StoreError, expires_in};
 use crate::lease::{Expiration, Lease, LeaseAttrs, LeaseUpdate, Subnet};
 
@@ -125,18 +125,20 @@ pub struct StoreHealth {
 #[derive(Debug)]
 pub struct Publish {
     /// The peers.
-    pub peers: watch::Sender<Arc<PeerTable>>,
+    pub peers: watch::Sender<Peers>,
     /// Our own lease; its subnet changes if it had to be taken anew.
     pub lease: watch::Sender<Lease>,
     /// The store's health.
     pub health: watch::Sender<StoreHealth>,
+    /// What the peers are worked out in.
+    table: PeerTable,
 }
 
 /// The other ends of [`Publish`]'s channels.
 #[derive(Clone, Debug)]
 pub struct Published {
     /// The peers.
-    pub peers: watch::Receiver<Arc<PeerTable>>,
+    pub peers: watch::Receiver<Peers>,
     /// Our own lease.
     pub lease: watch::Receiver<Lease>,
     /// The store's health.
@@ -151,6 +153,15 @@ enum Source {
     /// It has been looked at, and is to be renewed.
     Look,
     Cache,
+}
+
+/// Something without which a node does not come up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// What is waited for.
+    pub what: &'static str,
+    /// Why it is not there, in a store's own words, which may have any characters.
+    pub why: String,
 }
 
 /// What the life of a lease begins with.
@@ -172,6 +183,7 @@ pub struct Control {
     /// How often somebody else had our lease, as yet.
     conflicts: AtomicU64,
     config_is_cached: bool,
+    waiting: watch::Sender<Option<Waiting>>,
 }
 
 impl std::fmt::Debug for Control {
@@ -197,7 +209,20 @@ impl Control {
             former: None,
             conflicts: AtomicU64::new(0),
             config_is_cached: false,
+            waiting: watch::Sender::new(None),
         }
+    }
+
+    /// What is waited for just now.
+    pub fn waiting(&self) -> watch::Receiver<Option<Waiting>> {
+        self.waiting.subscribe()
+    }
+
+    /// Logs why something is waited for, unless it has just been logged, and keeps it for [`waiting`](Self::waiting).
+    fn wait_for(&self, complaints: &RateLimit, error: &dyn std::fmt::Display, what: &'static str) {
+        complain(complaints, error, what);
+        let why = error.to_string();
+        self.waiting.send_replace(Some(Waiting { what, why }));
     }
 
     /// Takes over a lease that this process holds: [`acquire`](Self::acquire) keeps its subnet, whatever the addresses are by then.
@@ -240,18 +265,18 @@ impl Control {
                         Ok(config) => return (config, text),
                         Err(error) => {
                             answered.store(true, Ordering::Relaxed);
-                            complain(&complaints, &error, "waiting for a usable network config");
+                            self.wait_for(&complaints, &error, "waiting for a usable network config");
                         }
                     },
                     Err(error) => {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
-                        complain(&complaints, &error, "waiting for the network config");
+                        self.wait_for(&complaints, &error, "waiting for the network config");
                     }
                 }
                 sleep(backoff.next_pause()).await;
             }
         };
-        tokio::select! {
+        let config = tokio::select! {
             (config, text) = fetch => {
                 self.cache.config = Some(text);
                 config
@@ -261,7 +286,9 @@ impl Control {
                 self.config_is_cached = true;
                 config
             }
-        }
+        };
+        self.waiting.send_replace(None);
+        config
     }
 
     /// Acquires a lease for the node `attrs` describes; waits until there is one.
@@ -298,7 +325,7 @@ impl Control {
                         answered.fetch_or(!error.is_unavailable(), Ordering::Relaxed);
                         self.conflicts
                             .fetch_add(u64::from(error.is_conflict()), Ordering::Relaxed);
-                        complain(&complaints, &error, "waiting for a lease");
+                        self.wait_for(&complaints, &error, "waiting for a lease");
                         if error.is_unavailable() {
                             backoff.next_pause()
                         } else {
@@ -320,6 +347,7 @@ impl Control {
                 Lease { subnet, attrs: attrs.clone(), expiration: expires_in(Duration::ZERO), created: None }
             }
         };
+        self.waiting.send_replace(None);
         self.cache.own = Some((lease.subnet, lease.attrs.clone()));
         lease
     }
@@ -395,15 +423,16 @@ impl Control {
     }
 
     /// Makes the channels for [`maintain`](Self::maintain); the peers are those of the cache at first.
-    pub fn channels(&self, config: &NetworkConfig, lease: &Lease) -> (Publish, Published) {
+    pub fn channels(&mut self, config: &NetworkConfig, lease: &Lease) -> (Publish, Published) {
         let mut table = PeerTable::new(Arc::new(config.clone()), lease);
-        let cached = self.cache.peers.iter().map(|(subnet, attrs)| Lease {
-            subnet: *subnet,
-            attrs: attrs.clone(),
+        let cached = std::mem::take(&mut self.cache.peers);
+        let cached = cached.iter().map(|(subnet, attrs)| Lease {
+            subnet,
+            attrs: LeaseAttrs::clone(attrs),
             expiration: Expiration::Never,
             created: None,
         });
-        table.apply(&LeaseUpdate::Snapshot(cached.collect()));
+        table.apply(LeaseUpdate::Snapshot(cached.collect()));
         let health = StoreHealth {
             connected: self.source != Source::Cache,
             since: Instant::now(),
@@ -411,10 +440,15 @@ impl Control {
             errors: 0,
             conflicts: self.conflicts.load(Ordering::Relaxed),
         };
-        let (peers, peers_rx) = watch::channel(Arc::new(table));
+        let (peers, peers_rx) = watch::channel(table.peers().clone());
         let (lease, lease_rx) = watch::channel(lease.clone());
         let (health, health_rx) = watch::channel(health);
-        let publish = Publish { peers, lease, health };
+        let publish = Publish {
+            peers,
+            lease,
+            health,
+            table,
+        };
         let published = Published {
             peers: peers_rx,
             lease: lease_rx,

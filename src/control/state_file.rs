@@ -1,7 +1,7 @@
 //! Files that are replaced whole, and read without trust.
 
 use std::fs::{File, Metadata, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
@@ -14,6 +14,19 @@ const WORLD_WRITABLE: u32 = 0o002;
 /// # Errors
 /// The file cannot be written; an old one is left as it was.
 pub fn replace(path: &Path, text: &str, mode: u32, dir_mode: u32) -> io::Result<()> {
+    replace_with(path, mode, dir_mode, |file| file.write_all(text.as_bytes()))
+}
+
+/// As [`replace`], by one with what `write` writes, which may come in small pieces.
+///
+/// # Errors
+/// As [`replace`], and those of `write`.
+pub fn replace_with(
+    path: &Path,
+    mode: u32,
+    dir_mode: u32,
+    write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
+) -> io::Result<()> {
     let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         Some(_) | None => Path::new("."),
@@ -22,8 +35,11 @@ pub fn replace(path: &Path, text: &str, mode: u32, dir_mode: u32) -> io::Result<
         .recursive(true)
         .mode(dir_mode)
         .create(dir)?;
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    file.write_all(text.as_bytes())?;
+    let file = tempfile::NamedTempFile::new_in(dir)?;
+    let mut buffer = BufWriter::new(file.as_file());
+    write(&mut buffer)?;
+    buffer.flush()?;
+    drop(buffer);
     file.as_file().set_permissions(Permissions::from_mode(mode))?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;

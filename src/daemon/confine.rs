@@ -1,6 +1,7 @@
 //! Which files this process needs, and everything else given up: what [`sandbox`](crate::host::sandbox) is told to leave.
 
 use std::fs::{self, DirBuilder, Permissions};
+use std::num::NonZeroU16;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -95,6 +96,9 @@ pub(super) fn confine(options: &RunOptions) -> Result<(), ConfineError> {
     if options.packet_path.srv6_send == Srv6Send::Packet {
         plan.packet_sockets();
     }
+    if listens_below_1024(options) {
+        plan.low_ports();
+    }
     for file in options.srv6.hmac_keys.iter().chain(&options.process.config_file) {
         plan.read_file(file);
     }
@@ -183,6 +187,22 @@ fn folders(options: &RunOptions) -> Vec<(PathBuf, u32)> {
     let sockets = options.serve.iter().flat_map(socket_folders);
     folders.extend(sockets.map(|folder| (folder, 0o755)));
     folders
+}
+
+/// Whether a flag names a port to listen on that takes a capability.
+fn listens_below_1024(options: &RunOptions) -> bool {
+    let monitor = &options.process.monitor;
+    let probes = monitor.healthz_port.map(NonZeroU16::get);
+    let metrics = monitor.metrics_address.map(|addr| addr.port());
+    let listen = options.serve.iter().flat_map(|serve| &serve.listen);
+    let api = listen.filter_map(|address| match address {
+        ListenAddress::Tcp { port, .. } => Some(*port),
+        ListenAddress::Unix(_) | ListenAddress::Inherited(_) => None,
+    });
+    // The kernel chooses for 0, and nothing low.
+    api.chain(probes)
+        .chain(metrics)
+        .any(|port| (1..1024).contains(&port))
 }
 
 /// The folders of the unix sockets that a server listens on.

@@ -1,5 +1,8 @@
 //! Kernel routes beside the tunnel, to peers on our own link: past the tunnel (direct routing), and to where the tunnel's packets go (locators).
 //!
+//! Where the overlay's network holds the underlay's own address, peers' routes into the tunnel are kept here as well, for there is no route of
+//! the whole network.
+//!
 //! A peer whose public address the kernel reaches on the underlay interface without a gateway gets a kernel route through that address,
 //! which is more specific than the network's route to the device. All others, and this one as soon as the kernel will not have its
 //! route, go through the tunnel; so nothing here is ever a failure.
@@ -9,10 +12,10 @@ use std::net::IpAddr;
 
 use crate::addr::{Ipv6Prefix, MacAddr, Prefix};
 use crate::backend::{Backend, Locator};
-use crate::control::peers::PeerTable;
+use crate::control::peers::Peers;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
-use crate::daemon::network::{Setup, networks, own_locators, prefixes};
-use crate::host::netlink::{Gateway, Route};
+use crate::daemon::network::{Setup, networks, own_locators};
+use crate::host::netlink::{Gateway, NetlinkError, Route};
 use crate::lease::{LeaseAttrs, Subnet};
 
 /// The kernel routes beside a tunnel.
@@ -31,7 +34,8 @@ pub(super) struct DirectRoutes {
 impl DirectRoutes {
     pub(super) fn new<B: Backend>(setup: &Setup<'_, B>) -> Self {
         let blocks = setup.backend.blocks();
-        let upkeep = if setup.backend.direct_routing() || !blocks.is_empty() {
+        let is_shared = setup.shared_networks().next().is_some();
+        let upkeep = if setup.backend.direct_routing() || is_shared || !blocks.is_empty() {
             Upkeep::Always
         } else {
             Upkeep::UntilClean
@@ -50,7 +54,7 @@ impl DirectRoutes {
         &mut self,
         setup: &Setup<'_, B>,
         own: Subnet,
-        table: &PeerTable,
+        table: &Peers,
     ) -> BTreeMap<Subnet, String> {
         let index = match setup.netlink.link(&setup.interface.name).await {
             Ok(link) => link.index,
@@ -58,15 +62,37 @@ impl DirectRoutes {
             Err(_) => setup.interface.index,
         };
         let mut wanted = Wanted::default();
+        // Whose route there is of the tunnel, not past it.
+        let mut tunnelled = BTreeSet::new();
         if setup.backend.direct_routing() {
             for (subnet, attrs) in table.iter() {
-                for prefix in prefixes(subnet) {
+                for prefix in subnet.prefixes() {
                     if let Some(gateway) = on_link(setup, prefix, attrs, index).await {
                         wanted.route(Route {
                             gateway: Gateway::Via(gateway),
                             ..Route::direct(prefix, index)
                         });
                     }
+                }
+            }
+        }
+        if setup.shared_networks().next().is_some() {
+            match setup.netlink.link(&setup.options.device).await {
+                Ok(device) => {
+                    for prefix in table.iter().flat_map(|(subnet, _)| subnet.prefixes()) {
+                        if setup.shared_networks().any(|network| network.covers(prefix))
+                            && !wanted.has(prefix)
+                        {
+                            wanted.route(Route::direct(prefix, device.index));
+                            tunnelled.insert(prefix);
+                        }
+                    }
+                }
+                // Its routes went with it, and its threads notice.
+                Err(NetlinkError::NoLink(_)) => {}
+                Err(error) => {
+                    self.kernel.cannot_look(error);
+                    return BTreeMap::new();
                 }
             }
         }
@@ -78,20 +104,23 @@ impl DirectRoutes {
         }
         self.pin(setup, &located, index).await;
         let leftovers = Leftovers::of(table);
-        let own: Vec<Prefix> = prefixes(own)
+        let own: Vec<Prefix> = own
+            .prefixes()
             .chain(own_locators(&setup.backend.carrier()).map(Prefix::V6))
             .collect();
         // Without the privilege there would be no device, and this would not have been reached.
         let _ = self.kernel.sync(wanted, &own, index, leftovers).await;
         let direct = table.iter().filter_map(|(subnet, _)| {
-            let shown = self.kernel.describe(prefixes(subnet))?;
+            let past = subnet.prefixes().filter(|prefix| !tunnelled.contains(prefix));
+            let shown = self.kernel.describe(past);
+            let shown = shown.or_else(|| self.kernel.trouble(subnet.prefixes()))?;
             Some((subnet, shown))
         });
         direct.collect()
     }
 
     /// The locators of peers, each of which has its own: who claims one that is ours, or a part of an earlier peer's, is refused.
-    fn located<B: Backend>(&mut self, setup: &Setup<'_, B>, table: &PeerTable) -> BTreeMap<Subnet, Locator> {
+    fn located<B: Backend>(&mut self, setup: &Setup<'_, B>, table: &Peers) -> BTreeMap<Subnet, Locator> {
         let mut taken: Vec<Ipv6Prefix> = own_locators(&setup.backend.carrier()).collect();
         let mut located = BTreeMap::new();
         let mut refused = BTreeSet::new();

@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::addr::Prefix;
 use crate::control::config::NetworkConfig;
 use crate::control::subnet_file::IpMasq;
-use crate::daemon::network::{networks, prefixes};
+use crate::daemon::network::networks;
 use crate::daemon::report::Report;
 use crate::host::firewall::{
     self, Choice, Firewall, FirewallError, Guard, Look, Masquerade, Names, OverlayPart, RuleSet,
@@ -164,7 +164,7 @@ impl Keeper {
         let (looked, done) = oneshot::channel();
         let wanted = Wanted {
             rules: self.rules(config, own, guard),
-            own: prefixes(own).collect(),
+            own: own.prefixes().collect(),
             networks: networks(config).collect(),
             devices,
             looked,
@@ -193,7 +193,7 @@ impl Keeper {
 
     fn rules(&self, config: &NetworkConfig, own: Subnet, guard: Option<Guard>) -> RuleSet {
         let mut overlays = Vec::new();
-        for subnet in prefixes(own) {
+        for subnet in own.prefixes() {
             let network = networks(config).find(|network| network.covers(subnet));
             overlays.extend(network.map(|network| OverlayPart { network, subnet }));
         }

@@ -22,19 +22,22 @@
 //! - No route is made that would cover the underlay's own networks, addresses or gateways, or our own subnet.
 //! - What was left behind by an earlier life is removed once the store has told who the peers are; until then it may still be wanted.
 //!   What this life made goes at once.
+//! - A gateway that did not answer is asked for again ([`gateways`](super::gateways)).
 //! - When the daemon ends, routes stay, as flannel's do: packets flow while it restarts.
 //!
 //! Limits: the whole main table is read each time, which on a router with the Internet's routes takes a second of one core.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::addr::Prefix;
-use crate::control::peers::PeerTable;
+use crate::control::peers::Peers;
+use crate::daemon::gateways::Inquiry;
 use crate::host::netlink::{
-    Gateway, HeldRoute, LinkAddr, LinkChange, Netlink, NetlinkError, Route, RouteOwner,
+    Gateway, HeldRoute, LinkAddr, LinkChange, NeighbourKey, Netlink, NetlinkError, Route, RouteOwner,
 };
 
 /// How long events gather before we look: a link that flaps makes many.
@@ -59,6 +62,11 @@ impl Wanted {
         self.routes.insert(route.destination, route);
     }
 
+    /// Whether a route is asked for.
+    pub(super) fn has(&self, destination: Prefix) -> bool {
+        self.routes.contains_key(&destination)
+    }
+
     /// Says why a destination has none.
     pub(super) fn trouble(&mut self, destination: Prefix, why: impl ToString) {
         self.troubles.insert(destination, why.to_string());
@@ -76,7 +84,7 @@ pub(super) enum Leftovers {
 
 impl Leftovers {
     /// What may be done by what the store has said so far.
-    pub(super) fn of(table: &PeerTable) -> Self {
+    pub(super) fn of(table: &Peers) -> Self {
         if table.is_confirmed() {
             Self::Remove
         } else {
@@ -102,6 +110,8 @@ pub(super) enum Upkeep {
 /// The routes this daemon keeps in the kernel.
 pub(super) struct KernelRoutes {
     netlink: Netlink,
+    /// From the first IPv6 gateway on.
+    inquiry: Option<Inquiry>,
     upkeep: Upkeep,
     /// The overlay's networks, one a family.
     networks: Vec<Prefix>,
@@ -117,8 +127,10 @@ pub(super) struct KernelRoutes {
     told: String,
     /// When to look again; never once all is done that will ever be.
     due: Option<Instant>,
-    /// When we last had looked.
-    looked: Instant,
+    /// When the last look for the sake of peers ended, or is due.
+    for_peers: Option<Instant>,
+    /// Whether peers have changed since we last looked.
+    peers_are_new: bool,
 }
 
 impl KernelRoutes {
@@ -126,6 +138,7 @@ impl KernelRoutes {
     pub(super) fn new(netlink: Netlink, networks: impl IntoIterator<Item = Prefix>, upkeep: Upkeep) -> Self {
         Self {
             netlink,
+            inquiry: None,
             upkeep,
             networks: networks.into_iter().collect(),
             left_alone: Vec::new(),
@@ -134,7 +147,8 @@ impl KernelRoutes {
             troubles: BTreeMap::new(),
             told: String::new(),
             due: Some(Instant::now()),
-            looked: Instant::now(),
+            for_peers: None,
+            peers_are_new: false,
         }
     }
 
@@ -149,9 +163,12 @@ impl KernelRoutes {
         self.due
     }
 
-    /// Looks again at once, or if we have only just looked a little later, when more may have come.
+    /// Looks again at once, or if peers have only just changed a little later, when more may have come.
     pub(super) fn peers_changed(&mut self) {
-        self.look_by(Instant::now().max(self.looked + GATHER));
+        let time = next_look(Instant::now(), self.for_peers);
+        self.for_peers = Some(time);
+        self.peers_are_new = true;
+        self.look_by(time);
     }
 
     fn look_by(&mut self, time: Instant) {
@@ -184,12 +201,16 @@ impl KernelRoutes {
 
     /// How a peer's subnets fared when we last looked: `installed`, or what stands in the way. None if no route is wanted.
     pub(super) fn describe(&self, mut subnets: impl Iterator<Item = Prefix> + Clone) -> Option<String> {
-        let trouble = subnets.clone().find_map(|subnet| self.troubles.get(&subnet));
-        if let Some(trouble) = trouble {
-            return Some(trouble.clone());
+        if let Some(trouble) = self.trouble(subnets.clone()) {
+            return Some(trouble);
         }
         let wanted = subnets.any(|subnet| self.wanted.contains_key(&subnet));
         wanted.then(|| "installed".to_owned())
+    }
+
+    /// What stands in the way of a peer's routes, if anything does.
+    pub(super) fn trouble(&self, mut subnets: impl Iterator<Item = Prefix>) -> Option<String> {
+        subnets.find_map(|subnet| self.troubles.get(&subnet)).cloned()
     }
 
     /// Makes the kernel's routes those wanted; `own` is our own subnet, `underlay` the interface's number. What fails is told and tried
@@ -261,10 +282,22 @@ impl KernelRoutes {
                 "kernel routes changed"
             );
         }
+        self.look_after(routes.values().filter_map(v6_gateway).collect());
         self.wanted = routes;
         self.troubles = troubles;
-        self.looked = Instant::now();
+        if std::mem::take(&mut self.peers_are_new) {
+            self.for_peers = Some(Instant::now());
+        }
         Ok(())
+    }
+
+    fn look_after(&mut self, gateways: BTreeSet<NeighbourKey>) {
+        if self.inquiry.is_none() && !gateways.is_empty() {
+            self.inquiry = Some(Inquiry::start(self.netlink.clone()));
+        }
+        if let Some(inquiry) = &self.inquiry {
+            inquiry.want(gateways);
+        }
     }
 
     async fn read(&self) -> Result<(Vec<HeldRoute>, Vec<LinkAddr>), NetlinkError> {
@@ -304,6 +337,23 @@ impl KernelRoutes {
                 "what kept peers from a kernel route is over"
             );
         }
+    }
+}
+
+/// When to look after a change of peers, given when the look for the one before ended or is due.
+fn next_look(now: Instant, before: Option<Instant>) -> Instant {
+    match before {
+        Some(before) if now < before => before,
+        Some(before) => now.max(before + GATHER),
+        None => now,
+    }
+}
+
+/// Link and address of the neighbour that an IPv6 route leads through.
+fn v6_gateway(route: &Route) -> Option<NeighbourKey> {
+    match route.gateway {
+        Gateway::Via(IpAddr::V6(addr)) | Gateway::OnLink(IpAddr::V6(addr)) => Some((route.index, addr)),
+        Gateway::Via(IpAddr::V4(_)) | Gateway::OnLink(IpAddr::V4(_)) | Gateway::Direct => None,
     }
 }
 
@@ -584,6 +634,23 @@ mod tests {
             assert_eq!(refusal.is_some(), refused, "{text}: {refusal:?}");
         }
         assert!(refusal(v4("172.16.0.0/24"), &networks[1..], &own, &protected).is_some());
+    }
+
+    #[test]
+    fn the_first_change_is_looked_at_at_once_and_a_burst_every_hundred_milliseconds() {
+        let start = Instant::now();
+        let mut before = None;
+        let mut looks = Vec::new();
+        for ms in [0, 1, 30, 99, 101, 150, 199, 1000] {
+            let look = next_look(start + Duration::from_millis(ms), before);
+            before = Some(look);
+            looks.push((look - start).as_millis());
+        }
+        assert_eq!(looks, [0, 100, 100, 100, 200, 200, 200, 1000]);
+        // One that took long is followed by a pause, too.
+        let ended = start + Duration::from_millis(1300);
+        let next = next_look(ended + Duration::from_millis(1), Some(ended));
+        assert_eq!(next - ended, GATHER);
     }
 
     #[test]

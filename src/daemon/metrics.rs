@@ -1,7 +1,7 @@
 //! The counters as OpenMetrics text, for Prometheus.
 //!
-//! Nothing is kept for it: each scrape samples what the status document is made from. Names have the prefix `kersey_`, base units, and
-//! `_total` on what only grows. Every series of a node carries `network`; `_` is the network that has no name. A peer is named by its
+//! Nothing is kept for it: each scrape takes the figures of every peer once, beside what the status document is made from, and a series is
+//! made when it is written. Names have the prefix `kersey_`, base units, and `_total` on what only grows. Every series of a node carries `network`; `_` is the network that has no name. A peer is named by its
 //! subnet, so a thousand peers make about five thousand series. After a device was made anew its counters begin at 0, as Prometheus expects.
 //!
 //! There is nothing of a peer's round trips and losses: flannel's formats have no field to measure them by, and nothing is sent that a
@@ -18,8 +18,8 @@ use prometheus_client::registry::Registry;
 
 use self::families::{Families, Labels, Sizes};
 use crate::daemon::report::Sample;
+use crate::daemon::report::peers::PeerFigures;
 use crate::dataplane::stats::Count;
-use crate::status::{Peer, Status};
 
 /// What is told of the process as a whole.
 #[derive(Clone, Debug, Default)]
@@ -134,8 +134,8 @@ impl Scrape {
         out.gauges(
             "tun_offload_enabled",
             "Whether an offload is in use",
-            self.rows(|status| {
-                let offloads = status.device.offloads.iter();
+            self.rows(|sample| {
+                let offloads = sample.status.device.offloads.iter();
                 offloads
                     .map(|(kind, state)| (vec![("kind", kind.clone())], holds(state)))
                     .collect()
@@ -152,13 +152,10 @@ impl Scrape {
         out.gauges(
             "peers",
             "Other nodes, by whether packets can be sent to them",
-            self.rows(|status| {
-                let reachable = status.peers.iter().filter(|peer| !peer.endpoints.is_empty());
-                let reachable = reachable.count();
-                let counted = [
-                    ("reachable", reachable),
-                    ("unreachable", status.peers.len() - reachable),
-                ];
+            self.rows(|sample| {
+                let reachable = sample.peers.iter().filter(|peer| peer.reachable).count();
+                let unreachable = sample.peers.len() - reachable;
+                let counted = [("reachable", reachable), ("unreachable", unreachable)];
                 counted
                     .map(|(state, n)| (vec![("state", state.to_owned())], n as f64))
                     .to_vec()
@@ -167,8 +164,9 @@ impl Scrape {
         out.gauges(
             "routes",
             "Prefixes that lead to peers",
-            self.rows(|status| {
-                let prefixes = status.peers.iter().map(|peer| peer.subnets.len()).sum::<usize>();
+            self.rows(|sample| {
+                let of = |peer: &PeerFigures| peer.subnet.prefixes().count();
+                let prefixes: usize = sample.peers.iter().map(of).sum();
                 vec![(Vec::new(), prefixes as f64)]
             }),
         )?;
@@ -177,7 +175,7 @@ impl Scrape {
             "Route tables handed to the threads",
             self.each(|_, sample| Some((Vec::new(), sample.route_updates))),
         )?;
-        type Figure = fn(&Peer) -> u64;
+        type Figure = fn(&PeerFigures) -> u64;
         let figures: [(&str, &str, Figure); 4] = [
             ("peer_tx_packets", "Inner packets sent to a peer", |peer| {
                 peer.outbound_packets
@@ -189,34 +187,17 @@ impl Scrape {
             ("peer_rx_bytes", "Their bytes", |peer| peer.inbound_bytes),
         ];
         for (name, help, figure) in figures {
-            let of = |peer: &Peer| (vec![peer_label(peer)], figure(peer));
-            out.counters(
-                name,
-                help,
-                self.rows(|status| status.peers.iter().map(of).collect()),
-            )?;
+            out.counters(name, help, self.each_peer(|peer| Some(figure(peer))))?;
         }
         out.gauges(
             "peer_last_seen_timestamp_seconds",
             "When packets of a peer last came, to within 5 s, since 1970; absent before the first, and a peer may well have nothing to say",
-            self.rows(|status| {
-                let seen = status.peers.iter().filter_map(|peer| {
-                    let at = peer.last_seen_unix_s?;
-                    Some((vec![peer_label(peer)], at as f64))
-                });
-                seen.collect()
-            }),
+            self.each_peer(|peer| peer.last_seen_unix_s.map(|at| at as f64)),
         )?;
         out.gauges(
             "peer_path_mtu_bytes",
             "The largest packet a peer can be sent, where the path carries less than the link",
-            self.rows(|status| {
-                let narrow = status.peers.iter().filter_map(|peer| {
-                    let mtu = peer.narrow_mtu?;
-                    Some((vec![peer_label(peer)], f64::from(mtu)))
-                });
-                narrow.collect()
-            }),
+            self.each_peer(|peer| peer.narrow_mtu.map(f64::from)),
         )
     }
 
@@ -291,8 +272,8 @@ impl Scrape {
         out.gauges(
             "rejected_leases",
             "Leases of others that are not believed",
-            self.rows(|status| {
-                let rejected = status.rejected_leases.iter();
+            self.rows(|sample| {
+                let rejected = sample.status.rejected_leases.iter();
                 rejected
                     .map(|(reason, n)| (vec![("reason", reason.clone())], *n as f64))
                     .collect()
@@ -311,20 +292,31 @@ impl Scrape {
     }
 
     /// Several series a network.
-    fn rows<V>(&self, of: impl Fn(&Status) -> Vec<(Labels, V)>) -> Vec<(Labels, V)> {
+    fn rows<V>(&self, of: impl Fn(&Sample) -> Vec<(Labels, V)>) -> Vec<(Labels, V)> {
         let mut all = Vec::new();
         for (network, sample) in &self.networks {
-            for (mut labels, value) in of(&sample.status) {
+            for (mut labels, value) in of(sample) {
                 labels.insert(0, ("network", network.clone()));
                 all.push((labels, value));
             }
         }
         all
     }
-}
 
-fn peer_label(peer: &Peer) -> (&'static str, String) {
-    ("peer", peer.subnets.join(","))
+    /// One series a peer, if it has one; made one by one, for there may be many.
+    fn each_peer<V>(
+        &self,
+        of: impl Fn(&PeerFigures) -> Option<V> + Copy,
+    ) -> impl Iterator<Item = (Labels, V)> {
+        self.networks.iter().flat_map(move |(network, sample)| {
+            sample.peers.iter().filter_map(move |peer| {
+                let value = of(peer)?;
+                let subnets: Vec<_> = peer.subnet.prefixes().map(|prefix| prefix.to_string()).collect();
+                let labels = vec![("network", network.clone()), ("peer", subnets.join(","))];
+                Some((labels, value))
+            })
+        })
+    }
 }
 
 fn truth(value: bool) -> f64 {

@@ -3,7 +3,7 @@
 mod device;
 mod sockets;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::iter::once;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
@@ -18,14 +18,14 @@ use tokio::time::Instant;
 use crate::addr::{Mtu, Prefix};
 use crate::backend::{Backend, Carrier, Underlay};
 use crate::control::config::NetworkConfig;
-use crate::control::peers::PeerTable;
+use crate::control::peers::Peers;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::paths::Paths;
 use crate::daemon::{succession, ways};
 use crate::dataplane::Encap;
 use crate::dataplane::forward::{IngressCheck, Sources};
 use crate::dataplane::route::{Hop, Network, Overlay, Peer, RouteTable, SharedRoutes};
-use crate::dataplane::stats::{Count, PeerStats, WorkerStats};
+use crate::dataplane::stats::{Count, PeerCounts, WorkerStats};
 use crate::dataplane::worker::InboundOptions;
 use crate::host::endpoint::Endpoint;
 use crate::host::firewall::Guard;
@@ -38,7 +38,7 @@ use crate::host::queues::{Layout, Queues};
 use crate::host::socket::{self, SocketOffloads};
 use crate::host::tun::{Tun, TunOffloads, TunOptions};
 use crate::host::underlay::AnyUnderlay;
-use crate::lease::{Lease, LeaseAttrs, Subnet};
+use crate::lease::{BySubnet, Lease, LeaseAttrs, Subnet};
 use crate::options::{self, InnerChecksums, PacketPathOptions, ThreadLayout};
 
 pub(super) use self::device::{Repair, own_locators, repair_device};
@@ -69,6 +69,35 @@ impl<B> Setup<'_, B> {
     }
 }
 
+impl<B> Setup<'_, B> {
+    /// Whether the underlay's own address lies in a network of the overlay.
+    ///
+    /// Then a part of it is the underlay's, and only what peers have leased is routed to the device: routers, stores and machines in the rest
+    /// are reached as before.
+    pub(super) fn is_shared(&self, network: Prefix) -> bool {
+        let UnderlayInterface {
+            v4,
+            v6,
+            public_v4,
+            public_v6,
+            ..
+        } = self.interface;
+        let v4 = [*v4, *public_v4].into_iter().flatten().map(IpAddr::V4);
+        let v6 = [*v6, *public_v6].into_iter().flatten().map(IpAddr::V6);
+        v4.chain(v6).any(|addr| network.contains(addr))
+    }
+
+    /// The networks that are not the overlay's alone.
+    pub(super) fn shared_networks(&self) -> impl Iterator<Item = Prefix> + Clone {
+        networks(self.config).filter(|&network| self.is_shared(network))
+    }
+
+    /// The networks that are the overlay's alone: the device has a route to each, whoever leases what of it.
+    pub(super) fn whole_networks(&self) -> impl Iterator<Item = Prefix> + Clone {
+        networks(self.config).filter(|&network| !self.is_shared(network))
+    }
+}
+
 impl<B: Backend> Setup<'_, B> {
     /// Has the firewall rules for a subnet made.
     pub(super) async fn want_firewall(&self, own: Subnet) {
@@ -94,7 +123,7 @@ pub(super) struct DataPlane<B: Backend> {
     link_mtu: Mtu,
     paths: Paths,
     routes: SharedRoutes<<B::Encap as Encap>::Hop>,
-    pub(super) peers: BTreeMap<Subnet, InstalledPeer>,
+    pub(super) peers: BySubnet<Arc<InstalledPeer>>,
     /// The threads, once they run.
     queues: Option<Queues>,
     /// What they will be made of, until then.
@@ -190,15 +219,15 @@ impl SegmentSend {
 }
 
 /// A peer whose routes are in the table.
-#[derive(Clone)]
+#[derive(Debug)]
 pub(super) struct InstalledPeer {
-    attrs: LeaseAttrs,
-    pub(super) endpoints: Vec<SocketAddr>,
-    /// The endpoints' addresses, and where packets go after them: the narrowest way counts.
-    stops: BTreeSet<IpAddr>,
+    attrs: Arc<LeaseAttrs>,
+    pub(super) endpoints: Box<[SocketAddr]>,
+    /// Where packets go after the endpoints.
+    stops: Box<[IpAddr]>,
     /// The largest packet it can be sent, the smallest of its prefixes'.
     inner_mtu: Mtu,
-    pub(super) stats: PeerStats,
+    pub(super) counts: PeerCounts,
     /// What it could be sent over the link alone.
     whole_mtu: Mtu,
 }
@@ -207,6 +236,12 @@ impl InstalledPeer {
     /// The largest packet it can be sent, bytes, if the path carries less than the link.
     pub(super) fn narrow_mtu(&self) -> Option<u16> {
         (self.inner_mtu < self.whole_mtu).then_some(self.inner_mtu.bytes())
+    }
+
+    /// The endpoints' addresses, and where packets go after them: the narrowest way counts.
+    fn stops(&self) -> impl Iterator<Item = IpAddr> {
+        let endpoints = self.endpoints.iter().map(SocketAddr::ip);
+        endpoints.chain(self.stops.iter().copied())
     }
 }
 
@@ -309,7 +344,7 @@ impl<B: Backend> DataPlane<B> {
             link_mtu: setup.backend.link_mtu(setup.interface.mtu),
             paths: Paths::new(setup.interface.mtu, Instant::now()),
             routes,
-            peers: BTreeMap::new(),
+            peers: BySubnet::default(),
             queues: None,
             waiting: Some(waiting),
             device: options.device.clone(),
@@ -400,37 +435,35 @@ impl<B: Backend> DataPlane<B> {
     /// Makes the route table that of `table`; what did not change keeps its counters.
     ///
     /// Peers in `refused` are as if they were not there.
-    pub(super) fn follow(&mut self, table: &PeerTable, refused: &BTreeSet<Subnet>) {
+    pub(super) fn follow(&mut self, table: &Peers, refused: &BTreeSet<Subnet>) {
         let mut routes = (*self.routes.current()).clone();
-        let gone: Vec<Subnet> = self
-            .peers
-            .keys()
-            .filter(|subnet| table.get(**subnet).is_none() || refused.contains(*subnet))
-            .copied()
-            .collect();
-        for subnet in &gone {
-            for prefix in prefixes(*subnet) {
-                routes.remove(prefix);
+        let mut removed = 0;
+        // Before any is put in: a subnet that goes may have a prefix of one that comes.
+        for (subnet, _) in self.peers.iter() {
+            if table.get(subnet).is_none() || refused.contains(&subnet) {
+                removed += 1;
+                for prefix in subnet.prefixes() {
+                    routes.remove(prefix);
+                }
             }
-            self.peers.remove(subnet);
         }
         let mut changed = 0;
+        let mut peers = Vec::with_capacity(table.len());
         for (subnet, attrs) in table.iter().filter(|(subnet, _)| !refused.contains(subnet)) {
-            let known = self.peers.get(&subnet);
-            if known.is_some_and(|known| known.attrs == *attrs) {
-                continue;
-            }
-            changed += 1;
-            let stats = known.map_or_else(|| PeerStats::new(self.queue_count), |known| known.stats.clone());
-            self.install(&mut routes, subnet, attrs.clone(), stats);
+            let peer = match self.peers.get(subnet) {
+                Some(known) if known.attrs == *attrs => Arc::clone(known),
+                known => {
+                    changed += 1;
+                    let counts =
+                        known.map_or_else(|| PeerCounts::new(self.queue_count), |known| known.counts.clone());
+                    self.install(&mut routes, subnet, Arc::clone(attrs), counts)
+                }
+            };
+            peers.push((subnet, peer));
         }
-        if changed > 0 || !gone.is_empty() {
-            tracing::info!(
-                peers = self.peers.len(),
-                changed,
-                removed = gone.len(),
-                "routes published"
-            );
+        if changed > 0 || removed > 0 {
+            self.peers = BySubnet::new(peers);
+            tracing::info!(peers = self.peers.len(), changed, removed, "routes published");
             self.routes.publish(routes);
             self.want_ways();
         }
@@ -439,7 +472,7 @@ impl<B: Backend> DataPlane<B> {
     /// Has ways kept to the peers there are, if any are.
     fn want_ways(&self) {
         let Some(ways) = &self.ways else { return };
-        let endpoints = self.peers.values().flat_map(|peer| &peer.endpoints);
+        let endpoints = self.peers.iter().flat_map(|(_, peer)| peer.endpoints.iter());
         let destinations = endpoints.filter_map(|endpoint| match endpoint.ip() {
             IpAddr::V6(to) => Some((to, self.paths.outer_mtu(to.into()))),
             IpAddr::V4(_) => None,
@@ -449,33 +482,27 @@ impl<B: Backend> DataPlane<B> {
 
     /// Puts the routes of a peer in, in place of those it had.
     fn install(
-        &mut self,
+        &self,
         routes: &mut RouteTable<<B::Encap as Encap>::Hop>,
         subnet: Subnet,
-        attrs: LeaseAttrs,
-        stats: PeerStats,
-    ) {
-        let mut peer = InstalledPeer {
-            attrs,
-            endpoints: Vec::new(),
-            stops: BTreeSet::new(),
-            inner_mtu: self.inner_mtu,
-            whole_mtu: self.inner_mtu,
-            stats,
-        };
-        for prefix in prefixes(subnet) {
-            let hop = match self.backend.hop(prefix, &peer.attrs, self.underlay) {
+        attrs: Arc<LeaseAttrs>,
+        counts: PeerCounts,
+    ) -> Arc<InstalledPeer> {
+        let (mut endpoints, mut stops) = (Vec::with_capacity(1), Vec::new());
+        let (mut narrowest, mut whole_mtu) = (self.inner_mtu, self.inner_mtu);
+        for prefix in subnet.prefixes() {
+            let hop = match self.backend.hop(prefix, &attrs, self.underlay) {
                 Ok(hop) => hop,
                 Err(reason) => {
                     routes.remove(prefix);
-                    let public_ip = peer.attrs.public_ip;
+                    let public_ip = attrs.public_ip;
                     tracing::warn!(%subnet, %prefix, %public_ip, %reason, "the peer cannot be reached");
                     continue;
                 }
             };
             let endpoint = hop.endpoint();
-            if !peer.endpoints.contains(&endpoint) {
-                peer.endpoints.push(endpoint);
+            if !endpoints.contains(&endpoint) {
+                endpoints.push(endpoint);
             }
             // Peers may be reached by another encapsulation than the one we receive.
             let overhead = self.backend.overhead(&hop);
@@ -483,14 +510,15 @@ impl<B: Backend> DataPlane<B> {
                 .link_mtu
                 .minus(overhead)
                 .map_or(self.inner_mtu, |left| left.min(self.inner_mtu));
-            peer.whole_mtu = peer.whole_mtu.min(whole);
+            whole_mtu = whole_mtu.min(whole);
             let mut inner_mtu = whole;
-            for stop in once(endpoint.ip()).chain(self.backend.stops(&hop)) {
+            let beyond = self.backend.stops(&hop);
+            for stop in once(endpoint.ip()).chain(beyond.iter().copied()) {
                 inner_mtu = inner_mtu.min(self.paths.inner_mtu(prefix, stop, overhead, whole));
-                peer.stops.insert(stop);
             }
-            peer.inner_mtu = peer.inner_mtu.min(inner_mtu);
-            let stats = peer.stats.clone();
+            stops.extend(beyond);
+            narrowest = narrowest.min(inner_mtu);
+            let stats = counts.stats();
             routes.insert(
                 prefix,
                 Peer {
@@ -500,7 +528,14 @@ impl<B: Backend> DataPlane<B> {
                 },
             );
         }
-        self.peers.insert(subnet, peer);
+        Arc::new(InstalledPeer {
+            attrs,
+            endpoints: endpoints.into(),
+            stops: stops.into(),
+            inner_mtu: narrowest,
+            whole_mtu,
+            counts,
+        })
     }
 
     /// The counters of all threads.
@@ -561,12 +596,7 @@ impl<B: Backend> DataPlane<B> {
         if !self.paths.wants_survey(too_big, now) {
             return false;
         }
-        let stops = self
-            .peers
-            .values()
-            .flat_map(|peer| &peer.stops)
-            .copied()
-            .collect();
+        let stops = self.peers.iter().flat_map(|(_, peer)| peer.stops()).collect();
         let measure = |to| {
             let heard = self.heard.get(to, now.into_std());
             socket::path_mtu(to).map(|mtu| heard.map_or(mtu, |heard| heard.min(mtu)))
@@ -576,21 +606,18 @@ impl<B: Backend> DataPlane<B> {
             return false;
         }
         self.want_ways();
-        let concerned: Vec<Subnet> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| !peer.stops.is_disjoint(&changed))
-            .map(|(subnet, _)| *subnet)
-            .collect();
         let mut routes = (*self.routes.current()).clone();
-        for subnet in concerned {
-            let Some(InstalledPeer { attrs, stats, .. }) = self.peers.get(&subnet).cloned() else {
-                continue;
-            };
-            self.install(&mut routes, subnet, attrs, stats);
-            let inner_mtu = self.peers.get(&subnet).map_or(0, |peer| peer.inner_mtu.bytes());
+        let peers = self.peers.iter().map(|(subnet, peer)| {
+            if !peer.stops().any(|stop| changed.contains(&stop)) {
+                return (subnet, Arc::clone(peer));
+            }
+            let (attrs, counts) = (Arc::clone(&peer.attrs), peer.counts.clone());
+            let peer = self.install(&mut routes, subnet, attrs, counts);
+            let inner_mtu = peer.inner_mtu.bytes();
             tracing::info!(%subnet, inner_mtu, "the path to a peer carries another size");
-        }
+            (subnet, peer)
+        });
+        self.peers = peers.collect();
         self.routes.publish(routes);
         true
     }
@@ -626,15 +653,6 @@ fn overlay(config: &NetworkConfig, own: Subnet) -> Overlay {
             own,
         }),
     }
-}
-
-/// The prefixes of a subnet, one a family.
-pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> + Clone {
-    subnet
-        .ipv4()
-        .map(Prefix::V4)
-        .into_iter()
-        .chain(subnet.v6.map(Prefix::V6))
 }
 
 /// The overlay's networks, one a family.

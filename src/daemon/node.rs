@@ -15,30 +15,30 @@ use crate::backend::srv6::Srv6Node;
 use crate::backend::{AnyBackend, Backend, Identity, Networks, Place, Underlay, select};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{
-    Backoff, Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file,
-};
+use crate::control::{Control, ControlOptions, Published, RateLimit, identity, state_file, subnet_file};
 use crate::daemon::claims::{Claims, Wants};
 use crate::daemon::direct::DirectRoutes;
 use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
-use crate::daemon::network::{self, DataPlane, Repair, Setup};
+use crate::daemon::judge::tell_unread;
+use crate::daemon::network::{self, Repair, Setup};
 use crate::daemon::reload::{self, Chosen, InUse, Requests};
 use crate::daemon::report::Report;
+use crate::daemon::startup::{families, tell_of_own_address, underlay_interface, up};
 use crate::daemon::supervisor::Task;
-use crate::daemon::underlay_watch::{Moved, UnderlayWatch, request};
+use crate::daemon::underlay_watch::{Moved, UnderlayWatch};
 use crate::daemon::withdraw::withdraw;
-use crate::daemon::{CONFIG, ENVIRONMENT, exit_status, plain, succession};
-use crate::host::interface::{Families, UnderlayInterface};
+use crate::daemon::{CONFIG, exit_status, plain, succession};
+use crate::host::interface::UnderlayInterface;
 use crate::host::netlink::{LinkChange, Netlink};
-use crate::host::socket::{self, UnderlayError};
+use crate::host::socket;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::{RunOptions, Srv6Options};
 use crate::trust::warn_if_exposed;
 
 /// Longest pause before something that failed at start is tried again. The first is a tenth of a second: what is in the way after a restart
 /// is often the dying predecessor.
-const RETRY: Duration = Duration::from_secs(1);
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 /// How often an automatic second choice looks whether the first can be had.
 const RETRY_PORT: Duration = Duration::from_secs(5);
 /// How long changes to the device gather before we look at it: one `ip` command makes several, and whoever keeps
@@ -119,21 +119,6 @@ pub(super) async fn run(
     }
 }
 
-/// Why no node could run by a network config, in one line, if that is so; what depends on the node itself is not looked at.
-pub fn unusable(network_config: &str) -> Option<String> {
-    let config = match NetworkConfig::parse(network_config) {
-        Ok(config) => config,
-        Err(error) => return Some(error.to_string()),
-    };
-    let identity = Identity {
-        mac: MacAddr::from([2, 0, 0, 0, 0, 1]),
-        srv6: Srv6Node::default(),
-    };
-    select(config.backend.kind.as_deref(), &config.backend.json, identity)
-        .err()
-        .map(|error| error.to_string())
-}
-
 /// The link is too small for this backend and network.
 #[derive(Debug, thiserror::Error)]
 #[error("the MTU of {interface}, {link_mtu}, or Backend.MTU where that is given, is too small: {rule}")]
@@ -185,6 +170,7 @@ async fn live(
     moving: Option<Lease>,
 ) -> Result<()> {
     let mut control = Control::new(Arc::clone(&store), control_options(options)).moving(moving);
+    report.set_waiting(control.waiting());
     let chosen = match given {
         Some(given) => {
             control.live_by(given.text.clone());
@@ -203,6 +189,7 @@ async fn live(
         srv6: srv6_node(&options.srv6)?,
     };
     let mut backend = select(config.backend.kind.as_deref(), &config.backend.json, identity)?;
+    tell_unread(&chosen.text, &report);
     if let AnyBackend::Auto(auto) = &mut backend {
         let port = auto.port();
         // What an earlier life of ours has is ours.
@@ -283,7 +270,7 @@ async fn join<B: Backend>(
 ) -> Result<()> {
     let netlink = Netlink::open()?;
     let wanted = families(&config, backend.needs_v6());
-    let interface = underlay_interface(options, &wanted, &netlink).await;
+    let interface = underlay_interface(options, &wanted, &netlink, &report).await;
     let mut place = Place {
         mac: netlink
             .link(&interface.name)
@@ -317,6 +304,7 @@ async fn join<B: Backend>(
     for note in backend.notes() {
         tracing::info!(backend = backend.name(), "{note}");
     }
+    tell_of_own_address(&config, underlay, &report);
     let asked = lease_attrs(&backend, &config, &interface);
     let mut lease = control.acquire(&asked, &config).await;
     place.subnet = Some(config.number(lease.subnet));
@@ -387,7 +375,7 @@ async fn stay<B: Backend>(
     let mut retry_port = setup.backend.wanted_port().map(|_| Instant::now() + RETRY_PORT);
     loop {
         let (failed, mut failures) = mpsc::channel(16);
-        let mut plane = up(setup, &lease).await?;
+        let mut plane = up(setup, &lease, report).await?;
         let mut table = published.peers.borrow_and_update().clone();
         // Packets may be waiting, or still be moved by another: better they wait on than find no peer.
         let patience = if table.is_confirmed() {
@@ -408,9 +396,11 @@ async fn stay<B: Backend>(
         }
         if let Err(error) = plane.launch(failed) {
             tracing::warn!(%error, "cannot start the threads; trying again");
+            report.set_problem(format!("threads cannot be started: {error}"));
             sleep(RETRY).await;
             continue;
         }
+        report.clear_problem();
         report.set_plane(&plane);
         setup.want_firewall(lease.subnet).await;
         let mut masquerading = setup.firewall.states();
@@ -489,8 +479,10 @@ async fn stay<B: Backend>(
                 () = at(look_due) => {
                     look_due = None;
                     match network::repair_device(setup, lease.subnet, plane.outer_index).await {
-                        Ok(Repair::NotNeeded) => {}
+                        // Routes to peers go without a word when a device is set down and up.
+                        Ok(Repair::NotNeeded) => direct.kernel.peers_changed(),
                         Ok(Repair::Done) => {
+                            direct.kernel.peers_changed();
                             if repairs.allows() {
                                 tracing::warn!(device = options.packet_path.device, "somebody changed the device; put right again");
                             }
@@ -527,6 +519,12 @@ pub(super) fn announce(
         if report.unwritten.allows() {
             tracing::warn!(%error, file = %file.display(), "cannot write the subnet file; trying on");
         }
+        if !report.is_up() {
+            report.set_problem(format!(
+                "the subnet file {} cannot be written: {error}",
+                file.display()
+            ));
+        }
         return Some(Instant::now() + RETRY);
     }
     report.set_up();
@@ -551,93 +549,5 @@ pub(super) async fn at(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Brings the data plane up, trying again while it may still come right.
-async fn up<B: Backend>(setup: &Setup<'_, B>, lease: &Lease) -> Result<DataPlane<B>> {
-    let mut told = String::new();
-    let mut backoff = Backoff::new(RETRY);
-    loop {
-        let error = match DataPlane::start(setup, lease).await {
-            Ok(plane) => return Ok(plane),
-            Err(error) => error,
-        };
-        if exit_status(&error) == ENVIRONMENT {
-            return Err(error);
-        }
-        if let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>()
-            && setup.backend.has_another()
-        {
-            return Err(ChooseAgain::PortTaken(addr.port()).into());
-        }
-        let mut text = format!("{error:#}");
-        if let Some(holder) = port_holder(&error, &setup.netlink).await {
-            text = format!("{text}: {holder}");
-        }
-        if text != told {
-            tracing::warn!(error = text, "cannot bring the data plane up; trying again");
-            told = text;
-        }
-        sleep(backoff.next_pause()).await;
-    }
-}
-
-/// Which of the kernel's own tunnels has the port we were refused, and what to do about it.
-async fn port_holder(error: &anyhow::Error, netlink: &Netlink) -> Option<String> {
-    let Some(UnderlayError::PortTaken { addr, .. }) = error.downcast_ref::<UnderlayError>() else {
-        return None;
-    };
-    let devices = netlink.vxlan_devices().await.ok()?;
-    let holder = devices.iter().find(|device| device.holds(*addr))?;
-    let remedy = if holder.has_flannels_name() {
-        format!(
-            "if flannel does not run here any more, `ip link del {}`, or stop kersey and run `kersey cleanup`",
-            holder.link.name
-        )
-    } else {
-        "take it down, or give the network another port".to_owned()
-    };
-    Some(format!(
-        "the kernel's vxlan device {:?} (VNI {}) has it; {remedy}",
-        holder.link.name, holder.vni
-    ))
-}
-
-/// The families an underlay should have, best first: those of the network, or of one family or the other where there is nothing else.
-pub(super) fn families(config: &NetworkConfig, needs_v6: bool) -> [Families; 3] {
-    if needs_v6 {
-        return [Families::Dual, Families::V6, Families::V6];
-    }
-    match (config.v4.is_some(), config.v6.is_some()) {
-        (true, true) => [Families::Dual, Families::V4, Families::V6],
-        (false, true) => [Families::V6, Families::V4, Families::V4],
-        (true | false, false) => [Families::V4, Families::V6, Families::V6],
-    }
-}
-
-/// Chooses the underlay interface, waiting for one to come.
-pub(super) async fn underlay_interface(
-    options: &RunOptions,
-    wanted: &[Families],
-    netlink: &Netlink,
-) -> UnderlayInterface {
-    let mut told = String::new();
-    let mut backoff = Backoff::new(RETRY);
-    loop {
-        let mut first_error = None;
-        for &families in wanted {
-            match request(&options.interface, families).choose(netlink).await {
-                Ok(interface) => return interface,
-                Err(error) => first_error.get_or_insert(error),
-            };
-        }
-        if let Some(error) = first_error.map(|error| format!("{:#}", anyhow::Error::from(error)))
-            && error != told
-        {
-            tracing::warn!(error, "waiting for an underlay interface");
-            told = error;
-        }
-        sleep(backoff.next_pause()).await;
     }
 }

@@ -3,7 +3,7 @@
 //! The underlay interface is looked up by its name each time routes are made, so that it may go and come back with another number. Its
 //! addresses are those it had at start; one that is gone makes the kernel refuse routes until it is back.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -14,15 +14,16 @@ use tracing::Instrument;
 use crate::addr::Prefix;
 use crate::backend::{NoTunnel, Underlay};
 use crate::control::config::NetworkConfig;
-use crate::control::peers::PeerTable;
+use crate::control::peers::Peers;
 use crate::control::store::Store;
 use crate::control::{Control, Published};
 use crate::daemon::firewall::Keeper;
 use crate::daemon::health::TURN;
 use crate::daemon::kernel_routes::{KernelRoutes, Leftovers, Upkeep, Wanted};
-use crate::daemon::network::{networks, prefixes};
-use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, families, rules_name, underlay_interface};
+use crate::daemon::network::networks;
+use crate::daemon::node::{ChooseAgain, UnusableMtu, announce, at, rules_name};
 use crate::daemon::report::Report;
+use crate::daemon::startup::{families, underlay_interface};
 use crate::daemon::succession;
 use crate::daemon::supervisor::Task;
 use crate::daemon::underlay_watch::{Moved, UnderlayWatch};
@@ -30,7 +31,6 @@ use crate::host::interface::{Families, UnderlayInterface};
 use crate::host::netlink::{Gateway, Netlink, NetlinkError, Route};
 use crate::lease::{Lease, LeaseAttrs, Subnet};
 use crate::options::RunOptions;
-use crate::status;
 
 /// Joins the network with a backend that has no tunnel, and stays in it.
 pub(super) async fn join<B: NoTunnel>(
@@ -51,7 +51,7 @@ pub(super) async fn join<B: NoTunnel>(
     } else {
         &wanted
     };
-    let interface = underlay_interface(options, wanted, &netlink).await;
+    let interface = underlay_interface(options, wanted, &netlink, &report).await;
     let own = Underlay {
         v4: interface.v4,
         v6: interface.v6,
@@ -156,7 +156,7 @@ impl<B: NoTunnel> Node<'_, B> {
                     Ok(()) = published.peers.changed() => {
                         self.routes.peers_changed();
                         if self.routes.due().is_none() {
-                            report.set_plain_peers(self.peers(&published.peers.borrow_and_update()));
+                            self.tell_peers(&published.peers.borrow_and_update(), report);
                         }
                     }
                     Ok(()) = published.lease.changed() => {
@@ -195,7 +195,7 @@ impl<B: NoTunnel> Node<'_, B> {
         announce(self.options, self.config, own, mtu, ip_masq, report)
     }
 
-    async fn follow(&mut self, table: &PeerTable, own: Subnet, report: &Report) -> Result<()> {
+    async fn follow(&mut self, table: &Peers, own: Subnet, report: &Report) -> Result<()> {
         let index = match self.netlink.link(&self.interface.name).await {
             Ok(link) => Some(link.index),
             Err(NetlinkError::NoLink(_)) => None,
@@ -216,20 +216,20 @@ impl<B: NoTunnel> Node<'_, B> {
             }
         }
         let wanted = self.wanted(table, index);
-        let own: Vec<Prefix> = prefixes(own).collect();
+        let own: Vec<Prefix> = own.prefixes().collect();
         let index = index.unwrap_or(self.interface.index);
         self.routes
             .sync(wanted, &own, index, Leftovers::of(table))
             .await?;
-        report.set_plain_peers(self.peers(table));
+        self.tell_peers(table, report);
         Ok(())
     }
 
     /// The routes to the peers, through the interface that has number `index` if it is there.
-    fn wanted(&self, table: &PeerTable, index: Option<u32>) -> Wanted {
+    fn wanted(&self, table: &Peers, index: Option<u32>) -> Wanted {
         let mut wanted = Wanted::default();
         for (subnet, attrs) in table.iter() {
-            for prefix in prefixes(subnet) {
+            for prefix in subnet.prefixes() {
                 match (self.backend.gateway(prefix, attrs, self.underlay), index) {
                     (Ok(Some(gateway)), Some(index)) => wanted.route(Route {
                         gateway: Gateway::Via(gateway),
@@ -244,17 +244,11 @@ impl<B: NoTunnel> Node<'_, B> {
         wanted
     }
 
-    fn peers(&self, table: &PeerTable) -> Vec<status::Peer> {
-        let peers = table.iter().map(|(subnet, attrs)| {
-            let v4 = (!attrs.public_ip.is_unspecified()).then_some(IpAddr::V4(attrs.public_ip));
-            let addresses = v4.into_iter().chain(attrs.public_ipv6.map(IpAddr::V6));
-            status::Peer {
-                subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
-                endpoints: addresses.map(|addr| addr.to_string()).collect(),
-                kernel_route: self.routes.describe(prefixes(subnet)),
-                ..Default::default()
-            }
+    fn tell_peers(&self, table: &Peers, report: &Report) {
+        let routes = table.iter().filter_map(|(subnet, _)| {
+            let route = self.routes.describe(subnet.prefixes())?;
+            Some((subnet, route))
         });
-        peers.collect()
+        report.set_plain_peers(table.list().clone(), routes.collect());
     }
 }

@@ -25,12 +25,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::addr::Mtu;
-use crate::backend::srv6::Srv6Node;
-use crate::backend::{AnyBackend, Backend, Identity, Underlay, select};
+use crate::backend::{AnyBackend, Backend, Underlay};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
 use crate::control::{Backoff, RateLimit};
 use crate::daemon::health::{Health, Reload};
+use crate::daemon::judge::{runnable, tell_unread};
 use crate::daemon::report::Report;
 use crate::daemon::watchdog;
 use crate::options::RunOptions;
@@ -237,8 +237,9 @@ pub(super) async fn overdue_config(store: &Arc<dyn Store>, current: &InUse, repo
 async fn read(store: &Arc<dyn Store>, report: &Report) -> Result<Chosen, String> {
     match timeout(PATIENCE, store.config()).await {
         Ok(Ok(text)) => {
-            let (config, backend) = judge(&text)?;
+            let (config, backend) = runnable(&text)?;
             has_room(backend, &config, &report.status().node)?;
+            tell_unread(&text, report);
             Ok(Chosen {
                 config,
                 text,
@@ -280,18 +281,6 @@ pub(super) async fn new_config(
             }
         }
     }
-}
-
-/// Reads a config, and looks whether some node could run it.
-fn judge(text: &str) -> Result<(NetworkConfig, AnyBackend), String> {
-    let config = NetworkConfig::parse(text).map_err(|error| error.to_string())?;
-    let anybody = Identity {
-        mac: crate::addr::MacAddr::local([0; 6]),
-        srv6: Srv6Node::default(),
-    };
-    let backend = select(config.backend.kind.as_deref(), &config.backend.json, anybody)
-        .map_err(|error| error.to_string())?;
-    Ok((config, backend))
 }
 
 /// Looks whether enough is left inside, on the link this node has.
@@ -361,7 +350,7 @@ mod tests {
             let text = format!(
                 r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{backend}}}"#
             );
-            let (config, backend) = judge(&text).unwrap();
+            let (config, backend) = runnable(&text).unwrap();
             has_room(backend, &config, &node)
         };
         assert_eq!(judged(r#"{"Type":"vxlan"}"#), Ok(()));
@@ -374,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_config_nobody_could_run_is_refused_with_a_reason() {
-        assert!(judge(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).is_ok());
+        assert!(runnable(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).is_ok());
         for (text, said) in [
             ("", "EOF"),
             (r#"{"Network":"10.244.0.0/16","SubnetLen":31}"#, "SubnetLen"),
@@ -387,7 +376,7 @@ mod tests {
                 "VNI",
             ),
         ] {
-            let why = judge(text).unwrap_err();
+            let why = runnable(text).unwrap_err();
             assert!(why.contains(said), "{text}: {why}");
         }
     }

@@ -1,7 +1,8 @@
 //! What the daemon tells of itself: gathers the status document from the running parts.
 
+pub(super) mod peers;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,13 +13,14 @@ use crate::addr::{Mtu, NetworkName};
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
-use crate::control::{Published, RateLimit, StoreHealth};
+use crate::control::{Published, RateLimit, StoreHealth, Waiting};
 use crate::daemon::health::Health;
-use crate::daemon::network::{DataPlane, InstalledPeer, Setup, prefixes};
+use crate::daemon::network::{DataPlane, Setup};
+use crate::daemon::report::peers::{PeerFigures, PeerRows};
 use crate::dataplane::stats::{BatchSizes, Call, Count, DropReason, WorkerStats};
 use crate::host::interface::UnderlayInterface;
 use crate::host::pulse::Pulse;
-use crate::lease::{Expiration, Subnet};
+use crate::lease::{BySubnet, Expiration, LeaseAttrs, Subnet};
 use crate::options::RunOptions;
 use crate::status::{self, Status};
 
@@ -36,12 +38,15 @@ pub(super) struct Report {
 
 #[derive(Default)]
 struct Parts {
-    fixed: Status,
+    fixed: Status<PeerRows>,
     store: Option<Arc<dyn Store>>,
     published: Option<Published>,
-    peers: BTreeMap<Subnet, InstalledPeer>,
-    seen: Seen,
-    kernel_routes: BTreeMap<Subnet, String>,
+    /// What it waits for before there is anything published.
+    waiting: Option<watch::Receiver<Option<Waiting>>>,
+    /// What was last said of each kind, so that it is said once.
+    said: BTreeMap<&'static str, String>,
+    /// When it was last looked which peers' packets came.
+    looked: Option<Instant>,
     workers: Vec<Arc<WorkerStats>>,
     directed: Vec<(&'static str, Arc<WorkerStats>)>,
     pulses: Vec<Arc<Pulse>>,
@@ -52,6 +57,29 @@ struct Parts {
     is_up: bool,
     /// Firewall rules that were asked for.
     rules: Rules,
+}
+
+impl Parts {
+    fn waiting(&self) -> Option<Waiting> {
+        let waiting = self.waiting.as_ref().filter(|_| !self.is_up);
+        waiting.and_then(|waiting| waiting.borrow().clone())
+    }
+
+    /// What keeps the node from being ready, if it knows.
+    fn problem(&self) -> Option<String> {
+        match self.waiting() {
+            Some(Waiting { what, why }) => Some(format!("{what}: {why}")),
+            None => self.fixed.problem.clone(),
+        }
+    }
+
+    /// Forgets the peers of a former backend, and the threads that moved their packets.
+    fn forget_peers(&mut self) {
+        self.fixed.peers = PeerRows::default();
+        self.workers.clear();
+        self.directed.clear();
+        self.pulses.clear();
+    }
 }
 
 /// Firewall rules that were asked for: a node is not ready as long as there never were any.
@@ -66,12 +94,10 @@ enum Rules {
     Missing(String),
 }
 
-/// When packets of peers last came. The packet path knows no clock for it: now and then it is looked which counts have grown.
-#[derive(Debug, Default)]
-struct Seen {
-    looked: Option<Instant>,
-    peers: BTreeMap<Subnet, Sight>,
-}
+/// When packets of peers last came, of those whose packets came. The packet path knows no clock for it: now and then it is looked which
+/// counts have grown.
+#[derive(Clone, Debug, Default)]
+struct Seen(BySubnet<Sight>);
 
 /// What the last look at a peer gave.
 #[derive(Clone, Copy, Debug)]
@@ -83,9 +109,11 @@ struct Sight {
 
 impl Seen {
     fn look(&mut self, counts: impl Iterator<Item = (Subnet, u64)>, unix_s: u64) {
-        let mut before = std::mem::take(&mut self.peers);
-        let looked = counts.map(|(subnet, packets)| {
-            let last = before.remove(&subnet);
+        let looked = counts.filter_map(|(subnet, packets)| {
+            let last = self.0.get(subnet).copied();
+            if packets == 0 && last.is_none() {
+                return None;
+            }
             // With a device made anew, counts begin at 0.
             let came = packets != last.map_or(0, |last| last.packets) && packets > 0;
             let at = if came {
@@ -93,13 +121,13 @@ impl Seen {
             } else {
                 last.and_then(|last| last.at)
             };
-            (subnet, Sight { packets, at })
+            Some((subnet, Sight { packets, at }))
         });
-        self.peers = looked.collect();
+        self.0 = looked.collect();
     }
 
-    fn at(&self, subnet: &Subnet) -> Option<u64> {
-        self.peers.get(subnet)?.at
+    fn at(&self, subnet: Subnet) -> Option<u64> {
+        self.0.get(subnet)?.at
     }
 }
 
@@ -115,7 +143,8 @@ pub(super) struct Batches {
 /// What metrics are made from.
 #[derive(Debug)]
 pub(super) struct Sample {
-    pub(super) status: Status,
+    pub(super) status: Status<PeerRows>,
+    pub(super) peers: Vec<PeerFigures>,
     /// Packets dropped, by reason and direction.
     pub(super) drops: Vec<(DropReason, &'static str, u64)>,
     /// Of both directions, if there is a packet path.
@@ -182,6 +211,7 @@ impl Report {
             crate::options::IngressCheck::Off => "off",
         };
         self.edit(|parts| {
+            parts.forget_peers();
             parts.fixed.node = node(setup.config, interface, setup.inner_mtu);
             parts.fixed.backend = status::Backend {
                 name: setup.backend.name().to_owned(),
@@ -204,6 +234,7 @@ impl Report {
         store: Arc<dyn Store>,
     ) {
         self.edit(|parts| {
+            parts.forget_peers();
             parts.fixed.node = node(config, interface, interface.mtu);
             parts.fixed.backend = status::Backend {
                 name: backend.name().to_owned(),
@@ -216,14 +247,17 @@ impl Report {
         });
     }
 
-    /// Lists the peers of a backend without a tunnel.
-    pub(super) fn set_plain_peers(&self, peers: Vec<status::Peer>) {
-        self.edit(|parts| parts.fixed.peers = peers);
+    /// Lists the peers of a backend without a tunnel, and says how the kernel routes them.
+    pub(super) fn set_plain_peers(&self, peers: BySubnet<Arc<LeaseAttrs>>, routes: BTreeMap<Subnet, String>) {
+        self.edit(|parts| {
+            parts.fixed.peers.plain = peers;
+            parts.fixed.peers.kernel_routes = Arc::new(routes);
+        });
     }
 
     /// Says of peers of a tunnel how the kernel routes them past it.
     pub(super) fn set_kernel_routes(&self, routes: BTreeMap<Subnet, String>) {
-        self.edit(|parts| parts.kernel_routes = routes);
+        self.edit(|parts| parts.fixed.peers.kernel_routes = Arc::new(routes));
     }
 
     pub(super) fn set_plane<B: Backend>(&self, plane: &DataPlane<B>) {
@@ -245,7 +279,7 @@ impl Report {
                 .chain(srv6_send)
                 .map(|(name, state)| (name.to_owned(), state.to_owned()))
                 .collect();
-            parts.peers = plane.peers.clone();
+            parts.fixed.peers.tunnelled = plane.peers.clone();
             parts.workers = plane.stats();
             parts.directed = plane.directed_stats();
             parts.pulses = plane.pulses();
@@ -263,11 +297,12 @@ impl Report {
         let now = Instant::now();
         self.edit(|parts| {
             parts.turned = Some(now);
-            if parts.seen.looked.is_none_or(|looked| now - looked >= LOOK) {
-                parts.seen.looked = Some(now);
-                let inbound = |peer: &InstalledPeer| peer.stats.totals().2;
-                let counts = parts.peers.iter().map(|(subnet, peer)| (*subnet, inbound(peer)));
-                parts.seen.look(counts, unix_s());
+            if parts.looked.is_none_or(|looked| now - looked >= LOOK) {
+                parts.looked = Some(now);
+                let PeerRows { tunnelled, seen, .. } = &mut parts.fixed.peers;
+                let counts = tunnelled.iter();
+                let counts = counts.map(|(subnet, peer)| (subnet, peer.counts.totals().2));
+                seen.look(counts, unix_s());
             }
         });
     }
@@ -322,9 +357,29 @@ impl Report {
         self.ready.send_replace(parts.fixed.ready);
     }
 
-    /// Says why it is not ready.
+    /// Says why it is not ready; what was said before is over.
     pub(super) fn set_problem(&self, why: String) {
         self.edit(|parts| parts.fixed.problem = Some(why));
+    }
+
+    /// What stood in the way is over, if anything did.
+    pub(super) fn clear_problem(&self) {
+        self.edit(|parts| parts.fixed.problem = None);
+    }
+
+    /// Whether `text` differs from what was last said of its kind; it is what was last said from now on.
+    pub(super) fn is_news(&self, kind: &'static str, text: &str) -> bool {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if parts.said.get(kind).is_some_and(|said| said == text) {
+            return false;
+        }
+        parts.said.insert(kind, text.to_owned());
+        true
+    }
+
+    /// Where to hear what a life waits for as it begins.
+    pub(super) fn set_waiting(&self, waiting: watch::Receiver<Option<Waiting>>) {
+        self.edit(|parts| parts.waiting = Some(waiting));
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -336,7 +391,7 @@ impl Report {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner).is_up
     }
 
-    /// What keeps a node that is up from being ready.
+    /// What keeps a node that is up from being ready. What one waits for that is not up names stores, and is not for everybody.
     pub(super) fn obstacle(&self) -> Option<String> {
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         parts.fixed.problem.clone().filter(|_| parts.is_up)
@@ -346,7 +401,9 @@ impl Report {
     pub(super) fn line(&self) -> String {
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         if !parts.fixed.ready {
-            return match &parts.fixed.problem {
+            // Everybody may read the line, and why the store does not give something names stores.
+            let waiting = parts.waiting().map(|waiting| waiting.what.to_owned());
+            return match waiting.or_else(|| parts.fixed.problem.clone()) {
                 Some(problem) => format!("not ready: {problem}"),
                 None => "not ready".to_owned(),
             };
@@ -354,13 +411,13 @@ impl Report {
         let (mut subnets, mut store) = (parts.fixed.node.subnets.join(" "), "");
         if let Some(published) = &parts.published {
             let subnet = published.lease.borrow().subnet;
-            let all: Vec<String> = prefixes(subnet).map(|prefix| prefix.to_string()).collect();
+            let all: Vec<String> = subnet.prefixes().map(|prefix| prefix.to_string()).collect();
             subnets = all.join(" ");
             if !published.health.borrow().connected {
                 store = ", store away";
             }
         }
-        let peers = match parts.fixed.peers.len() + parts.peers.len() {
+        let peers = match parts.fixed.peers.len() {
             1 => "1 peer".to_owned(),
             many => format!("{many} peers"),
         };
@@ -428,14 +485,16 @@ impl Report {
             store_errors: of_store(|health| health.errors),
             lease_conflicts: of_store(|health| health.conflicts),
             route_updates: parts.route_updates,
+            peers: status.peers.figures().collect(),
             status,
         }
     }
 
     /// The document as of now.
-    pub(super) fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status<PeerRows> {
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         let mut status = parts.fixed.clone();
+        status.problem = parts.problem();
         status.uptime_s = self.started.elapsed().as_secs_f64();
         // Without a tunnel there is nothing that counts.
         let counts = if parts.workers.is_empty() { &[] } else { Count::ALL };
@@ -444,15 +503,9 @@ impl Report {
             status.counters.insert(count.name().to_owned(), total);
         }
         status.drops = nonzero(|reason| parts.workers.iter().map(|worker| worker.dropped(reason)).sum());
-        let tunnelled = parts.peers.iter().map(|(subnet, peer)| status::Peer {
-            kernel_route: parts.kernel_routes.get(subnet).cloned(),
-            last_seen_unix_s: parts.seen.at(subnet),
-            ..peer_status(*subnet, peer)
-        });
-        status.peers.extend(tunnelled);
         if let Some(published) = &parts.published {
             let lease = published.lease.borrow();
-            status.node.subnets = prefixes(lease.subnet).map(|prefix| prefix.to_string()).collect();
+            status.node.subnets = lease.subnet.prefixes().map(|prefix| prefix.to_string()).collect();
             status.node.lease_expires_unix_s = match lease.expiration {
                 Expiration::Never => None,
                 Expiration::At(end) => end.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
@@ -461,11 +514,9 @@ impl Report {
             status.store.connected = health.connected;
             status.store.since_s = health.since.elapsed().as_secs_f64();
             status.store.error.clone_from(&health.last_error);
-            let rejected = published.peers.borrow().rejected();
-            status.rejected_leases = rejected
-                .into_iter()
-                .map(|(reason, n)| (reason.to_owned(), n))
-                .collect();
+            let peers = published.peers.borrow();
+            let rejected = peers.rejected().iter();
+            status.rejected_leases = rejected.map(|(reason, n)| ((*reason).to_owned(), *n)).collect();
         }
         status.store.resets = parts.store.as_ref().map_or(0, |store| store.resets());
         if let Some(skipped) = parts
@@ -535,8 +586,8 @@ impl Reports {
     }
 
     /// The document as of now: ready when all networks are.
-    pub(super) fn status(&self) -> Status {
-        let networks: BTreeMap<String, Status> = self
+    pub(super) fn status(&self) -> Status<PeerRows> {
+        let networks: BTreeMap<String, Status<PeerRows>> = self
             .all()
             .into_iter()
             .map(|(name, report)| (name.to_string(), report.status()))
@@ -590,29 +641,6 @@ fn unix_s() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// Where a peer is: a SID has no port.
-fn endpoint(addr: &SocketAddr) -> String {
-    match addr.port() {
-        0 => addr.ip().to_string(),
-        _ => addr.to_string(),
-    }
-}
-
-fn peer_status(subnet: Subnet, peer: &InstalledPeer) -> status::Peer {
-    let (outbound_packets, outbound_bytes, inbound_packets, inbound_bytes) = peer.stats.totals();
-    status::Peer {
-        subnets: prefixes(subnet).map(|prefix| prefix.to_string()).collect(),
-        endpoints: peer.endpoints.iter().map(endpoint).collect(),
-        narrow_mtu: peer.narrow_mtu(),
-        outbound_packets,
-        outbound_bytes,
-        inbound_packets,
-        inbound_bytes,
-        drops: nonzero(|reason| peer.stats.dropped(reason)),
-        ..Default::default()
-    }
-}
-
 fn node(config: &NetworkConfig, interface: &UnderlayInterface, inner_mtu: Mtu) -> status::Node {
     let v4 = config.v4.map(|range| range.network.to_string());
     let v6 = config.v6.map(|range| range.network.to_string());
@@ -659,11 +687,11 @@ mod tests {
         ];
         for (now, packets, expected) in looks {
             seen.look(subnets.iter().copied().zip(packets), now);
-            let at: Vec<_> = subnets.iter().map(|subnet| seen.at(subnet)).collect();
+            let at: Vec<_> = subnets.iter().map(|subnet| seen.at(*subnet)).collect();
             assert_eq!(at, expected, "at {now}");
         }
         seen.look(subnets.iter().copied().zip([0]), 125);
-        assert_eq!(seen.at(&subnets[1]), None, "one that left is forgotten");
+        assert_eq!(seen.at(subnets[1]), None, "one that left is forgotten");
     }
 
     #[test]

@@ -28,9 +28,15 @@ static LINE_IS_OLD: Notify = Notify::const_new();
 /// it. Without a service manager there is nobody to tell.
 pub(super) fn tell_ready(health: &Health) {
     TOLD_READY.store(true, Ordering::Relaxed);
-    let line = health.summary();
+    let line = one_line(&health.summary());
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&line)]);
     LINE_IS_OLD.notify_one();
+}
+
+/// The text without control characters: to a service manager what comes after the end of a line is another message, and there are words of
+/// others in it.
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 /// Whether [`tell_ready`] was called.
@@ -92,10 +98,23 @@ pub(super) async fn tend(health: Arc<Health>) -> Infallible {
                 ill = true;
             }
         }
-        let line = health.summary();
+        let line = one_line(&health.summary());
         if line != told {
             let _ = sd_notify::notify(&[NotifyState::Status(&line)]);
             told = line;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_others_are_no_messages_of_ours() {
+        assert_eq!(
+            one_line("not ready: 503 x\nWATCHDOG=trigger\r\u{1b}[2J"),
+            "not ready: 503 x WATCHDOG=trigger  [2J"
+        );
     }
 }

@@ -508,11 +508,11 @@ impl<E: Encap> Ingress<'_, E> {
             (IngressCheck::Loose, Some(_)) | (IngressCheck::Off, _) => {}
             (IngressCheck::Strict, Some(peer)) if peer.hop.source() == outer => {}
             (IngressCheck::Strict, Some(_)) => return Err(DropReason::SpoofedSource),
+            // The peer's own node may speak to our pods with its underlay address, be that in the overlay's network or not.
+            (IngressCheck::Strict | IngressCheck::Loose, None) if self.is_node(outer, src) => {}
             (IngressCheck::Strict | IngressCheck::Loose, None) if overlay.contains(src) => {
                 return Err(DropReason::SpoofedSource);
             }
-            // The peer's own node may speak to our pods with its underlay address.
-            (IngressCheck::Strict | IngressCheck::Loose, None) if self.is_node(outer, src) => {}
             (IngressCheck::Strict | IngressCheck::Loose, None) => return Err(DropReason::ForeignSource),
         }
         match scope(dst) {

@@ -354,53 +354,118 @@ impl PeerCell {
     }
 }
 
-/// Traffic with one peer: a cell for each queue and direction, so that every cell has one writer.
+/// Traffic with one peer, for who counts it: a cell for each queue and direction, so that every cell has one writer.
+///
+/// The cells of a direction are made with its first packet: of many peers, few ever have any. From then on they are one step away, as if
+/// they had always been there.
 #[derive(Clone, Debug)]
 pub struct PeerStats {
-    outbound: Arc<[PeerCell]>,
-    inbound: Arc<[PeerCell]>,
+    outbound: OnceLock<Cells>,
+    inbound: OnceLock<Cells>,
+    counts: PeerCounts,
 }
 
+type Cells = Arc<[PeerCell]>;
+
 impl PeerStats {
-    /// Counters for a data plane of `queues` queues.
+    /// Counters of their own for a data plane of `queues` queues.
     pub fn new(queues: usize) -> Self {
-        let cells = || (0..queues.max(1)).map(|_| PeerCell::default()).collect();
-        Self {
-            outbound: cells(),
-            inbound: cells(),
-        }
+        PeerCounts::new(queues).stats()
     }
 
     /// The outbound cell of `queue`.
     #[inline]
     pub fn outbound(&self, queue: usize) -> Option<&PeerCell> {
-        self.outbound.get(queue)
+        let made = self.outbound.get();
+        let cells = made.unwrap_or_else(|| self.counts.take(|made| &made.outbound, &self.outbound));
+        cells.get(queue)
     }
 
     /// The inbound cell of `queue`.
     #[inline]
     pub fn inbound(&self, queue: usize) -> Option<&PeerCell> {
-        self.inbound.get(queue)
+        let made = self.inbound.get();
+        let cells = made.unwrap_or_else(|| self.counts.take(|made| &made.inbound, &self.inbound));
+        cells.get(queue)
+    }
+
+    /// See [`PeerCounts::totals`].
+    pub fn totals(&self) -> (u64, u64, u64, u64) {
+        self.counts.totals()
+    }
+
+    /// See [`PeerCounts::dropped`].
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.counts.dropped(reason)
+    }
+}
+
+/// The same, for who reads it: what all [`PeerStats`] of one peer count.
+#[derive(Clone, Debug)]
+pub struct PeerCounts(Arc<Directions>);
+
+#[derive(Debug)]
+struct Directions {
+    queues: usize,
+    outbound: OnceLock<Cells>,
+    inbound: OnceLock<Cells>,
+}
+
+impl PeerCounts {
+    /// Counters for a data plane of `queues` queues.
+    pub fn new(queues: usize) -> Self {
+        Self(Arc::new(Directions {
+            queues: queues.max(1),
+            outbound: OnceLock::new(),
+            inbound: OnceLock::new(),
+        }))
+    }
+
+    /// For somebody who counts.
+    pub fn stats(&self) -> PeerStats {
+        PeerStats {
+            outbound: self.0.outbound.clone(),
+            inbound: self.0.inbound.clone(),
+            counts: self.clone(),
+        }
     }
 
     /// Sums over queues: (outbound packets, outbound bytes, inbound packets, inbound bytes).
     pub fn totals(&self) -> (u64, u64, u64, u64) {
-        let sum = |cells: &[PeerCell]| {
+        let sum = |cells: &OnceLock<Cells>| {
+            let cells = cells.get().map_or(&[][..], |cells| cells);
             cells.iter().fold((0, 0), |(packets, bytes), cell| {
                 (packets + cell.packets.get(), bytes + cell.bytes.get())
             })
         };
-        let ((out_packets, out_bytes), (in_packets, in_bytes)) = (sum(&self.outbound), sum(&self.inbound));
+        let ((out_packets, out_bytes), (in_packets, in_bytes)) =
+            (sum(&self.0.outbound), sum(&self.0.inbound));
         (out_packets, out_bytes, in_packets, in_bytes)
     }
 
     /// Packets dropped for `reason`, over queues and directions.
     pub fn dropped(&self, reason: DropReason) -> u64 {
-        self.outbound
-            .iter()
-            .chain(self.inbound.iter())
+        [&self.0.outbound, &self.0.inbound]
+            .into_iter()
+            .filter_map(OnceLock::get)
+            .flat_map(|cells| cells.iter())
             .map(|cell| cell.dropped(reason))
             .sum()
+    }
+
+    /// The cells of a direction for somebody who has none yet; made, if nobody has.
+    #[cold]
+    fn take<'a>(
+        &self,
+        direction: impl Fn(&Directions) -> &OnceLock<Cells>,
+        into: &'a OnceLock<Cells>,
+    ) -> &'a Cells {
+        let shared = direction(&self.0);
+        if shared.get().is_none() {
+            // Not inside `get_or_init`, where another thread would wait for this one. Whoever comes second takes what the first made.
+            let _ = shared.set((0..self.0.queues).map(|_| PeerCell::default()).collect());
+        }
+        into.get_or_init(|| shared.get().map_or_else(|| Cells::from([]), Arc::clone))
     }
 }
 
@@ -452,9 +517,14 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_refused_nothing_is_small() {
-        assert_eq!(size_of::<PeerCell>(), 128);
+    fn a_peer_without_packets_is_small_and_one_that_is_refused_nothing_nearly_so() {
+        assert_eq!((size_of::<Directions>(), size_of::<PeerCell>()), (56, 128));
         let stats = PeerStats::new(1);
+        assert_eq!(
+            (stats.totals(), stats.dropped(DropReason::NotForUs)),
+            ((0, 0, 0, 0), 0)
+        );
+        assert!(stats.counts.0.inbound.get().is_none() && stats.counts.0.outbound.get().is_none());
         let cell = stats.inbound(0).unwrap();
         assert_eq!(stats.dropped(DropReason::NotForUs), 0);
         cell.discard(DropReason::NotForUs, 2);
@@ -466,6 +536,37 @@ mod tests {
             ),
             (3, 0)
         );
+    }
+
+    #[test]
+    fn whoever_counts_of_a_peer_counts_in_the_same_cells() {
+        let counts = PeerCounts::new(1);
+        let (early, other) = (counts.stats(), counts.stats());
+        early.outbound(0).unwrap().packets.add(1);
+        let late = counts.stats();
+        for stats in [&other, &late, &other.clone()] {
+            stats.outbound(0).unwrap().packets.add(1);
+            stats.inbound(0).unwrap().bytes.add(2);
+        }
+        assert_eq!(counts.totals(), (4, 0, 0, 6));
+    }
+
+    #[test]
+    fn queues_that_see_the_first_packet_together_share_their_cells() {
+        for _ in 0..200 {
+            let counts = PeerCounts::new(4);
+            let start = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for queue in 0..4 {
+                    let (stats, start) = (counts.stats(), &start);
+                    scope.spawn(move || {
+                        start.wait();
+                        stats.outbound(queue).unwrap().packets.add(1);
+                    });
+                }
+            });
+            assert_eq!(counts.totals(), (4, 0, 0, 0));
+        }
     }
 
     #[test]

@@ -314,6 +314,8 @@ struct Watch {
     heavy_until: Option<Instant>,
     credit: i32,
     until: Option<Instant>,
+    /// Whether something was moved since it last lingered.
+    fresh: bool,
 }
 
 /// A turn that moved no more than this was light, bytes.
@@ -335,11 +337,16 @@ impl Watch {
             heavy_until: None,
             credit: 0,
             until: None,
+            fresh: false,
         }
     }
 
-    /// A turn moved so many bytes.
+    /// A turn moved so many bytes; zero if all that came was refused, which neither begins lingering nor earns credit.
     fn moved(&mut self, bytes: u64, now: Instant) {
+        if bytes == 0 {
+            return;
+        }
+        self.fresh = true;
         if self.until.take().is_some() {
             self.credit = (self.credit + 1).min(CREDIT);
         }
@@ -357,12 +364,14 @@ impl Watch {
             Some(until) if now < until => true,
             Some(_) => {
                 self.until = None;
+                self.fresh = false;
                 self.credit = (self.credit - 1).max(-CREDIT);
                 false
             }
             None => {
                 let pays = self.credit >= 0 || self.light_turns.is_multiple_of(TRY_EVERY);
-                let begins = !self.busy_poll.is_zero()
+                let begins = self.fresh
+                    && !self.busy_poll.is_zero()
                     && self.light_turns >= LIGHT_TURNS
                     && self.heavy_until.is_none_or(|until| now > until)
                     && pays;
@@ -467,6 +476,25 @@ mod tests {
         requests(&mut watch, 100, Duration::from_micros(500), now());
         let lingered = requests(&mut watch, 6400, Duration::from_micros(500), now());
         assert_eq!(lingered, 100 * 50, "one in {TRY_EVERY} is tried");
+    }
+
+    #[test]
+    fn what_is_refused_is_not_waited_for_awake() {
+        let mut watch = Watch::new(LINGER);
+        let mut now = now();
+        requests(&mut watch, 20, Duration::from_micros(20), now);
+        now += Duration::from_millis(1);
+        // The last of them is waited after for once, and then no more, however often something comes that is refused.
+        while watch.lingers(now) {
+            now += LINGER;
+        }
+        for _ in 0..1000 {
+            watch.moved(0, now);
+            assert!(!watch.lingers(now));
+            now += Duration::from_micros(20);
+        }
+        watch.moved(100, now);
+        assert!(watch.lingers(now));
     }
 
     #[test]

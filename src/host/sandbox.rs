@@ -6,7 +6,8 @@
 //! then gives up what is left but for a score of system calls.
 //!
 //! ```text
-//!  start ─▶ 1 user, capabilities   a node: CAP_NET_ADMIN, CAP_NET_RAW stay; a server: none; bounding set the same; no_new_privs, dumpable 0, umask 077
+//!  start ─▶ 1 user, capabilities   a node: CAP_NET_ADMIN, CAP_NET_RAW stay, and CAP_NET_BIND_SERVICE if a flag names a port that takes it;
+//!                                  a server: none; bounding set the same; no_new_privs, dumpable 0, umask 077
 //!           2 Landlock             reads and writes below the named paths only
 //!           3 seccomp              no execve, no fork, no ptrace, bpf, mount, module …: EPERM
 //!                  │
@@ -43,6 +44,7 @@ use nix::unistd::{Gid, Uid};
 
 use crate::host::probe::Probed;
 pub use crate::host::sys::{Escape, attempt};
+pub use capabilities::may_change_network;
 
 /// Whoever started us does not let us: what a part says in place of what it did.
 const REFUSED: &str = "off (refused)";
@@ -87,6 +89,8 @@ enum Kept {
     /// What a node uses for as long as it lives.
     #[default]
     Node,
+    /// The same, and that for ports below 1024.
+    NodeOnLowPorts,
     /// None.
     None,
 }
@@ -126,6 +130,11 @@ impl Plan {
             account,
             ..Self::default()
         }
+    }
+
+    /// Keeps what ports below 1024 take.
+    pub fn low_ports(&mut self) {
+        self.kept = Kept::NodeOnLowPorts;
     }
 
     /// Keeps no capability at all.

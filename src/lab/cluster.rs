@@ -553,6 +553,11 @@ fn put_config(hub: &Namespace, place: &str, network: &str) -> Result<()> {
     })
 }
 
+/// What the name of a lab's folder begins with, given its process; the command lines of its daemons hold it.
+pub fn folder_prefix(lab: u32) -> String {
+    format!("kersey-lab-{lab}-")
+}
+
 /// Ends processes of an earlier lab by number, but only those whose command line holds `mark`: numbers are used again.
 ///
 /// # Errors

@@ -35,7 +35,7 @@ use crate::control::config::NetworkConfig;
 use crate::host::netlink::{Gateway, Link, Netlink, Route, Vxlan};
 use crate::host::sysctl;
 use crate::lab::cluster::{VXLAN_PORT, give_pod_addresses};
-use crate::lab::leases::{self, LARGEST_JSON, inside, prefixes, snapshot};
+use crate::lab::leases::{self, LARGEST_JSON, inside, snapshot};
 use crate::lab::netns::Namespace;
 use crate::lease::json::Object;
 use crate::lease::{Lease, LeaseAttrs, Subnet};
@@ -274,7 +274,7 @@ impl KernelNode {
 
     /// Its subnets, one a family, in CIDR notation.
     pub fn subnets(&self) -> Vec<String> {
-        let prefixes = prefixes(self.lease.subnet);
+        let prefixes = self.lease.subnet.prefixes();
         prefixes.map(|prefix| prefix.to_string()).collect()
     }
 
@@ -457,7 +457,7 @@ impl Devices {
 
     /// Puts each half of the subnet on its device, and brings the devices up.
     async fn configure(&self, netlink: &Netlink, subnet: Subnet) -> Result<()> {
-        for prefix in prefixes(subnet) {
+        for prefix in subnet.prefixes() {
             let device = self.of(prefix)?;
             let len = if prefix.addr().is_ipv4() { 32 } else { 128 };
             netlink.add_address(device.index, prefix.addr(), len).await?;
@@ -534,7 +534,7 @@ impl Path {
                 underlay,
             })
         };
-        prefixes(lease.subnet).filter_map(path).collect()
+        lease.subnet.prefixes().filter_map(path).collect()
     }
 
     /// Whether both need the same forwarding entry: a device has one for each Ethernet address.

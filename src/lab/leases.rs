@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::StreamExt;
 
-use crate::addr::Prefix;
 use crate::control::store::{self, Expirations, LEASE_TTL, Store};
 use crate::host::netlink::Netlink;
 use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
-use crate::lease::{Lease, LeaseUpdate, Subnet};
+use crate::lease::{Lease, LeaseUpdate};
 use crate::options::StoreKind;
 
 /// How long a store may take to answer.
@@ -41,12 +40,6 @@ pub(super) async fn snapshot(store: &dyn Store) -> Result<Vec<Lease>> {
         },
         None => bail!("the store told nothing"),
     }
-}
-
-/// The halves of a subnet there are.
-pub(super) fn prefixes(subnet: Subnet) -> impl Iterator<Item = Prefix> {
-    let v4 = subnet.ipv4().map(Prefix::V4);
-    v4.into_iter().chain(subnet.v6.map(Prefix::V6))
 }
 
 /// Updates until the peers are as wanted: `update` says whether they are, and how many there are.

@@ -5,6 +5,7 @@
 //! this process ever changes its namespace, and no code runs between fork and exec of a child.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::{io, thread};
@@ -154,6 +155,26 @@ impl Namespace {
             .collect();
         names.sort();
         Ok(names)
+    }
+
+    /// The processes inside a namespace, by name; none if it is gone.
+    ///
+    /// # Errors
+    /// The processes cannot be listed.
+    pub fn processes(name: &str) -> Result<Vec<u32>> {
+        let Ok(namespace) = fs::metadata(path(name)) else {
+            return Ok(Vec::new());
+        };
+        let is_inside = |process: &Path| {
+            let theirs = fs::metadata(process.join("ns/net"));
+            theirs.is_ok_and(|theirs| (theirs.dev(), theirs.ino()) == (namespace.dev(), namespace.ino()))
+        };
+        let entries = fs::read_dir("/proc").context("cannot list the processes")?;
+        let processes = entries.flatten().filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            is_inside(&entry.path()).then_some(pid)
+        });
+        Ok(processes.collect())
     }
 
     /// Removes a namespace by name; one that is gone already is no error. Processes inside keep running.

@@ -20,6 +20,9 @@
 //! [`Form::ProofOfConcept`] is the other thing to get on with: flannel-srv6 of 2020, IPv4 inside only, one link
 //! without routers or neighbour discovery, always with a routing header, and no MTU of its own.
 //!
+//! [`Form::CrossConnect`] looks nothing up: all that leaves the tunnel goes to a router behind the node, which has the
+//! node's subnets, by `End.DX4 nh4 …` and `…::d6 End.DX6 nh6 …` in place of End.DT6.
+//!
 //! Nothing runs meanwhile: [`Seg6Node::update`] reads the leases once and makes the kernel agree with them.
 //!
 //! Limits: the lease is not renewed (labs live for minutes, leases for a day); one underlay link. The node's own sockets
@@ -42,7 +45,7 @@ pub use self::rules::{default_end_sid, locator};
 use crate::control::config::NetworkConfig;
 use crate::host::netlink::{self, Seg6Mode};
 use crate::lab::cluster::give_pod_addresses;
-use crate::lab::leases::{self, inside, prefixes, snapshot};
+use crate::lab::leases::{self, inside, snapshot};
 use crate::lab::netns::Namespace;
 use crate::lease::{Lease, Subnet};
 use crate::options::StoreKind;
@@ -52,6 +55,13 @@ use crate::options::StoreKind;
 pub enum Form {
     /// A node by the rules of Kersey's `srv6` backend: both families inside, any underlay.
     Seg6,
+    /// The same with a router behind it, at these addresses, that all inner packets are handed to.
+    CrossConnect {
+        /// For IPv4 inside.
+        v4: Ipv4Addr,
+        /// For IPv6 inside.
+        v6: Ipv6Addr,
+    },
     /// A node of flannel-srv6.
     ProofOfConcept,
 }
@@ -208,7 +218,7 @@ impl Seg6Node {
 
     /// Its subnets, one a family, in CIDR notation.
     pub fn subnets(&self) -> Vec<String> {
-        let prefixes = prefixes(self.lease.subnet);
+        let prefixes = self.lease.subnet.prefixes();
         prefixes.map(|prefix| prefix.to_string()).collect()
     }
 

@@ -13,12 +13,14 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::addr::{Ipv4Prefix, Ipv6Prefix, Mtu};
 use crate::host::ethtool::{self, Offload, Switch};
 use crate::host::netlink::{Gateway, Netlink, Route};
+use crate::lab::interrupt;
 use crate::lab::netns::Namespace;
 use crate::lab::traffic::End;
 
@@ -30,6 +32,12 @@ pub const HUB_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0xfe);
 pub const INTERFACE: &str = "eth0";
 /// As many as fit below the hub's address, with room to spare.
 pub const MOST_NODES: usize = 200;
+/// What joins the nodes, in the hub.
+const BRIDGE: &str = "br0";
+/// Its Ethernet address, locally administered.
+const BRIDGE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
+/// How long the kernel has to take down a namespace that nobody is in: it waits for its own readers, seconds on a busy machine.
+const UNMADE: Duration = Duration::from_secs(20);
 
 /// How nodes are joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +98,7 @@ impl Plan {
             "a lab has 1 to {MOST_NODES} nodes"
         );
         let nodes: Vec<_> = (1..=self.nodes)
-            .map(|nth| self.node(nth))
+            .map(|nth| self.node(nth, u8::try_from(nth)?))
             .collect::<Result<_>>()?;
         let hub = match self.wiring {
             Wiring::Hub => Some(self.hub(&nodes)?),
@@ -112,8 +120,48 @@ impl Plan {
         Ok(Topology { nodes, hub })
     }
 
-    fn node(&self, nth: usize) -> Result<Node> {
-        let low = u8::try_from(nth)?;
+    /// Takes a node away: its namespace, and with it its links at both ends. What still runs there keeps it.
+    ///
+    /// # Errors
+    /// There is no such node or no hub, or something still lives in the namespace.
+    pub fn take_away(&self, topology: &mut Topology, nth: usize) -> Result<()> {
+        let (hub, node) = topology.at_hub(nth)?;
+        // From now on the name is that of whoever comes in its place.
+        Namespace::remove(node.namespace.name())?;
+        node.namespace.keep();
+        let port = port(nth);
+        // The kernel takes a namespace down in its own time.
+        let is_gone = || {
+            let links = hub.netlink(async |netlink| Ok(netlink.links().await?));
+            links.is_ok_and(|links| links.iter().all(|link| link.name != port))
+        };
+        ensure!(
+            interrupt::wait_until(UNMADE, is_gone),
+            "the links of node {nth} outlive its namespace"
+        );
+        Ok(())
+    }
+
+    /// Puts a new node where one was taken away, with addresses that end in `low`, 1 to 253: the hub has 254.
+    ///
+    /// # Errors
+    /// There was no such node, or it is still there; `low` is another number.
+    pub fn put_back(&self, topology: &mut Topology, nth: usize, low: u8) -> Result<()> {
+        ensure!(
+            (1..=253).contains(&low),
+            "no node has addresses that end in {low}"
+        );
+        let (hub, place) = topology.at_hub(nth)?;
+        *place = self.node(nth, low)?;
+        hub.netlink(async |netlink| {
+            let bridge = netlink.link(BRIDGE).await?.index;
+            self.plug_in(&netlink, bridge, &port(nth), place).await
+        })?;
+        self.set_up(place)
+            .with_context(|| format!("cannot set up node {}", place.namespace.name()))
+    }
+
+    fn node(&self, nth: usize, low: u8) -> Result<Node> {
         Ok(Node {
             namespace: Namespace::create(&format!("{}-{nth}", self.prefix))?,
             v4: Ipv4Addr::new(192, 0, 2, low),
@@ -124,24 +172,30 @@ impl Plan {
     fn hub(&self, nodes: &[Node]) -> Result<Namespace> {
         let hub = Namespace::create(&format!("{}-hub", self.prefix))?;
         hub.netlink(async |netlink| {
-            netlink.add_bridge("br0").await?;
-            let bridge = netlink.link("br0").await?.index;
+            netlink.add_bridge(BRIDGE).await?;
+            let bridge = netlink.link(BRIDGE).await?.index;
+            // Else it takes that of one of its ports, and another one when that port goes: the nodes would send to the old for seconds.
+            netlink.set_mac(bridge, BRIDGE_MAC).await?;
             for (nth, node) in (1..).zip(nodes) {
-                let port = format!("p{nth}");
-                netlink
-                    .add_veth(&port, INTERFACE, Some(node.namespace.open()?.as_fd()))
-                    .await?;
-                let index = netlink.link(&port).await?.index;
-                netlink.set_mtu(index, self.mtu.bytes().into()).await?;
-                netlink.enslave(index, bridge).await?;
-                self.set_offloads(&port)?;
-                netlink.set_up(index).await?;
+                self.plug_in(&netlink, bridge, &port(nth), node).await?;
             }
             netlink.set_mtu(bridge, self.mtu.bytes().into()).await?;
             netlink.add_address(bridge, HUB_V4.into(), 24).await?;
             self.add_v6(&netlink, bridge, HUB_V6).await
         })?;
         Ok(hub)
+    }
+
+    /// Joins a node to the bridge, from within the hub.
+    async fn plug_in(&self, netlink: &Netlink, bridge: u32, port: &str, node: &Node) -> Result<()> {
+        netlink
+            .add_veth(port, INTERFACE, Some(node.namespace.open()?.as_fd()))
+            .await?;
+        let index = netlink.link(port).await?.index;
+        netlink.set_mtu(index, self.mtu.bytes().into()).await?;
+        netlink.enslave(index, bridge).await?;
+        self.set_offloads(port)?;
+        Ok(netlink.set_up(index).await?)
     }
 
     fn set_up(&self, node: &Node) -> Result<()> {
@@ -196,6 +250,11 @@ impl Plan {
     }
 }
 
+/// The end of a node's veth at the bridge.
+fn port(nth: usize) -> String {
+    format!("p{nth}")
+}
+
 /// One node of a topology.
 #[derive(Debug)]
 pub struct Node {
@@ -246,6 +305,12 @@ impl Topology {
         if let Some(hub) = &mut self.hub {
             hub.keep();
         }
+    }
+
+    fn at_hub(&mut self, nth: usize) -> Result<(&Namespace, &mut Node)> {
+        let hub = self.hub.as_ref().context("the lab has no hub")?;
+        let node = nth.checked_sub(1).and_then(|at| self.nodes.get_mut(at));
+        Ok((hub, node.with_context(|| format!("there is no node {nth}"))?))
     }
 
     /// The names of all its namespaces.

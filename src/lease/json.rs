@@ -84,6 +84,12 @@ impl<'a> Object<'a> {
         self.all(name).last()
     }
 
+    /// The names of members that are none of `known`, whatever their case.
+    pub fn strangers<'s>(&'s self, known: &'s [&'s str]) -> impl Iterator<Item = &'s str> + 's {
+        let names = self.0.iter().map(|(key, _)| key.as_str());
+        names.filter(move |key| !known.iter().any(|name| same_key(key, name)))
+    }
+
     /// A string; `None` if absent or `null`.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Where a server listens: TCP, a unix socket, or a socket that the process was started with.
 //!
-//! It takes two steps: [`bind`] needs names, files and perhaps a capability (a port below 1024), and no runtime; [`Bound::listen`] needs
+//! It takes two steps: [`bind`] needs names, files and perhaps CAP_NET_BIND_SERVICE (a port below 1024), and no runtime; [`Bound::listen`] needs
 //! nothing but a runtime. In between a process can give up what it needs no more. A TCP port that is bound takes no connections yet.
 
 use std::io;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries as a module")]
 
+pub mod login;
 pub mod nodes;
 pub mod pki;
 pub mod proxy;
@@ -28,6 +29,8 @@ pub struct Etcd {
     child: Child,
     tls: Option<Tls>,
     flags: Vec<String>,
+    /// Whether it asks everybody who he is.
+    asks: bool,
 }
 
 /// A server certificate for 127.0.0.1 and the CA that signed it.
@@ -43,6 +46,30 @@ pub struct Tls {
 pub async fn start() -> Option<Etcd> {
     start_with(None, &[]).await
 }
+
+/// Starts etcd; its authentication is on if `KERSEY_TEST_ETCD_AUTH` is set. For tests that authentication is to change
+/// nothing for.
+pub async fn start_as_wanted() -> Option<Etcd> {
+    if login::wanted() {
+        start_asking().await
+    } else {
+        start().await
+    }
+}
+
+/// Starts etcd with its authentication on. [`Etcd::options`] are those of a user with the rights of a node,
+/// [`Etcd::client`] is root's.
+pub async fn start_asking() -> Option<Etcd> {
+    let mut etcd = start_with(None, &QUICK_LOGIN).await?;
+    let mut stranger = etcd.client().await;
+    login::ask_for(stranger.clone()).await.unwrap();
+    assert!(stranger.get("ready", None).await.is_err(), "etcd does not ask");
+    etcd.asks = true;
+    Some(etcd)
+}
+
+/// Passwords that are quick to check: every put of a test logs in.
+const QUICK_LOGIN: [&str; 2] = ["--bcrypt-cost", "4"];
 
 /// Starts etcd with further flags.
 pub async fn start_with_flags(flags: &[&str]) -> Option<Etcd> {
@@ -79,6 +106,7 @@ pub async fn start_with(tls: Option<Tls>, flags: &[&str]) -> Option<Etcd> {
         child,
         tls,
         flags,
+        asks: false,
     };
     etcd.wait_ready().await;
     Some(etcd)
@@ -96,7 +124,7 @@ impl Etcd {
             cafile: self.tls.as_ref().map(|tls| tls.ca.clone()),
             certfile: self.client_identity().map(|client| client.certificate.clone()),
             keyfile: self.client_identity().map(|client| client.key.clone()),
-            ..EtcdOptions::default()
+            ..options_of_a_node(self.asks)
         }
     }
 
@@ -119,6 +147,13 @@ impl Etcd {
     }
 
     pub async fn client(&self) -> Client {
+        self.connect().await.unwrap()
+    }
+
+    async fn connect(&self) -> Result<Client, etcd_client::Error> {
+        if self.asks {
+            return login::as_root(self.url()).await;
+        }
         let options = self.tls.as_ref().map(|tls| {
             let ca = Certificate::from_pem(std::fs::read(&tls.ca).unwrap());
             let mut options = TlsOptions::new().ca_certificate(ca);
@@ -128,7 +163,7 @@ impl Etcd {
             }
             ConnectOptions::new().with_tls(options)
         });
-        Client::connect([self.url()], options).await.unwrap()
+        Client::connect([self.url()], options).await
     }
 
     pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) {
@@ -216,6 +251,10 @@ impl Etcd {
             &self.flags,
         );
         self.wait_ready().await;
+        if self.asks {
+            // It may have forgotten that, too.
+            login::ask_for(self.client().await).await.unwrap();
+        }
     }
 
     /// Stops or continues the process: stopped, it accepts connections and never answers.
@@ -232,7 +271,7 @@ impl Etcd {
     async fn wait_ready(&self) {
         let ready = async {
             loop {
-                let asked = async { self.client().await.get("ready", None).await };
+                let asked = async { self.connect().await?.get("ready", None).await };
                 if let Ok(Ok(_)) = tokio::time::timeout(Duration::from_millis(500), asked).await {
                     return;
                 }
@@ -249,6 +288,16 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Options of a node, which has a user where etcd asks for one.
+fn options_of_a_node(asks: bool) -> EtcdOptions {
+    let user = if asks { login::USER } else { "" };
+    EtcdOptions {
+        username: user.to_owned(),
+        password: user.to_owned(),
+        ..EtcdOptions::default()
     }
 }
 
@@ -314,6 +363,7 @@ pub struct Cluster {
     members: Vec<Child>,
     _dir: TempDir,
     pub ports: Vec<u16>,
+    asks: bool,
 }
 
 impl Drop for Cluster {
@@ -326,7 +376,40 @@ impl Drop for Cluster {
 }
 
 impl Cluster {
-    pub async fn start() -> Option<Self> {
+    /// Starts them; their authentication is on if `KERSEY_TEST_ETCD_AUTH` is set.
+    pub async fn start_as_wanted() -> Option<Self> {
+        if login::wanted() {
+            Self::start_asking().await
+        } else {
+            Self::start().await
+        }
+    }
+
+    /// Starts them with their authentication on.
+    pub async fn start_asking() -> Option<Self> {
+        let mut cluster = Self::start().await?;
+        login::ask_for(cluster.client(0).await.unwrap()).await.unwrap();
+        cluster.asks = true;
+        // One that has not heard of it yet would let root in as nobody.
+        let ready = async {
+            for i in 0..3 {
+                while cluster.lets_strangers_read(i).await {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), ready)
+            .await
+            .expect("a member does not ask");
+        Some(cluster)
+    }
+
+    async fn lets_strangers_read(&self, member: usize) -> bool {
+        let mut client = Client::connect([self.url(member)], None).await.unwrap();
+        client.get("ready", None).await.is_ok()
+    }
+
+    async fn start() -> Option<Self> {
         if Command::new("etcd").arg("--version").output().is_err() {
             assert!(std::env::var_os("CI").is_none(), "etcd is not installed");
             eprintln!("skipped: etcd is not installed");
@@ -370,6 +453,7 @@ impl Cluster {
                     &peer,
                 ])
                 .args(["--initial-cluster", &all.join(",")])
+                .args(QUICK_LOGIN)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -380,6 +464,7 @@ impl Cluster {
             members: members.collect(),
             ports: ports.to_vec(),
             _dir: dir,
+            asks: false,
         };
         let ready = async {
             for i in 0..3 {
@@ -399,7 +484,22 @@ impl Cluster {
     }
 
     pub async fn client(&self, member: usize) -> Result<Client, etcd_client::Error> {
-        Client::connect([format!("http://127.0.0.1:{}", self.ports[member])], None).await
+        if self.asks {
+            return login::as_root(self.url(member)).await;
+        }
+        Client::connect([self.url(member)], None).await
+    }
+
+    fn url(&self, member: usize) -> String {
+        format!("http://127.0.0.1:{}", self.ports[member])
+    }
+
+    /// Options of a node that knows all members.
+    pub fn options(&self) -> EtcdOptions {
+        EtcdOptions {
+            endpoints: (0..3).map(|member| self.url(member)).collect(),
+            ..options_of_a_node(self.asks)
+        }
     }
 
     pub fn signal(&self, member: usize, signal: Signal) {

@@ -2,7 +2,13 @@
 //!
 //! `/run/kersey-lab` holds everything about it: `state.json` with what was made, and the daemons' files. A process is
 //! ended only if its command line names that folder.
+//!
+//! A lab that does not stay keeps its daemons' files in a folder that, like its namespaces, has the number of its process in its name. If
+//! that is killed, `kersey lab down` finds by this number what it left behind: of the processes in those namespaces, it ends those whose
+//! command lines name that folder.
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -13,7 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Shape;
 use crate::cli::progress::{Progress, table};
-use crate::lab::cluster::{Kernel, Peer, end_processes};
+use crate::cli::tell::say;
+use crate::lab::cluster::{Kernel, Peer, end_processes, folder_prefix};
 use crate::lab::daemon;
 use crate::lab::kernel_node;
 use crate::lab::netns::Namespace;
@@ -21,6 +28,8 @@ use crate::lab::seg6_node;
 
 const FOLDER: &str = "/run/kersey-lab";
 const PREFIX: &str = "kersey";
+/// What the name of a folder goes on with after [`folder_prefix`] that is to be kept.
+pub(super) const KEPT: &str = "kept-";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
@@ -55,7 +64,6 @@ enum What {
     },
 }
 
-#[expect(clippy::print_stdout, reason = "tells what to do next")]
 pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
     ensure!(
         load()?.is_none(),
@@ -136,11 +144,11 @@ pub(super) fn up(shape: &Shape) -> Result<ExitCode> {
         .and_then(|node| node.pods.first())
         .map(ToString::to_string)
         .unwrap_or_default();
-    println!("\nThe lab is up. Try:\n");
-    println!("  kersey lab status");
-    println!("  kersey lab exec 1 ping -c 3 {to}");
-    println!("  kersey lab exec 1 ip route");
-    println!("  kersey lab down");
+    say!("\nThe lab is up. Try:\n");
+    say!("  kersey lab status");
+    say!("  kersey lab exec 1 ping -c 3 {to}");
+    say!("  kersey lab exec 1 ip route");
+    say!("  kersey lab down");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -177,18 +185,15 @@ pub(super) fn exec(node: &str, command: &[String]) -> Result<ExitCode> {
     })
 }
 
-#[expect(clippy::print_stdout, reason = "this is what was asked for")]
 pub(super) fn status() -> Result<ExitCode> {
     let Some(state) = load()? else {
-        println!("no lab is up");
+        say!("no lab is up");
         return Ok(ExitCode::FAILURE);
     };
     let rows: Vec<_> = state.nodes.iter().map(NodeState::row).collect();
     let all_ready = rows.iter().all(|row| row[2] == READY);
-    print!(
-        "{}",
-        table(["node", "is", "state", "subnet", "underlay", "peers"], &rows)
-    );
+    let table = table(["node", "is", "state", "subnet", "underlay", "peers"], &rows);
+    say!("{}", table.trim_end());
     Ok(if all_ready {
         ExitCode::SUCCESS
     } else {
@@ -255,7 +260,6 @@ fn kernel_row(
     ]
 }
 
-#[expect(clippy::print_stdout, reason = "says what was done")]
 pub(super) fn down() -> Result<ExitCode> {
     let state = load()?;
     let mut namespaces = leftovers()?;
@@ -264,19 +268,58 @@ pub(super) fn down() -> Result<ExitCode> {
         ended = end_processes(&state.pids, FOLDER)?;
         namespaces.extend(state.namespaces);
     }
+    let mut killed = BTreeSet::new();
+    for name in &namespaces {
+        if let Some(lab) = lab_of(name) {
+            ended += end_processes(&Namespace::processes(name)?, &folder_prefix(lab))?;
+            killed.insert(lab);
+        }
+    }
     namespaces.sort();
     namespaces.dedup();
     for name in &namespaces {
         Namespace::remove(name)?;
     }
     remove_folder()?;
+    for lab in killed {
+        remove_folders(&folder_prefix(lab))?;
+    }
     if namespaces.is_empty() && ended == 0 {
-        println!("no lab is up");
+        say!("no lab is up");
     } else {
         let processes = if ended == 1 { "process" } else { "processes" };
-        println!("ended {ended} {processes}, removed {}", namespaces.join(" "));
+        say!("ended {ended} {processes}, removed {}", namespaces.join(" "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The process whose lab a namespace belongs to; none of the lab that stays.
+fn lab_of(namespace: &str) -> Option<u32> {
+    let (lab, _) = namespace
+        .strip_prefix(PREFIX)?
+        .strip_prefix('-')?
+        .split_once('-')?;
+    lab.parse().ok()
+}
+
+/// Removes the folders of a killed lab that nobody wanted to keep.
+fn remove_folders(prefix: &str) -> Result<()> {
+    let all = std::env::temp_dir();
+    let entries = fs::read_dir(&all).with_context(|| format!("cannot read {}", all.display()))?;
+    let kept = format!("{prefix}{KEPT}");
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // In a folder of everybody's, anybody may have made one of that name.
+        let is_ours = entry
+            .metadata()
+            .is_ok_and(|meta| meta.is_dir() && meta.uid() == nix::unistd::geteuid().as_raw());
+        if name.starts_with(prefix) && !name.starts_with(&kept) && is_ours {
+            let path = entry.path();
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Namespaces of labs whose process is gone, and of a standing lab without state.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::*;
 use crate::daemon::report::Batches;
 use crate::dataplane::stats::{BATCH_BOUNDS, BatchSizes, Call, DropReason};
+use crate::status::Status;
 
 fn sample() -> Sample {
     let mut status = Status {
@@ -21,19 +22,22 @@ fn sample() -> Sample {
         .iter()
         .map(|count| (count.name().to_owned(), 3))
         .collect();
-    status.peers = vec![Peer {
-        subnets: vec!["10.244.7.0/24".to_owned()],
-        endpoints: vec!["192.0.2.7:8472".to_owned()],
+    let peers = vec![PeerFigures {
+        subnet: "10.244.7.0-24".parse().unwrap(),
+        reachable: true,
         outbound_packets: 41,
-        narrow_mtu: Some(1300),
+        outbound_bytes: 0,
+        inbound_packets: 0,
+        inbound_bytes: 0,
         last_seen_unix_s: Some(1_800_000_000),
-        ..Peer::default()
+        narrow_mtu: Some(1300),
     }];
     status.rejected_leases.insert("overlap".to_owned(), 1);
     let mut sizes = BatchSizes::default();
     (sizes[0], sizes[6], sizes[BATCH_BOUNDS.len()]) = (5, 2, 1);
     Sample {
         status,
+        peers,
         batches: ["outbound", "inbound"]
             .map(|direction| Batches {
                 direction,
@@ -202,6 +206,7 @@ fn faults(text: &str) -> Vec<String> {
 fn the_text_is_valid_open_metrics() {
     let other = Sample {
         status: Status::default(),
+        peers: Vec::new(),
         ..sample()
     };
     let process = Process {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result};
 use netlink_packet_route::link::LinkFlags;
 
-use super::{Setup, networks, prefixes};
+use super::{Setup, networks};
 use crate::addr::{Ipv6Prefix, Prefix};
 use crate::backend::{Backend, Carrier};
 use crate::daemon::switches;
@@ -145,8 +145,8 @@ fn carried(prefixes: impl Iterator<Item = Prefix> + Clone, v6: bool) -> impl Ite
     prefixes.filter(move |prefix| v6 || matches!(prefix, Prefix::V4(_)))
 }
 
-/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it. Where
-/// it can have no IPv6, IPv4 must do.
+/// Gives the device its address, MTU and routes, as flannel does: the subnet's first address alone, and the whole network behind it, unless
+/// the underlay is in that. Where it can have no IPv6, IPv4 must do.
 pub(super) async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subnet) -> Result<u32> {
     let name = &setup.options.device;
     let netlink = &setup.netlink;
@@ -181,7 +181,7 @@ pub(super) async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subn
     let index = netlink.link(name).await?.index;
     netlink.set_mtu(index, u32::from(setup.inner_mtu.bytes())).await?;
     netlink.set_up(index).await?;
-    for prefix in carried(prefixes(own), v6) {
+    for prefix in carried(own.prefixes(), v6) {
         let host_len = match prefix {
             Prefix::V4(_) => 32,
             Prefix::V6(_) => 128,
@@ -199,7 +199,9 @@ pub(super) async fn configure_device<B: Backend>(setup: &Setup<'_, B>, own: Subn
             }
             .into());
         }
-        netlink.replace_route(&route).await?;
+        if !setup.is_shared(network) {
+            netlink.replace_route(&route).await?;
+        }
     }
     Ok(index)
 }
@@ -229,13 +231,16 @@ pub(super) async fn tidy_device<B: Backend>(setup: &Setup<'_, B>, index: u32, ow
     let addresses = netlink.addresses().await?;
     for held in addresses.iter().filter(|held| held.index == index) {
         let link_local = matches!(held.addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
-        if !link_local && !prefixes(own).any(|prefix| prefix.addr() == held.addr) {
+        if !link_local && !own.prefixes().any(|prefix| prefix.addr() == held.addr) {
             netlink.delete_address(index, held.addr, held.prefix_len).await?;
         }
     }
     let routes = netlink.own_routes().await?;
     for route in routes.iter().filter(|route| route.index == index) {
-        if !networks(setup.config).any(|network| Route::direct(network, index) == *route) {
+        // Those to parts of a network are seen to with the routes to peers.
+        let is_part = |network: Prefix| network.covers(route.destination) && network != route.destination;
+        let is_whole = |network| Route::direct(network, index) == *route;
+        if !setup.whole_networks().any(is_whole) && !setup.shared_networks().any(is_part) {
             netlink.delete_route(route).await?;
         }
     }
@@ -273,11 +278,11 @@ pub(in crate::daemon) async fn repair_device<B: Backend>(
     let routes = netlink.own_routes().await?;
     // Without it on the device there is nothing to put right.
     let v6 = device_v6(setup).unwrap_or(false);
-    let has_addresses = carried(prefixes(own), v6).all(|prefix| {
+    let has_addresses = carried(own.prefixes(), v6).all(|prefix| {
         held.iter()
             .any(|held| held.index == link.index && held.addr == prefix.addr())
     });
-    let has_routes = carried(networks(setup.config), v6)
+    let has_routes = carried(setup.whole_networks(), v6)
         .all(|network| routes.contains(&Route::direct(network, link.index)));
     let as_it_should_be = link.flags.contains(LinkFlags::Up)
         && link.mtu_bytes == u32::from(setup.inner_mtu.bytes())

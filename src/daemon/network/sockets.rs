@@ -262,7 +262,7 @@ fn share_underlays(
     match shared.collect::<Result<Vec<_>, _>>() {
         Ok(underlays) => return Ok(underlays),
         Err(error) if has_sockets => {
-            tracing::warn!(
+            tracing::info!(
                 error = format!("{:#}", anyhow::Error::from(error)),
                 "the sockets of an earlier life are of no use; opening new ones"
             );
@@ -293,7 +293,7 @@ fn adopt_underlays(wanted: &UnderlayOptions, bundle: &mut Bundle) -> Option<Vec<
     match adopted.collect::<Result<Vec<_>, _>>() {
         Ok(underlays) => Some(underlays),
         Err(error) => {
-            tracing::warn!(
+            tracing::info!(
                 error = format!("{:#}", anyhow::Error::from(error)),
                 "the sockets of an earlier life are of no use; opening new ones"
             );

@@ -10,11 +10,18 @@ use super::{Account, Kept, REFUSED, SandboxError};
 
 /// What the daemon uses for as long as it lives. CAP_NET_RAW: ICMP errors to inner senders, and SRv6.
 const NODE: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
+/// What it uses that listens on a port below 1024, whenever that comes free.
+const NODE_ON_LOW_PORTS: [Capability; 3] = [
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_RAW,
+    Capability::CAP_NET_BIND_SERVICE,
+];
 
 impl Kept {
     fn capabilities(self) -> &'static [Capability] {
         match self {
             Self::Node => &NODE,
+            Self::NodeOnLowPorts => &NODE_ON_LOW_PORTS,
             Self::None => &[],
         }
     }
@@ -78,6 +85,11 @@ pub(super) fn reduce(
             names.join(" ")
         }
     }))
+}
+
+/// Whether this thread has CAP_NET_ADMIN.
+pub fn may_change_network() -> bool {
+    caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false)
 }
 
 /// Drops all capabilities but those the daemon uses, and hands these on to programs.

@@ -13,7 +13,7 @@ use super::{Form, Seg6Plan};
 use crate::addr::{Ipv6Prefix, MacAddr, Prefix};
 use crate::control::config::NetworkConfig;
 use crate::host::netlink::{Behavior, Gateway, Route, Seg6Mode, Seg6Route, Sid};
-use crate::lab::leases::{LARGEST_JSON, prefixes};
+use crate::lab::leases::LARGEST_JSON;
 use crate::lease::json::Object;
 use crate::lease::{Lease, LeaseAttrs};
 
@@ -25,6 +25,7 @@ const BLOCK: &str = "fd12:3456:789a::/48";
 pub(super) const SOURCE: u128 = 1;
 const DX4: u128 = 4;
 const DT6: u128 = 6;
+const DX6: u128 = 0xd6;
 pub(super) const END: u128 = 0xe;
 
 /// Everything that decides what the kernel is told.
@@ -80,7 +81,7 @@ impl Rules {
             Some(other) => anyhow::bail!("Mode {other:?} is neither reduced nor full"),
         };
         let mode = match plan.form {
-            Form::Seg6 => plan.mode.unwrap_or(configured),
+            Form::Seg6 | Form::CrossConnect { .. } => plan.mode.unwrap_or(configured),
             Form::ProofOfConcept => Seg6Mode::Encap,
         };
         let steering = object.raw("Paths").map(Steering::parse).transpose()?;
@@ -113,21 +114,25 @@ impl Rules {
     pub(super) fn attrs(&self, plan: &Seg6Plan, config: &NetworkConfig) -> LeaseAttrs {
         let mac = BASE64.encode(self.mac.octets());
         let (public_ipv6, data) = match self.form {
-            Form::Seg6 => {
+            Form::Seg6 | Form::CrossConnect { .. } => {
                 let sid =
                     |function, behavior: &str| json!({ "SID": self.sid(function), "Behavior": behavior });
+                let for_v6 = match self.form {
+                    Form::CrossConnect { .. } => sid(DX6, "End.DX6"),
+                    Form::Seg6 | Form::ProofOfConcept => sid(DT6, "End.DT6"),
+                };
                 let data = json!({
                     "Version": 1,
                     "Locator": self.locator.to_string(),
                     "Source": self.sid(SOURCE),
-                    "SIDs": [sid(DX4, "End.DX4"), sid(DT6, "End.DT6"), sid(END, "End")],
+                    "SIDs": [sid(DX4, "End.DX4"), for_v6, sid(END, "End")],
                     "MACAddr": mac,
                 });
                 (Some(plan.v6), data.to_string())
             }
             Form::ProofOfConcept => (None, json!({ "MACAddr": mac }).to_string()),
         };
-        let has_v6 = config.v6.is_some() && self.form == Form::Seg6;
+        let has_v6 = config.v6.is_some() && self.form != Form::ProofOfConcept;
         LeaseAttrs {
             public_ip: plan.v4,
             public_ipv6,
@@ -160,6 +165,13 @@ impl Rules {
                 }
                 items
             }
+            Form::CrossConnect { v4, v6 } => vec![
+                Item::Blackhole(self.locator),
+                sid(SOURCE, Behavior::EndDx4(v4)),
+                sid(DX4, Behavior::EndDx4(v4)),
+                sid(DX6, Behavior::EndDx6(v6)),
+                sid(END, Behavior::End),
+            ],
             Form::ProofOfConcept => vec![
                 Item::Route(Route::direct(self.block.into(), self.index)),
                 Item::Neighbour(self.index, self.sid(SOURCE), self.mac),
@@ -183,7 +195,7 @@ impl Rules {
             let overhead = self.mode.overhead_bytes(segments.len());
             let fits = self.link_mtu.saturating_sub(overhead);
             let inner_mtu_bytes = match self.form {
-                Form::Seg6 => Some(fits),
+                Form::Seg6 | Form::CrossConnect { .. } => Some(fits),
                 Form::ProofOfConcept => None,
             };
             items.push(Item::Encap(Seg6Route {
@@ -195,8 +207,13 @@ impl Rules {
             }));
         };
         match (self.form, peer, mapped, attrs.public_ipv6) {
-            (Form::Seg6, Published::Segments { locator, sids, .. }, _, Some(via)) => {
-                for prefix in prefixes(lease.subnet) {
+            (
+                Form::Seg6 | Form::CrossConnect { .. },
+                Published::Segments { locator, sids, .. },
+                _,
+                Some(via),
+            ) => {
+                for prefix in lease.subnet.prefixes() {
                     if let Some(sid) = decapsulating(&sids, prefix) {
                         reach(prefix, sid);
                     }
@@ -205,7 +222,7 @@ impl Rules {
                 route.gateway = Gateway::Via(via.into());
                 items.insert(0, Item::Route(route));
             }
-            (Form::Seg6, Published::Neighbour(mac), Ok(sid), _) => {
+            (Form::Seg6 | Form::CrossConnect { .. }, Published::Neighbour(mac), Ok(sid), _) => {
                 reach(lease.subnet.v4.into(), sid);
                 let route = Route::direct(Prefix::host(sid.into()), self.index);
                 items.insert(0, Item::Neighbour(self.index, sid, mac));
@@ -220,7 +237,7 @@ impl Rules {
                 reach(lease.subnet.v4.into(), sid);
                 items.insert(0, Item::Neighbour(self.index, sid, mac));
             }
-            (Form::Seg6 | Form::ProofOfConcept, _, _, _) => {}
+            (Form::Seg6 | Form::CrossConnect { .. } | Form::ProofOfConcept, _, _, _) => {}
         }
         items
     }
@@ -468,6 +485,29 @@ mod tests {
             ]
         );
         assert_eq!(default_end_sid(plan(Form::Seg6).v4).unwrap(), rules.sid(END));
+    }
+
+    #[test]
+    fn a_router_behind_a_node_gets_both_families() {
+        let form = Form::CrossConnect {
+            v4: [198, 51, 100, 2].into(),
+            v6: "2001:db8:dc::2".parse().unwrap(),
+        };
+        let rules = rules(form, r#"{"Type":"srv6"}"#);
+        let attrs = rules.attrs(&plan(form), &config(r#"{"Type":"srv6"}"#));
+        let Some(Published::Segments { sids, .. }) = Published::read(&attrs) else {
+            panic!("{attrs:?}");
+        };
+        let own = rules.own(&[]);
+        let prefixes: Vec<_> = lease(KERSEY).subnet.prefixes().collect();
+        for (prefix, behavior) in [
+            (prefixes[0], Behavior::EndDx4([198, 51, 100, 2].into())),
+            (prefixes[1], Behavior::EndDx6("2001:db8:dc::2".parse().unwrap())),
+        ] {
+            let published = decapsulating(&sids, prefix).unwrap();
+            let sid = Item::Sid(Sid::new(published, 7, behavior));
+            assert!(own.contains(&sid), "{sid:?} is not among {own:?}");
+        }
     }
 
     #[test]

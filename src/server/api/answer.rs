@@ -141,8 +141,8 @@ fn denied(denial: Denial) -> Response {
         ),
         Denial::NoFile => (
             StatusCode::FORBIDDEN,
-            "leases and reservations are ended, and reservations made, from the server's own machine, with a client \
-             certificate, or by whom the server's --access-file gives the right",
+            "leases and reservations are ended, and reservations made, over 127.0.0.1, ::1 or a unix socket of the server's \
+             machine, with a client certificate, or by whom the server's --access-file gives the right",
         ),
     };
     let mut response = refusal(status, text.to_owned());

@@ -14,6 +14,7 @@
 //!
 //! Limits: endpoints are all `https://` or all `http://`; one that is not would be the way around the others.
 
+use std::collections::BTreeSet;
 use std::error::Error as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Error, GetOptions, ResponseHeader};
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::EtcdOptions;
@@ -92,6 +94,8 @@ pub(super) struct Connection {
     probe: String,
     /// Speaks to one member; `None` before the first request and after a failure.
     client: Mutex<Option<Client>>,
+    /// How many there have been.
+    clients: watch::Sender<u64>,
     history: Mutex<History>,
     resets: AtomicU64,
     login_notes: RateLimit,
@@ -125,6 +129,7 @@ impl Connection {
             tls,
             probe,
             client: Mutex::new(None),
+            clients: watch::Sender::new(0),
             history: Mutex::default(),
             resets: AtomicU64::new(0),
             login_notes: RateLimit::default(),
@@ -138,6 +143,11 @@ impl Connection {
     /// Has the next request look for a member that answers, over a connection of its own.
     pub(super) fn distrust(&self) {
         *self.slot() = None;
+    }
+
+    /// Tells of every client that is there instead of the one there is now.
+    pub(super) fn moves(&self) -> watch::Receiver<u64> {
+        self.clients.subscribe()
     }
 
     /// How often etcd was found wiped, restored or exchanged.
@@ -160,6 +170,7 @@ impl Connection {
             match connected {
                 Ok(client) => {
                     *self.slot() = Some(client.clone());
+                    self.clients.send_modify(|clients| *clients += 1);
                     return Ok(client);
                 }
                 Err(StoreError::Unavailable { cause, .. }) => {
@@ -399,14 +410,22 @@ fn read_endpoints(texts: &[String], files: bool) -> Result<Vec<Endpoint>, String
     Ok(endpoints)
 }
 
+/// Of which endpoints it was told: a process opens more than one way to them.
+static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
 fn warn_of_plain_text(options: &EtcdOptions, login: bool, endpoints: &[Endpoint]) {
-    let urls = || {
-        let urls: Vec<_> = endpoints.iter().map(|endpoint| endpoint.url.as_str()).collect();
-        urls.join(",")
-    };
+    let urls: Vec<_> = endpoints.iter().map(|endpoint| endpoint.url.as_str()).collect();
+    let urls = urls.join(",");
+    if !TOLD
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .insert(urls.clone())
+    {
+        return;
+    }
     if options.cafile.is_some() || options.certfile.is_some() {
         tracing::warn!(
-            endpoints = urls(),
+            endpoints = urls,
             "certificates are given, but the endpoints are http://: nothing is encrypted or verified"
         );
     }
@@ -417,7 +436,7 @@ fn warn_of_plain_text(options: &EtcdOptions, login: bool, endpoints: &[Endpoint]
     };
     if login && !endpoints.iter().all(|endpoint| local(&endpoint.url)) {
         tracing::warn!(
-            endpoints = urls(),
+            endpoints = urls,
             "the password for etcd crosses the network in plain text; use https://"
         );
     }

@@ -1,22 +1,24 @@
 //! The watch: a list, then every change after it.
 //!
 //! It lists page by page at one revision, then watches from the next revision on, so that nothing between is missed.
-//! Three things end or restart it:
+//! Four things end or restart it:
 //!
 //! - The stream breaks: the watch ends with an error, and the caller watches anew, from a list.
 //! - The revision was compacted away, or etcd's history is shorter than the cursor (restored from a backup): it lists
 //!   again by itself and goes on with a snapshot.
+//! - A request had to look for a member that answers: it watches there, too, from where it was.
 //! - Nothing comes. HTTP/2 pings find a dead connection; a server that answers pings but has lost its
 //!   leader or hangs is found by asking for a progress notice and by `require-leader`. Either takes less than 15 s.
 
 use std::time::Duration;
 
 use etcd_client::{EventType, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::connection::Right;
 use super::{EtcdRegistry, Expirations, MAX_ANSWER, prefix_end};
-use crate::control::store::{Cursor, Entry, StoreError, WatchItem};
+use crate::control::store::{Cursor, StoreError, WatchItem};
 use crate::lease::{LeaseEvent, LeaseUpdate};
 
 /// How long a watch may be quiet before it is asked for a progress notice; after as long again it is given up.
@@ -36,18 +38,17 @@ pub(super) struct Following {
     pub(super) stream: WatchStream,
     /// Everything up to here has been told.
     pub(super) revision: u64,
+    /// Requests go by another connection than the stream from the moment this tells of.
+    pub(super) moved: watch::Receiver<u64>,
 }
 
 const DOING: &str = "watch the leases";
 
 impl EtcdRegistry {
     async fn open_watch(&self, revision: u64) -> Result<Box<Following>, StoreError> {
-        let mut watch = self
-            .connection
-            .client(DOING)
-            .await?
-            .watch_client()
-            .max_decoding_message_size(MAX_ANSWER);
+        let client = self.connection.client(DOING).await?;
+        let moved = self.connection.moves();
+        let mut watch = client.watch_client().max_decoding_message_size(MAX_ANSWER);
         let from = i64::try_from(revision).unwrap_or(i64::MAX).saturating_add(1);
         let prefix = self.subnets();
         let right = Right::ReadAll(prefix.clone());
@@ -59,7 +60,11 @@ impl EtcdRegistry {
             .connection
             .ask(DOING, &right, watch.watch(prefix, Some(options)))
             .await?;
-        Ok(Box::new(Following { stream, revision }))
+        Ok(Box::new(Following {
+            stream,
+            revision,
+            moved,
+        }))
     }
 
     /// The next state of a watch, and what it tells on the way there.
@@ -71,7 +76,10 @@ impl EtcdRegistry {
         };
         loop {
             let right = Right::ReadAll(self.subnets());
-            let answer = self.next_answer(DOING, &right, &mut following.stream).await?;
+            let Some(answer) = self.next_answer(DOING, &right, &mut following).await? else {
+                following = self.open_watch(following.revision).await?;
+                continue;
+            };
             let current = answer
                 .header()
                 .map_or(0, |header| header.revision())
@@ -109,26 +117,34 @@ impl EtcdRegistry {
 
     async fn snapshot(&self) -> Result<(WatchItem, Progress), StoreError> {
         let (entries, revision) = self.list_at_revision().await?;
-        let (told, unreadable): (Vec<Entry>, Vec<Entry>) =
-            entries.into_iter().partition(|entry| entry.readable);
+        let unreadable = entries.iter().filter(|entry| !entry.readable);
+        let unreadable = unreadable.map(|entry| entry.lease.subnet).collect();
+        // In the memory they are in.
+        let told = entries.into_iter().filter(|entry| entry.readable);
         let item = WatchItem {
-            update: LeaseUpdate::Snapshot(told.into_iter().map(|entry| entry.lease).collect()),
-            unreadable: unreadable.into_iter().map(|entry| entry.lease.subnet).collect(),
+            update: LeaseUpdate::Snapshot(told.map(|entry| entry.lease).collect()),
+            unreadable,
             cursor: Cursor(revision.to_string()),
         };
         Ok((item, Progress::From(revision)))
     }
 
-    /// The next word of a watch, which does not stay silent for long if all is well.
+    /// The next word of a watch, which does not stay silent for long if all is well; none if it is to be opened anew, where requests go by
+    /// now. Else a member that was slow for a moment would be held on to by the watch, beside the connection that took its place.
     pub(super) async fn next_answer(
         &self,
         doing: &'static str,
         right: &Right,
-        stream: &mut WatchStream,
-    ) -> Result<WatchResponse, StoreError> {
+        Following { stream, moved, .. }: &mut Following,
+    ) -> Result<Option<WatchResponse>, StoreError> {
         for _ in 0..2 {
-            match timeout(QUIET, stream.message()).await {
-                Ok(Ok(Some(answer))) => return Ok(answer),
+            let heard = tokio::select! {
+                biased;
+                heard = timeout(QUIET, stream.message()) => heard,
+                Ok(()) = moved.changed() => return Ok(None),
+            };
+            match heard {
+                Ok(Ok(Some(answer))) => return Ok(Some(answer)),
                 Ok(Ok(None)) => {
                     return Err(self.connection.unavailable(doing, "the stream ended".to_owned()));
                 }

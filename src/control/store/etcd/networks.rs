@@ -110,11 +110,9 @@ impl EtcdNetworks {
 
     async fn follow(&self, revision: u64) -> Result<Box<Following>, StoreError> {
         let connection = &self.unnamed.connection;
-        let mut watch = connection
-            .client(DOING)
-            .await?
-            .watch_client()
-            .max_decoding_message_size(MAX_ANSWER);
+        let client = connection.client(DOING).await?;
+        let moved = connection.moves();
+        let mut watch = client.watch_client().max_decoding_message_size(MAX_ANSWER);
         let root = self.root();
         let from = i64::try_from(revision).unwrap_or(i64::MAX).saturating_add(1);
         let options = WatchOptions::new()
@@ -125,7 +123,11 @@ impl EtcdNetworks {
         let stream = connection
             .ask(DOING, &right, watch.watch(root, Some(options)))
             .await?;
-        Ok(Box::new(Following { stream, revision }))
+        Ok(Box::new(Following {
+            stream,
+            revision,
+            moved,
+        }))
     }
 
     /// The next state of a watch, and what it tells on the way there; as with leases.
@@ -137,10 +139,10 @@ impl EtcdNetworks {
         };
         loop {
             let right = Right::ReadAll(self.root());
-            let answer = self
-                .unnamed
-                .next_answer(DOING, &right, &mut following.stream)
-                .await?;
+            let Some(answer) = self.unnamed.next_answer(DOING, &right, &mut following).await? else {
+                following = self.follow(following.revision).await?;
+                continue;
+            };
             let current = answer
                 .header()
                 .map_or(0, |header| header.revision())
