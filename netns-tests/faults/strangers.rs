@@ -42,6 +42,8 @@ const PIECE: Duration = Duration::from_secs(2);
 const SIEGE_S: u64 = 25;
 /// In how many it must have: a sender that got no processor besieges nobody.
 const SIEGE_LIMIT_S: u64 = 50;
+/// How often it is tried anew when a sender had too little of the processor.
+const TRIES: usize = 3;
 /// Packets a second of each kind, where costs are compared, and how many come at once.
 const RATE: u32 = 40_000;
 const BURST: u32 = 16;
@@ -78,6 +80,15 @@ fn soak_b2_no_bad_packet_costs_more_than_a_good_one() {
 }
 
 fn strangers(backend: &'static str, packets: u64) {
+    let fast_enough = (0..TRIES).any(|_| besiege(backend, packets));
+    assert!(
+        fast_enough,
+        "{backend}: {TRIES} times senders were slower than they were to be"
+    );
+}
+
+/// One siege. Gives whether both senders sent as fast as they were to, without which it proves nothing of the rate.
+fn besiege(backend: &'static str, packets: u64) -> bool {
     let siege = Siege::start("s1", backend, None);
     let (from, to) = (siege.overlay.pod(1), siege.overlay.pod(2));
     let search = LossFree {
@@ -138,15 +149,11 @@ fn strangers(backend: &'static str, packets: u64) {
     assert_eq!(arrived, 0);
     let (left, came) = (after.left - before.left, after.came - before.came);
     assert!(came <= left, "{came} came in, and {left} left the only peer");
-    let lost = lost as f64 / sent as f64;
-    assert!(lost <= 0.01, "{:.3} % lost", lost * 100.0);
     assert_eq!(sum(&|piece| piece.counts.corrupted), 0);
-    // Both were sent as fast as they were to be.
-    assert!(took.as_secs() < SIEGE_LIMIT_S, "the stranger took {took:?}");
-    assert!(
-        (0.98..1.05).contains(&(offered / half)),
-        "{offered} a second, not {half}"
-    );
+    let fast_enough = took.as_secs() < SIEGE_LIMIT_S && (0.98..1.05).contains(&(offered / half));
+    let lost = lost as f64 / sent as f64;
+    assert!(!fast_enough || lost <= 0.01, "{:.3} % lost", lost * 100.0);
+    fast_enough
 }
 
 /// What a sender that shares its processor must be asked for so that all pieces together are sent at `half`.
