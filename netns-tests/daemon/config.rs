@@ -1,5 +1,6 @@
 //! The network config of a node that runs: which one it goes by after a reload, another address, an outage.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use kersey::addr::Prefix;
@@ -7,11 +8,12 @@ use kersey::lab::interrupt;
 use kersey::lab::topology::INTERFACE;
 use kersey::lab::traffic::ping::Ping;
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 use crate::firewall::run;
 use crate::handover::take_over;
 use crate::overlay::{Blueprint, DEVICE, Overlay, READY, wait_for, within};
-use crate::routed::{ip, routes};
+use crate::routed::{ip, prefix, routes};
 use crate::support::require_etcd;
 
 const UDP: &str = r#"{"Network":"10.244.0.0/16"}"#;
@@ -153,57 +155,94 @@ fn a_network_that_holds_the_underlay_leaves_the_rest_of_it_alone() {
         return;
     }
     for backend in ["udp", "vxlan", "host-gw"] {
-        let mut blueprint = Blueprint::new("holds", 2);
-        blueprint.network = format!(
-            r#"{{"Network":"192.0.0.0/16","SubnetMin":"192.0.16.0","Backend":{{"Type":"{backend}"}}}}"#
+        shared(
+            backend,
+            json!({ "Network": "192.0.0.0/16", "SubnetMin": "192.0.16.0", "Backend": { "Type": backend } }),
+            "192.0.200.1",
         );
-        let mut overlay = blueprint.start();
-        // A peer's subnet, and not the network.
-        let subnet = overlay.subnet(2);
-        let wanted = [Prefix::V4(subnet)];
-        let routed = |overlay: &Overlay| {
-            let routes = routes(overlay, 1);
-            routes.iter().map(|route| route.destination).collect::<Vec<_>>() == wanted
-        };
-        wait_for("the peer's route is there", READY, || routed(&overlay));
-        overlay.ping_all();
-        // A node answers a pod from its own address.
-        let (pod, node) = (overlay.pod(2), overlay.lab.nodes[0].v4);
-        let report = Ping::default().run(pod, node.into()).unwrap();
-        assert!(report.all(), "{backend}: {report:?}");
-        // What nobody has leased is no business of the device's.
-        let way = |overlay: &Overlay, to: &str| run(overlay, 1, "ip", &format!("route get {to}"));
-        let stranger = way(&overlay, "192.0.200.1");
-        assert!(stranger.contains(&format!("dev {INTERFACE}")), "{stranger}");
-        let shown = overlay.status(1).peers[0].kernel_route.clone();
-        assert_eq!(shown.as_deref(), (backend == "host-gw").then_some("installed"));
-        if backend == "host-gw" {
-            continue;
-        }
-        let pod = way(&overlay, &overlay.pod(2).addr.to_string());
-        assert!(pod.contains(&format!("dev {DEVICE}")), "{pod}");
-        // The kernel takes the routes of a device that is set down.
-        for change in ["down", "up", "down"] {
-            ip(&overlay, 1, &format!("link set {DEVICE} {change}"));
-        }
-        wait_for("the route is back", within(Duration::from_secs(2)), || {
-            routed(&overlay)
-        });
-        ip(&overlay, 1, &format!("link set {DEVICE} down"));
-        ip(&overlay, 1, &format!("link set {DEVICE} up"));
-        wait_for("the route is back", within(Duration::from_secs(2)), || {
-            routed(&overlay)
-        });
-        overlay.ping_all();
-        // A successor finds it, and a peer that leaves takes it along.
-        take_over(&mut overlay, 1, &[]);
-        assert!(routed(&overlay));
-        overlay.ping_all();
-        let key = format!("subnets/{}-{}", subnet.addr(), subnet.len());
-        overlay.terminate(2);
-        overlay.delete(&key);
-        wait_for("the route is gone", READY, || routes(&overlay, 1).is_empty());
     }
+}
+
+/// The same of IPv6, beside an IPv4 network that is the overlay's alone.
+#[test]
+fn an_ipv6_network_that_holds_the_underlay_leaves_the_rest_of_it_alone() {
+    if !require_etcd("an_ipv6_network_that_holds_the_underlay_leaves_the_rest_of_it_alone") {
+        return;
+    }
+    for backend in ["udp", "vxlan", "srv6", "host-gw"] {
+        let network = json!({
+            "Network": "10.244.0.0/16",
+            "EnableIPv6": true,
+            "IPv6Network": "2001:db8::/40",
+            "IPv6SubnetMin": "2001:db8:80::",
+            "Backend": { "Type": backend },
+        });
+        shared(backend, network, "2001:db8:c0::1");
+    }
+}
+
+/// Two nodes whose own addresses lie in the overlay's network, as `stranger` does, which nobody has leased.
+fn shared(backend: &str, network: Value, stranger: &str) {
+    let mut blueprint = Blueprint::new("holds", 2);
+    blueprint.network = network.to_string();
+    let mut overlay = blueprint.start();
+    let is_v6 = stranger.contains(':');
+    let status = overlay.status(2);
+    let subnets = status.node.subnets.iter().map(|subnet| prefix(subnet));
+    let subnet = subnets.filter(|subnet| matches!(subnet, Prefix::V6(_)) == is_v6);
+    // A peer's subnet, and not the network; with srv6 there is a route to the locator beside it.
+    let wanted: Vec<Prefix> = subnet.collect();
+    assert_eq!(wanted.len(), 1);
+    let network = network[if is_v6 { "IPv6Network" } else { "Network" }].as_str();
+    let network = prefix(network.unwrap());
+    let routed = |overlay: &Overlay| {
+        let routes = routes(overlay, 1).into_iter().map(|route| route.destination);
+        routes.filter(|to| network.covers(*to)).collect::<Vec<_>>()
+    };
+    let is_routed = |overlay: &Overlay| routed(overlay) == wanted;
+    wait_for("the peer's route is there", READY, || is_routed(&overlay));
+    overlay.ping_all();
+    // A node answers a pod from its own address.
+    let node = &overlay.lab.nodes[0];
+    let (pod, node): (_, IpAddr) = if is_v6 {
+        (overlay.pods(2)[1], node.v6.into())
+    } else {
+        (overlay.pod(2), node.v4.into())
+    };
+    let report = Ping::default().run(pod, node).unwrap();
+    assert!(report.all(), "{backend}: {report:?}");
+    // What nobody has leased is no business of the device's.
+    let way = |overlay: &Overlay, to: &str| run(overlay, 1, "ip", &format!("route get {to}"));
+    let strangers = way(&overlay, stranger);
+    assert!(strangers.contains(&format!("dev {INTERFACE}")), "{strangers}");
+    let shown = overlay.status(1).peers[0].kernel_route.clone();
+    assert_eq!(shown.as_deref(), (backend == "host-gw").then_some("installed"));
+    if backend == "host-gw" {
+        return;
+    }
+    let pods = way(&overlay, &pod.addr.to_string());
+    assert!(pods.contains(&format!("dev {DEVICE}")), "{pods}");
+    // The kernel takes the routes of a device that is set down.
+    for change in ["down", "up", "down"] {
+        ip(&overlay, 1, &format!("link set {DEVICE} {change}"));
+    }
+    wait_for("the route is back", within(Duration::from_secs(2)), || {
+        is_routed(&overlay)
+    });
+    ip(&overlay, 1, &format!("link set {DEVICE} down"));
+    ip(&overlay, 1, &format!("link set {DEVICE} up"));
+    wait_for("the route is back", within(Duration::from_secs(2)), || {
+        is_routed(&overlay)
+    });
+    overlay.ping_all();
+    // A successor finds it, and a peer that leaves takes it along.
+    take_over(&mut overlay, 1, &[]);
+    assert!(is_routed(&overlay));
+    overlay.ping_all();
+    let key = format!("subnets/{}", status.node.subnets.join("&").replace('/', "-"));
+    overlay.terminate(2);
+    overlay.delete(&key);
+    wait_for("the route is gone", READY, || routed(&overlay).is_empty());
 }
 
 /// Waits until node 2 has its peer in its cache.
