@@ -77,6 +77,9 @@ pub struct Backend {
     pub reason: String,
     /// UDP port, where it has one.
     pub port: Option<u16>,
+    /// VXLAN network identifier, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vni: Option<u32>,
     /// How inbound packets are checked: `strict`, `loose` or `off`; empty without a tunnel.
     pub ingress_check: String,
 }

@@ -66,6 +66,10 @@ fn vxlan_networks_share_a_port_and_are_told_apart_by_vni() {
 
         several.overlay.put("lilac/config", LILAC);
         several.wait_up(&BOTH);
+        several.wait(1, |networks| {
+            let numbers = |name: &str| (networks[name].backend.vni, networks[name].backend.port);
+            numbers("green") == (Some(7), Some(8472)) && numbers("lilac") == (Some(8), Some(8472))
+        });
         carry(&several);
         // The first that had the port goes, and the other carries on.
         let (sent, report) = beside(&mut several, "lilac", |several| {

@@ -223,11 +223,13 @@ fn network(out: &mut String, colour: Colour, status: &Status) {
     row(out, colour, "node", &line);
 
     let backend = &status.backend;
-    let port = backend
-        .port
-        .map(|port| format!(" port {port}"))
-        .unwrap_or_default();
-    let mut line = format!("{}{port}: {}", backend.name, backend.reason);
+    let mut line = backend.name.clone();
+    for (what, number) in [("VNI", backend.vni), ("port", backend.port.map(u32::from))] {
+        if let Some(number) = number {
+            let _ = write!(line, " {what} {number}");
+        }
+    }
+    let _ = write!(line, ": {}", backend.reason);
     if !backend.ingress_check.is_empty() {
         let _ = write!(line, " · ingress check {}", backend.ingress_check);
     }
@@ -602,7 +604,7 @@ mod tests {
 kersey 0.1.0, ready, up 3 h 12 min
 
 node      10.244.3.0/24 in 10.244.0.0/16 · eth0 10.0.0.3 · MTU 1450 (link 1500)
-backend   vxlan port 8472: the network config asks for it · ingress check strict
+backend   vxlan VNI 1 port 8472: the network config asks for it · ingress check strict
 store     etcd http://10.0.0.1:2379 · away for 1 min 5 s
           connection refused
 device    flannel0 · 2 queues · 1 thread
@@ -640,7 +642,7 @@ peers  2
         };
         status.node.inner_mtu = 1500;
         status.backend.name = "host-gw".into();
-        status.backend.port = None;
+        (status.backend.vni, status.backend.port) = (None, None);
         status.backend.ingress_check.clear();
         status.store.connected = true;
         status.store.error = None;
@@ -675,7 +677,7 @@ peers  2
         (status.node.link_mtu, status.node.inner_mtu) = (1500, 1450);
         status.backend.name = "vxlan".into();
         status.backend.reason = "the network config asks for it".into();
-        status.backend.port = Some(8472);
+        (status.backend.vni, status.backend.port) = (Some(1), Some(8472));
         status.backend.ingress_check = "strict".into();
         status.store.place = "etcd http://10.0.0.1:2379".into();
         status.store.since_s = 65.0;

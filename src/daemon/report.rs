@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::addr::{Mtu, NetworkName};
+use crate::addr::{Mtu, NetworkName, Vni};
 use crate::backend::{Backend, CONFIGURED, NoTunnel};
 use crate::control::config::NetworkConfig;
 use crate::control::store::Store;
@@ -210,13 +210,15 @@ impl Report {
             crate::options::IngressCheck::Loose => "loose",
             crate::options::IngressCheck::Off => "off",
         };
+        let carrier = setup.backend.carrier();
         self.edit(|parts| {
             parts.forget_peers();
             parts.fixed.node = node(setup.config, interface, setup.inner_mtu);
             parts.fixed.backend = status::Backend {
                 name: setup.backend.name().to_owned(),
                 reason: setup.backend.reason(),
-                port: setup.backend.carrier().port(),
+                port: carrier.port(),
+                vni: carrier.vni().map(Vni::get),
                 ingress_check: check.to_owned(),
             };
             parts.store = Some(store);
