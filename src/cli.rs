@@ -186,7 +186,13 @@ pub fn parse(args: &[String], variables: &Variables) -> Result<Parsed, Stop> {
             // The words come first, as in `kersey reserve add SUBNET ADDRESS --remote ...`.
             let words = rest.iter().take_while(|word| !word.starts_with('-')).count();
             let (words, flags) = rest.split_at(words);
-            let (args, variables) = flags_of::<ReserveArgs>("reserve", flags, variables, Entry::Kersey)?;
+            let read = flags_of::<ReserveArgs>("reserve", flags, variables, Entry::Kersey);
+            let (args, variables) = match read {
+                Err(Stop::Misused(error)) => {
+                    return Err(reserve::late_word(words, flags).unwrap_or(error).into());
+                }
+                read => read?,
+            };
             Ok(Parsed {
                 command: Command::Reserve(Box::new(args.into_options(words)?)),
                 notes: variables.notes,

@@ -228,6 +228,45 @@ pub enum StoreKind {
     Remote(RemoteOptions),
 }
 
+impl StoreKind {
+    /// The files that this and the options of a server name.
+    pub fn files(&self, serve: Option<&ServeOptions>) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        match self {
+            Self::Etcd(etcd) => {
+                files.extend(etcd.ca_file.clone());
+                if let Some(cert) = &etcd.client_cert {
+                    files.extend([cert.cert_file.clone(), cert.key_file.clone()]);
+                }
+            }
+            Self::Embedded(embedded) => {
+                for source in embedded.network_configs.iter().map(|(_, source)| source) {
+                    if let NetworkConfigSource::File(file) = source {
+                        files.push(file.clone());
+                    }
+                }
+            }
+            Self::Remote(remote) => {
+                let tls = remote.tls.iter();
+                files.extend(tls.clone().filter_map(|tls| tls.ca.clone()));
+                files.extend(
+                    tls.flat_map(|tls| &tls.pair)
+                        .flat_map(|pair| [pair.cert.clone(), pair.key.clone()]),
+                );
+                files.extend(remote.token_file.clone());
+            }
+        }
+        if let Some(serve) = serve {
+            if let Some((pair, ca)) = &serve.tls {
+                files.extend([pair.cert.clone(), pair.key.clone()]);
+                files.extend(ca.clone());
+            }
+            files.extend(serve.access_file.clone());
+        }
+        files
+    }
+}
+
 /// Access to etcd.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EtcdOptions {

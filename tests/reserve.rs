@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
 
-use kersey::control::store::{EmbeddedStore, Store};
+use kersey::control::store::{EmbeddedStore, Store, leases};
 use kersey::lease::{Expiration, LeaseAttrs};
 use kersey::server;
 use tokio::net::TcpListener;
@@ -76,14 +76,16 @@ async fn in_one_of_several_networks() {
             .iter()
             .any(|(key, ..)| key == "/coreos.com/network/blue/subnets/10.0.50.0-24")
     );
-    // Where there is no network, nothing is reserved.
-    let refused = run(&["add", "10.0.50.0/24", "192.0.2.1"], &["--etcd-endpoints", &url]).await;
-    assert_eq!(refused.status.code(), Some(1));
-    assert!(
-        text(&refused.stderr).contains("/coreos.com/network/config"),
-        "{}",
-        text(&refused.stderr)
-    );
+    // Where there is no network, nothing is reserved, and nobody is told that nothing is.
+    for words in [&["add", "10.0.50.0/24", "192.0.2.1"][..], &["list"]] {
+        let refused = run(words, &["--etcd-endpoints", &url]).await;
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(
+            text(&refused.stderr).contains("/coreos.com/network/config"),
+            "{}",
+            text(&refused.stderr)
+        );
+    }
 }
 
 #[tokio::test]
@@ -142,6 +144,17 @@ async fn on_an_embedded_store_while_nobody_has_it_open() {
         (lease.subnet.to_string().as_str(), lease.expiration),
         ("10.0.50.0-24", Expiration::Never)
     );
+    // A mistyped place is no empty store.
+    let nowhere = dir.path().join("typo");
+    let refused = run(
+        &["list"],
+        &["--embedded", "--data-dir", nowhere.to_str().unwrap()],
+    )
+    .await;
+    assert_eq!(refused.status.code(), Some(1));
+    let said = text(&refused.stderr);
+    assert!(said.contains("typo/leases.redb does not exist"), "{said}");
+    assert!(!nowhere.exists());
 }
 
 #[tokio::test]
@@ -206,6 +219,36 @@ async fn works_on(place: &[&str], store: &dyn Store) {
     let lease = store.acquire(&node("192.0.2.1"), None).await.unwrap();
     assert_eq!(lease.subnet.to_string(), "10.0.50.0-24");
     assert!(matches!(lease.expiration, Expiration::At(_)));
+    // It is an ordinary lease now, and nobody writes what is one already.
+    let refused = run(&["remove", "10.0.50.0/24"], place).await;
+    assert_eq!(refused.status.code(), Some(1));
+    let said = text(&refused.stderr);
+    assert!(said.contains("10.0.50.0/24 is not reserved"), "{said}");
+
+    // A node that has a lease takes what is reserved for it at its next start, and gives the other up.
+    let told = kersey(&["add", "10.0.60.0/24", "192.0.2.1"], place).await;
+    let expected =
+        "reserved 10.0.60.0/24 for 192.0.2.1, which has 10.0.50.0/24 until its daemon starts the next time\n";
+    assert_eq!(told, expected);
+    let refused = run(&["add", "10.0.70.0/24", "192.0.2.1"], place).await;
+    assert_eq!(refused.status.code(), Some(1));
+    let said = text(&refused.stderr);
+    assert!(
+        said.contains("192.0.2.1 has 10.0.60.0/24 reserved already"),
+        "{said}"
+    );
+    let lease = store.renew(&lease).await.unwrap();
+    assert_eq!(lease.subnet.to_string(), "10.0.50.0-24");
+    let looked = store.confirm(None, lease.subnet, &lease.attrs).await.unwrap();
+    assert_eq!(looked, None);
+    let previous = Some(lease.subnet);
+    let lease = store.acquire(&node("192.0.2.1"), previous).await.unwrap();
+    assert_eq!(
+        (lease.subnet.to_string().as_str(), lease.expiration),
+        ("10.0.60.0-24", Expiration::Never)
+    );
+    let left = leases(store).await.unwrap();
+    assert_eq!(left, [lease]);
 }
 
 async fn open(dir: &Path) -> EmbeddedStore {

@@ -66,6 +66,36 @@ fn a_helper_that_was_stopped_gets_into_step_again() {
     assert_eq!(list(&overlay), right);
 }
 
+/// A terminal that is closed, a service manager and `pkill -HUP kersey` tell all processes of a daemon.
+#[test]
+fn a_helper_leaves_signals_to_its_daemon() {
+    if !require_firewall("a_helper_leaves_signals_to_its_daemon") {
+        return;
+    }
+    let mut blueprint = Blueprint::embedded("signals", 1);
+    blueprint.flags = flags(&["--ip-masq", "--firewall=iptables", "--iptables-resync=1"]);
+    let mut overlay = blueprint.start();
+    let list = |overlay: &Overlay| run(overlay, 1, "iptables", "-S");
+    let right = list(&overlay);
+    let helper = helper(&mut overlay, 1);
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+        kill(helper, signal).unwrap();
+    }
+    run(&overlay, 1, "iptables", "-F FLANNEL-FWD");
+    wait_for("rules are put right", within(PUT_RIGHT), || {
+        list(&overlay) == right
+    });
+    // Those of the daemon's group get both: a reload, and then the end.
+    overlay.daemon(1).signal(Signal::SIGHUP).unwrap();
+    kill(helper, Signal::SIGTERM).unwrap();
+    overlay.terminate(1);
+    wait_for("the helper ends with its daemon", READY, || {
+        kill(helper, None).is_err()
+    });
+    let log = overlay.log(1);
+    assert!(!log.contains("helper is gone") && !log.contains("ERROR"), "{log}");
+}
+
 /// What an HTTP server on a node answers, head and body.
 fn get(overlay: &Overlay, nth: usize, port: u16, path: &str) -> String {
     let mut answer = String::new();

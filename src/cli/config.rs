@@ -1,12 +1,13 @@
 //! `kersey config check`: whether a config file or a network config would do, without starting anything.
 //!
-//! The file goes the same way as at the start of a daemon, but alone: neither flags nor variables add to it. What it names
-//! (certificates, keys) is not opened; the network config in it is.
+//! The file goes the same way as at the start of a daemon, but alone: neither flags nor variables add to it. The network config in it is
+//! read; of other files (certificates, keys) it is told where there are none, for they may be made later.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
+use nix::unistd::User;
 
 use super::store::config_source;
 use super::{Parsed, Stop, UsageError, Variables, config_file, exit, parse};
@@ -133,9 +134,17 @@ fn check_file(file: &Path, daemon: &str, judge: Judge) -> Result<Vec<String>, Co
         Err(Stop::Clap(error)) => return Err(Complaint::usage(error)),
         Err(Stop::Told { text, .. } | Stop::Refused { text, .. }) => return Err(Complaint::usage(text)),
     };
-    let store = match &command {
-        super::Command::Run(options) => Some(&options.store.kind),
-        super::Command::Server(options) => Some(&options.store.kind),
+    let (store, files, user) = match &command {
+        super::Command::Run(options) => {
+            let store = &options.store.kind;
+            let mut files = store.files(options.serve.as_ref());
+            files.extend(options.srv6.hmac_keys.clone());
+            (store, files, options.process.user.as_deref())
+        }
+        super::Command::Server(options) => {
+            let store = &options.store.kind;
+            (store, store.files(Some(&options.serve)), None)
+        }
         super::Command::Status(_)
         | super::Command::Reserve(_)
         | super::Command::Cleanup(_)
@@ -144,9 +153,19 @@ fn check_file(file: &Path, daemon: &str, judge: Judge) -> Result<Vec<String>, Co
         | super::Command::Config(_)
         | super::Command::DockerOpts(_)
         | super::Command::Man(_)
-        | super::Command::Completions(_) => None,
+        | super::Command::Completions(_) => return Ok(notes),
     };
-    if let Some(StoreKind::Embedded(embedded)) = store {
+    for file in files {
+        if let Err(error) = std::fs::metadata(&file) {
+            notes.push(format!("{}: {error}", file.display()));
+        }
+    }
+    let is_nobody =
+        |user: &&str| user.parse::<u32>().is_err() && !matches!(User::from_name(user), Ok(Some(_)));
+    if let Some(user) = user.filter(is_nobody) {
+        notes.push(format!("there is no user {user}"));
+    }
+    if let StoreKind::Embedded(embedded) = store {
         for (_, given) in &embedded.network_configs {
             notes.extend(check_network(given, judge)?);
         }
@@ -228,6 +247,25 @@ mod tests {
                 (checked, _) => panic!("{text}: {checked:?}"),
             }
         }
+    }
+
+    #[test]
+    fn what_a_file_names_and_is_not_there_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kersey.toml");
+        let text = "etcd-endpoints = 'https://etcd:2379'\netcd-cafile = '/nowhere/ca.pem'\n\
+                    srv6-hmac-keys = '/nowhere/keys'\nuser = 'nobody-of-that-name'\n";
+        std::fs::write(&path, text).unwrap();
+        let notes = check_file(&path, "run", JUDGE).unwrap();
+        let told = notes.join("\n");
+        for part in [
+            "/nowhere/ca.pem: No such file",
+            "/nowhere/keys: No such file",
+            "no user nobody-of-that-name",
+        ] {
+            assert!(told.contains(part), "{told}");
+        }
+        assert_eq!(notes.len(), 3, "{told}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::json;
@@ -19,13 +20,13 @@ use crate::control::config::NetworkConfig;
 use crate::control::store::etcd::Expirations;
 use crate::control::store::{self, OpenError, Store, StoreError};
 use crate::lease::{Expiration, Lease, LeaseAttrs, Subnet};
-use crate::options::{ReserveAction, ReserveOptions, ServerAddress, StatusForm};
+use crate::options::{ReserveAction, ReserveOptions, ServerAddress, StatusForm, StoreKind};
 
 /// Bind subnets to nodes for good, whatever their leases do
 ///
 /// kersey reserve [list] prints the reservations. kersey reserve add SUBNET PUBLIC-IP binds a free subnet, or the one
-/// that node holds, to the node with that public address; it gets no other, and nobody else gets this one. kersey
-/// reserve remove SUBNET makes an ordinary lease of it, which ends unless its node renews it. A subnet is written
+/// that node holds, to the node with that public address; from its next start on it gets no other, and nobody else gets
+/// this one. kersey reserve remove SUBNET makes an ordinary lease of it, which ends unless its node renews it. A subnet is written
 /// 10.1.3.0/24, with two families 10.1.3.0/24,fd00:1:2:3::/64, or as its key in etcd. The words come before the flags.
 ///
 /// The store is etcd, a server's (--remote), or the file of a server that is not running (--embedded).
@@ -95,6 +96,16 @@ impl ReserveArgs {
             },
         })
     }
+}
+
+/// The error of a command line that names what to do behind its flags, where it is no more than an unexpected word.
+pub(super) fn late_word(words: &[String], flags: &[String]) -> Option<UsageError> {
+    let is_verb = |word: &&String| ["list", "add", "remove"].contains(&word.as_str());
+    let late = flags.iter().find(is_verb).filter(|_| words.is_empty())?;
+    Some(UsageError::new(
+        format!("{late} stands behind a flag"),
+        format!("words come before the flags: kersey reserve {late} ... --name=value"),
+    ))
 }
 
 fn action(words: &[String]) -> Result<ReserveAction, UsageError> {
@@ -207,14 +218,23 @@ enum ReserveError {
     Store(#[from] StoreError),
     #[error("cannot start the runtime: {0}")]
     Runtime(io::Error),
+    #[error("there is no store: {} does not exist", .0.display())]
+    NoFile(PathBuf),
+    #[error("{public_ip} has {subnet} reserved already")]
+    HasOne { public_ip: IpAddr, subnet: String },
+    #[error("{subnet} is not reserved, but an ordinary lease")]
+    NotReserved { subnet: String },
 }
 
 impl ReserveError {
     fn hint(&self, options: &ReserveOptions) -> Option<&'static str> {
-        use crate::options::StoreKind;
         match (self, &options.store.kind) {
             (Self::Open(OpenError::Store(_)), StoreKind::Embedded(_)) => {
                 Some("while its server runs, a store belongs to it: ask it with --remote HOST:PORT")
+            }
+            (Self::NoFile(_), _) => Some("name the server's directory with --data-dir"),
+            (Self::HasOne { .. }, _) => {
+                Some("a node has one at a time: kersey reserve remove that one first")
             }
             (Self::Store(StoreError::Unavailable { .. }), StoreKind::Etcd(_)) => {
                 Some("name the store with --etcd-endpoints, --remote or --embedded")
@@ -225,10 +245,18 @@ impl ReserveError {
 }
 
 async fn carry_out(options: &ReserveOptions) -> Result<String, ReserveError> {
+    if let StoreKind::Embedded(embedded) = &options.store.kind {
+        let file = store::embedded_file(&embedded.data_dir);
+        if !file.exists() {
+            return Err(ReserveError::NoFile(file));
+        }
+    }
     let networks = store::open_networks(&options.store.kind, options.lease_ttl, Expirations::Assume).await?;
     let store = &*networks.open(options.network.as_ref())?;
     match options.action {
         ReserveAction::List => {
+            // Of a network that is not there nothing is reserved, and that is not what was asked.
+            store.config().await?;
             let mut leases = store::leases(store).await?;
             leases.retain(|lease| lease.expiration == Expiration::Never);
             leases.sort_by_key(|lease| lease.subnet);
@@ -240,13 +268,30 @@ async fn carry_out(options: &ReserveOptions) -> Result<String, ReserveError> {
         ReserveAction::Add { subnet, public_ip } => {
             let subnet = completed(store, subnet).await?;
             let attrs = node(public_ip);
+            let mut others = store::leases(store).await?;
+            others.retain(|lease| lease.attrs.same_node(&attrs) && !lease.subnet.overlaps(subnet));
+            let reserved = others.iter().find(|lease| lease.expiration == Expiration::Never);
+            if let Some(lease) = reserved {
+                return Err(ReserveError::HasOne {
+                    public_ip,
+                    subnet: prefixes(lease.subnet),
+                });
+            }
             store.reserve(subnet, &attrs).await?;
-            Ok(told(options.form, "reserved", subnet, Some(public_ip)))
+            let held = others.first().map(|lease| lease.subnet);
+            Ok(reserved_as_told(options.form, subnet, public_ip, held))
         }
         ReserveAction::Remove { subnet } => {
             let subnet = completed(store, subnet).await?;
+            let leases = store::leases(store).await?;
+            let held = leases.iter().find(|lease| lease.subnet == subnet);
+            if held.is_some_and(|lease| lease.expiration != Expiration::Never) {
+                return Err(ReserveError::NotReserved {
+                    subnet: prefixes(subnet),
+                });
+            }
             store.unreserve(subnet).await?;
-            Ok(told(options.form, "released", subnet, None))
+            Ok(released(options.form, subnet))
         }
     }
 }
@@ -346,18 +391,29 @@ fn as_json(leases: &[Lease]) -> String {
     format!("{}\n", serde_json::Value::from(rows))
 }
 
-fn told(form: StatusForm, what: &str, subnet: Subnet, public_ip: Option<IpAddr>) -> String {
-    let subnet = prefixes(subnet);
-    match (form, public_ip) {
-        (StatusForm::Json, _) => {
+/// `held` is the lease that the node has until it takes this one.
+fn reserved_as_told(form: StatusForm, subnet: Subnet, public_ip: IpAddr, held: Option<Subnet>) -> String {
+    let (subnet, held) = (prefixes(subnet), held.map(prefixes));
+    match (form, held) {
+        (StatusForm::Json, held) => {
+            let told = json!({ "reserved": { "subnet": subnet, "public_ip": public_ip, "held": held } });
+            format!("{told}\n")
+        }
+        (StatusForm::Table, None) => format!("reserved {subnet} for {public_ip}\n"),
+        (StatusForm::Table, Some(held)) => {
             format!(
-                "{}\n",
-                json!({ what: { "subnet": subnet, "public_ip": public_ip } })
+                "reserved {subnet} for {public_ip}, which has {held} until its daemon starts the next time\n"
             )
         }
-        (StatusForm::Table, Some(public_ip)) => format!("{what} {subnet} for {public_ip}\n"),
-        (StatusForm::Table, None) => {
-            format!("{what} {subnet}: it is a lease again, and ends unless its node renews it\n")
+    }
+}
+
+fn released(form: StatusForm, subnet: Subnet) -> String {
+    let subnet = prefixes(subnet);
+    match form {
+        StatusForm::Json => format!("{}\n", json!({ "released": { "subnet": subnet } })),
+        StatusForm::Table => {
+            format!("released {subnet}: it is a lease again, and ends unless its node renews it\n")
         }
     }
 }
@@ -384,6 +440,15 @@ mod tests {
             };
             assert_eq!(subnet.to_string(), key);
         }
+    }
+
+    #[test]
+    fn what_to_do_is_found_behind_the_flags() {
+        let flags = words("--remote 192.0.2.1:8888 add 10.1.3.0/24 192.0.2.7");
+        let error = late_word(&[], &flags).unwrap();
+        assert!(error.to_string().contains("kersey reserve add"), "{error}");
+        assert!(late_word(&words("add"), &flags).is_none());
+        assert!(late_word(&[], &words("--network=add 10.1.3.0/24")).is_none());
     }
 
     #[test]

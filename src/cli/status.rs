@@ -213,6 +213,11 @@ fn readiness(status: &Status, colour: Colour) -> String {
 
 /// What there is to say of one network.
 fn network(out: &mut String, colour: Colour, status: &Status) {
+    // Before there is a lease there is a store, and nothing is known of it but what `problem` says.
+    if status.backend.name.is_empty() {
+        row(out, colour, "store", &status.store.place);
+        return;
+    }
     let node = &status.node;
     let mut line = format!("{} in {}", or_none(&node.subnets), or_none(&node.networks));
     let _ = write!(line, " · {} {}", node.interface, node.public_ips.join(" "));
@@ -504,6 +509,26 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_waits_shows_what_for_and_no_blanks() {
+        let status = Status {
+            version: "0.1.0".into(),
+            problem: Some("waiting for a lease: connection refused".into()),
+            store: crate::status::StoreStatus {
+                place: "etcd http://10.0.0.1:2379".into(),
+                ..Default::default()
+            },
+            ..Status::default()
+        };
+        let expected = "\
+kersey 0.1.0, not ready, up 0 s
+
+waiting for a lease: connection refused
+store     etcd http://10.0.0.1:2379
+";
+        assert_eq!(table(&status, Colour::Off), expected);
+    }
+
+    #[test]
     fn several_networks_are_shown_one_after_the_other() {
         let broken = Status {
             problem: Some("the network config is invalid".into()),
@@ -551,7 +576,7 @@ mod tests {
     fn an_empty_document_is_no_trouble() {
         let text = table(&Status::default(), Colour::On);
         assert!(
-            text.contains("peers") && text.contains("none") && text.contains("\x1b[31mnot ready"),
+            text.contains("store") && text.contains("\x1b[31mnot ready"),
             "{text}"
         );
     }

@@ -262,6 +262,11 @@ fn mistakes_are_refused_with_the_way_out() {
         (&["--etcd-keyfile=x"], &[], &["need each other"]),
         (&["--etcd-username=x"], &[], &["need each other"]),
         (&["--etcd-prefix="], &[], &["--etcd-prefix"]),
+        (
+            &["--etcd-endpoints=foo bar"],
+            &[],
+            &["--etcd-endpoints", "foo bar", "invalid"],
+        ),
         (&["--lease-ttl=60"], &[], &["never due", "--lease-renew-margin"]),
         (
             &["--verify-inner", "true"],

@@ -1,7 +1,7 @@
 //! Which subnet a node gets: flannel's rules, as pure functions over the leases listed.
 //!
 //! 1. The node's own lease, known by its public address ([`LeaseAttrs::same_node`]), if the config would still hand
-//!    it out ([`own_lease`]).
+//!    it out ([`own_lease`]); of several one that is reserved.
 //! 2. The subnet the node had before, if it fits and touches no lease.
 //! 3. One of the first 100 free subnets, at random, so that nodes starting together seldom choose the same. With two families, IPv6 follows
 //!    IPv4 (see `beside`).
@@ -37,25 +37,27 @@ pub enum OwnLease<'a, L> {
     Misfit(&'a L),
 }
 
-/// Finds the lease of the node `attrs` describes; one that fits the config is preferred.
+/// Finds the lease of the node `attrs` describes; one that fits the config is preferred, and of those one that is reserved.
+///
+/// `parts` gives subnet, attributes, and whether it is a reservation.
 pub fn own_lease<'a, L>(
     config: &NetworkConfig,
     leases: &'a [L],
     attrs: &LeaseAttrs,
-    parts: impl Fn(&L) -> (Subnet, &LeaseAttrs),
+    parts: impl Fn(&L) -> (Subnet, &LeaseAttrs, bool),
 ) -> OwnLease<'a, L> {
     let mut found = OwnLease::None;
     for lease in leases {
-        let (subnet, theirs) = parts(lease);
+        let (subnet, theirs, is_reserved) = parts(lease);
         if !attrs.same_node(theirs) {
             continue;
         }
-        if config.fits(subnet) {
-            return OwnLease::Fits(lease);
-        }
-        if matches!(found, OwnLease::None) {
-            found = OwnLease::Misfit(lease);
-        }
+        found = match (config.fits(subnet), is_reserved, found) {
+            (true, true, _) => return OwnLease::Fits(lease),
+            (true, false, OwnLease::None | OwnLease::Misfit(_)) => OwnLease::Fits(lease),
+            (false, _, OwnLease::None) => OwnLease::Misfit(lease),
+            (_, _, found) => found,
+        };
     }
     found
 }
@@ -224,19 +226,31 @@ mod tests {
     #[test]
     fn the_nodes_own_lease_is_found_by_its_address() {
         let config = config(r#"{"Network":"10.0.0.0/16"}"#);
-        let lease = |key: &str, ip: &str| (key.parse::<Subnet>().unwrap(), attrs(ip));
+        let lease = |key: &str, ip: &str| (key.parse::<Subnet>().unwrap(), attrs(ip), false);
         let leases = vec![
             lease("10.9.0.0-24", "192.0.2.1"),
             lease("10.0.7.0-24", "192.0.2.2"),
             lease("10.0.8.0-24", "192.0.2.1"),
+            lease("10.0.6.0-24", "192.0.2.2"),
+            (keys(&["10.0.5.0-24"])[0], attrs("192.0.2.4"), false),
+            (keys(&["10.9.5.0-24"])[0], attrs("192.0.2.4"), true),
+            (keys(&["10.0.4.0-24"])[0], attrs("192.0.2.4"), true),
         ];
-        let find = |ip: &str| own_lease(&config, &leases, &attrs(ip), |(subnet, attrs)| (*subnet, attrs));
+        let find = |ip: &str| {
+            own_lease(&config, &leases, &attrs(ip), |(subnet, attrs, is_reserved)| {
+                (*subnet, attrs, *is_reserved)
+            })
+        };
+        assert_eq!(find("192.0.2.4"), OwnLease::Fits(&leases[6]));
         assert_eq!(find("192.0.2.1"), OwnLease::Fits(&leases[2]));
         assert_eq!(find("192.0.2.2"), OwnLease::Fits(&leases[1]));
         assert_eq!(find("192.0.2.3"), OwnLease::None);
-        let misfit = own_lease(&config, &leases[..1], &attrs("192.0.2.1"), |(subnet, attrs)| {
-            (*subnet, attrs)
-        });
+        let misfit = own_lease(
+            &config,
+            &leases[..1],
+            &attrs("192.0.2.1"),
+            |(subnet, attrs, _)| (*subnet, attrs, false),
+        );
         assert_eq!(misfit, OwnLease::Misfit(&leases[0]));
     }
 

@@ -12,8 +12,8 @@ use crate::host::firewall;
 use crate::host::folders::{self, FolderError};
 use crate::host::sandbox::{self, Account, Part, Plan, SandboxError};
 use crate::options::{
-    FirewallTool, ListenAddress, NetworkChoice, NetworkConfigSource, RunOptions, SandboxChoice, SandboxPart,
-    ServeOptions, ServerAddress, ServerOptions, Srv6Send, StoreKind,
+    FirewallTool, ListenAddress, NetworkChoice, RunOptions, SandboxChoice, SandboxPart, ServeOptions,
+    ServerAddress, ServerOptions, Srv6Send, StoreKind,
 };
 
 /// Where the C library finds out what a name's address is; read only if names are to be resolved. `/etc` as a whole, for `resolv.conf` is
@@ -142,7 +142,7 @@ fn allow_reading(plan: &mut Plan, store: &StoreKind, serve: Option<&ServeOptions
         plan.read(path);
     }
     plan.read(identity::BOOT_ID);
-    for file in files(store, serve) {
+    for file in store.files(serve) {
         plan.read_file(&file);
     }
     if named {
@@ -218,43 +218,6 @@ fn folder_of(file: &Path) -> PathBuf {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
         Some(_) | None => PathBuf::from("."),
     }
-}
-
-/// The files that the options of a store and a server name.
-fn files(store: &StoreKind, serve: Option<&ServeOptions>) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    match store {
-        StoreKind::Etcd(etcd) => {
-            files.extend(etcd.ca_file.clone());
-            if let Some(cert) = &etcd.client_cert {
-                files.extend([cert.cert_file.clone(), cert.key_file.clone()]);
-            }
-        }
-        StoreKind::Embedded(embedded) => {
-            for source in embedded.network_configs.iter().map(|(_, source)| source) {
-                if let NetworkConfigSource::File(file) = source {
-                    files.push(file.clone());
-                }
-            }
-        }
-        StoreKind::Remote(remote) => {
-            let tls = remote.tls.iter();
-            files.extend(tls.clone().filter_map(|tls| tls.ca.clone()));
-            files.extend(
-                tls.flat_map(|tls| &tls.pair)
-                    .flat_map(|pair| [pair.cert.clone(), pair.key.clone()]),
-            );
-            files.extend(remote.token_file.clone());
-        }
-    }
-    if let Some(serve) = serve {
-        if let Some((pair, ca)) = &serve.tls {
-            files.extend([pair.cert.clone(), pair.key.clone()]);
-            files.extend(ca.clone());
-        }
-        files.extend(serve.access_file.clone());
-    }
-    files
 }
 
 /// Whether the store or the address to listen on is given by name.

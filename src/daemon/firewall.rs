@@ -34,6 +34,7 @@ use crate::control::config::NetworkConfig;
 use crate::control::subnet_file::IpMasq;
 use crate::daemon::network::networks;
 use crate::daemon::report::Report;
+use crate::host::firewall::helper;
 use crate::host::firewall::{
     self, Choice, Firewall, FirewallError, Guard, Look, Masquerade, Names, OverlayPart, RuleSet,
 };
@@ -330,6 +331,7 @@ impl Thread {
                 // Somebody may install one.
                 Some(self.options.resync.max(Duration::from_secs(60)))
             }
+            Err(_) if helper::is_ending() => Some(RETRY),
             Err(error) => {
                 self.report.set_firewall(&format!("failing: {error}"));
                 self.report.set_rules_missing(&error.to_string());

@@ -68,15 +68,20 @@ impl<R: Registry> LocalStore<R> {
         let config = self.network(DOING).await?;
         let entries = self.registry.list().await?;
         let own = allocate::own_lease(&config, &entries, attrs, |entry| {
-            (entry.lease.subnet, &entry.lease.attrs)
+            let is_reserved = lifetime(&entry.lease) == Lifetime::Forever;
+            (entry.lease.subnet, &entry.lease.attrs, is_reserved)
         });
         match own {
             OwnLease::Fits(entry) => {
                 let subnet = entry.lease.subnet;
+                let lifetime = lifetime(&entry.lease);
                 let updated = self
                     .registry
-                    .update(subnet, entry.revision, attrs, lifetime(&entry.lease))
+                    .update(subnet, entry.revision, attrs, lifetime)
                     .await?;
+                if updated.is_some() && lifetime == Lifetime::Forever {
+                    self.leave_others(&entries, subnet, attrs).await;
+                }
                 return Ok(updated.map(|entry| entry.lease));
             }
             // A reservation is the operator's to remove.
@@ -99,6 +104,23 @@ impl<R: Registry> LocalStore<R> {
             }
         })?;
         self.create(subnet, attrs, Lifetime::Ttl).await
+    }
+
+    /// Ends the leases a node had before it took what is reserved for it. One that stays, as where its key is not ours to delete, runs out.
+    async fn leave_others(&self, entries: &[Entry], taken: Subnet, attrs: &LeaseAttrs) {
+        let left = entries.iter().filter(|entry| {
+            let lease = &entry.lease;
+            lease.subnet != taken && lease.attrs.same_node(attrs) && lifetime(lease) == Lifetime::Ttl
+        });
+        for entry in left {
+            let subnet = entry.lease.subnet;
+            match self.registry.delete(subnet, entry.revision).await {
+                Ok(_) => tracing::info!(%subnet, %taken, "the lease from before the reservation is given up"),
+                Err(error) => {
+                    tracing::info!(%subnet, %error, "the lease from before the reservation runs out")
+                }
+            }
+        }
     }
 
     /// Creates a lease or a reservation, unless somebody was faster.
@@ -428,7 +450,19 @@ impl<R: Registry> Store for LocalStore<R> {
         Box::pin(async move {
             let (found, alone) = tokio::try_join!(self.registry.look(subnet), alone)?;
             let lease = found.map(|entry| entry.lease);
-            Ok(lease.filter(|lease| alone && lease.attrs == *attrs && lasts(lease.expiration, RENEWAL)))
+            let good = |lease: &Lease| alone && lease.attrs == *attrs && lasts(lease.expiration, RENEWAL);
+            let Some(lease) = lease.filter(good) else {
+                return Ok(None);
+            };
+            if lease.expiration == Expiration::Never {
+                return Ok(Some(lease));
+            }
+            // Another subnet may have been reserved for the node meanwhile.
+            let entries = self.registry.list().await?;
+            let is_elsewhere = |entry: &Entry| {
+                entry.lease.expiration == Expiration::Never && entry.lease.attrs.same_node(attrs)
+            };
+            Ok((!entries.iter().any(is_elsewhere)).then_some(lease))
         })
     }
 

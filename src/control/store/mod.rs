@@ -25,7 +25,7 @@ pub use embedded::{EmbeddedNetworks, EmbeddedStore};
 pub use etcd::{EtcdNetworks, EtcdOptions, EtcdStore, Expirations};
 pub use local::LocalStore;
 pub use networks::{NetworkEvent, NetworkItem, NetworkUpdate, Networks};
-pub use open::{OpenError, open, open_networks};
+pub use open::{OpenError, embedded_file, open, open_networks};
 pub use remote::{RemoteNetworks, RemoteStore};
 
 /// A place in a store's history; its text goes into the HTTP API as is (`[0-9A-Za-z._-]`).

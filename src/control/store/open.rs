@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,6 +81,11 @@ pub async fn open_networks(
     })
 }
 
+/// The file of an embedded store.
+pub fn embedded_file(data_dir: &Path) -> PathBuf {
+    data_dir.join(FILE)
+}
+
 fn etcd_options(etcd: &options::EtcdOptions, ttl: Duration, expirations: Expirations) -> EtcdOptions {
     let (username, password) = match &etcd.login {
         Some(login) => (login.user.clone(), login.password.clone()),
@@ -127,7 +132,7 @@ async fn open_embedded(embedded: &EmbeddedOptions, ttl: Duration) -> Result<Embe
             path: embedded.data_dir.clone(),
             cause,
         })?;
-    let networks = EmbeddedNetworks::open(&embedded.data_dir.join(FILE), ttl)?;
+    let networks = EmbeddedNetworks::open(&embedded_file(&embedded.data_dir), ttl)?;
     for (name, text, given) in &given {
         let store = networks.store(*name);
         match store.config().await {

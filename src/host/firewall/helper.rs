@@ -30,10 +30,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +58,7 @@ const PATIENCE: Duration = Duration::from_secs(TIMEOUT.as_secs() + 5);
 const MAX_MESSAGE: usize = 4 * MAX_OUTPUT as usize + 1024;
 
 static HELPER: OnceLock<Helper> = OnceLock::new();
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// The daemon's side.
 struct Helper {
@@ -143,6 +146,11 @@ pub fn state() -> State {
     }
 }
 
+/// Whether the daemon is ending it: a call that fails then is no trouble.
+pub fn is_ending() -> bool {
+    ENDING.load(Ordering::Relaxed)
+}
+
 /// Ends the helper, if there is one, and waits until it has ended; not for long.
 #[expect(
     clippy::disallowed_methods,
@@ -152,6 +160,7 @@ pub fn end() {
     let Some(helper) = HELPER.get() else {
         return;
     };
+    ENDING.store(true, Ordering::Relaxed);
     // Nothing can be done about an error: then it has ended.
     let _ = helper.socket.shutdown(Shutdown::Both);
     let deadline = Instant::now() + LAST_CALL;
@@ -244,6 +253,12 @@ fn serve(parts: &[Part]) -> io::Result<()> {
     stream
         .peer_addr()
         .map_err(|_| io::Error::other("this is started by kersey run, not by hand"))?;
+    // What a terminal, a service manager or `pkill kersey` tells all processes of a daemon is for the daemon; this one ends with it. Tools
+    // are started with no signal blocked.
+    let daemons: SigSet = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM]
+        .into_iter()
+        .collect();
+    daemons.thread_block()?;
     // By which it is known in process lists and to the service manager; it was started as /proc/self/exe.
     let _ = prctl::set_name(PROCESS_NAME);
     sandbox::enter_for_tools(parts).map_err(io::Error::other)?;
@@ -258,7 +273,11 @@ fn serve(parts: &[Part]) -> io::Result<()> {
             number: asked.number,
             answer: answer(&asked.invocation),
         };
-        channel.send(&answered, None)?;
+        match channel.send(&answered, None) {
+            // The daemon ended and did not wait.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            sent => sent?,
+        }
     }
 }
 

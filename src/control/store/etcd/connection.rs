@@ -393,10 +393,11 @@ fn read_endpoints(texts: &[String], files: bool) -> Result<Vec<Endpoint>, String
             return Err(format!("the etcd endpoint is {text}: must name a host"));
         }
         let scheme = if tls { "https" } else { "http" };
-        endpoints.push(Endpoint {
-            url: format!("{scheme}://{rest}"),
-            tls,
-        });
+        let url = format!("{scheme}://{rest}");
+        if let Err(error) = url.parse::<hyper::Uri>() {
+            return Err(format!("the etcd endpoint is {text}: {error}"));
+        }
+        endpoints.push(Endpoint { url, tls });
     }
     let Some(first) = endpoints.first() else {
         return Err("no etcd endpoint is given".to_owned());

@@ -92,6 +92,8 @@ struct Written {
     own: Option<Subnet>,
     /// The etcd leases of the latest puts of it.
     leases: VecDeque<i64>,
+    /// Whether it was a reservation when it was last put.
+    is_reserved: bool,
 }
 
 /// The value of a key.
@@ -287,9 +289,18 @@ impl Presence {
 
     /// Looks whether a lease of ours was put by somebody else.
     pub(super) fn look_at(&self, lease: &Lease, id: i64) {
-        let written = self.written();
-        let ours = written.own == Some(lease.subnet);
-        if ours && id != 0 && !written.leases.contains(&id) && self.complaints.allows() {
+        let mut written = self.written();
+        if written.own != Some(lease.subnet) {
+            return;
+        }
+        // Whoever ends a reservation puts it under an etcd lease of its own.
+        let was_reserved = std::mem::replace(&mut written.is_reserved, id == 0);
+        if id != 0 && was_reserved {
+            tracing::info!(subnet = %lease.subnet, "our subnet is not reserved any more");
+            written.leases.push_back(id);
+            return;
+        }
+        if id != 0 && !written.leases.contains(&id) && self.complaints.allows() {
             tracing::warn!(
                 subnet = %lease.subnet,
                 public_ip = lease.attrs.address().map(|address| address.to_string()),
