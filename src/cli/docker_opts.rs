@@ -39,7 +39,7 @@ const OPTION: &str = "DOCKER_OPT_";
 /// DOCKER_OPTS holds already comes first.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(
-    after_help = "Exit status: 0 written; 1 not written, or another route to the subnet stands in the way; 2 misused."
+    after_help = "Exit status: 0 written; 1 not written, or another route to the subnet stands in the way; 2 misused (as mk-docker-opts.sh 1)."
 )]
 pub struct DockerOptsOptions {
     /// What the daemon wrote

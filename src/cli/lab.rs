@@ -403,7 +403,8 @@ fn measure(
     }
     let mut tcp = Vec::new();
     for streams in [1, 4] {
-        let report = progress.step(&tcp_name(streams), || {
+        let name = tcp_name(streams);
+        let report = progress.check(&name, || {
             let bulk = Bulk {
                 streams,
                 warmup: Duration::from_millis(300),
@@ -411,12 +412,14 @@ fn measure(
                 congestion: None,
             };
             let report = bulk.run(one, two)?;
+            if report.stream_bytes.contains(&0) {
+                let outcome = "a stream stood still".to_owned();
+                failures.push(format!("{name}: {outcome}"));
+                return Ok((report, Err(outcome)));
+            }
             let outcome = format!("{:.2} Gbit/s", report.gbit_per_s);
-            Ok((report, outcome))
+            Ok((report, Ok(outcome)))
         })?;
-        if report.stream_bytes.contains(&0) {
-            failures.push(format!("{}: a stream stood still", tcp_name(streams)));
-        }
         tcp.push(report);
     }
     let tcp_back = match cluster.peer(far) {
@@ -435,25 +438,23 @@ fn measure(
     };
     let mut udp = Vec::new();
     for payload_bytes in [1400, 64] {
-        let report = progress.step(&udp_name(payload_bytes), || {
+        let name = udp_name(payload_bytes);
+        let report = progress.check(&name, || {
             let flood = Flood {
                 payload_bytes,
                 rate: None,
                 duration,
             };
             let report = flood.run(one, two)?;
-            let outcome = format!("{} packets/s", grouped(report.received_per_s as u64));
-            Ok((report, outcome))
-        })?;
-        if report.counts.received == 0 || report.counts.corrupted > 0 {
             let counts = &report.counts;
-            failures.push(format!(
-                "{}: {} received, {} corrupted",
-                udp_name(payload_bytes),
-                counts.received,
-                counts.corrupted
-            ));
-        }
+            if counts.received == 0 || counts.corrupted > 0 {
+                let outcome = format!("{} received, {} corrupted", counts.received, counts.corrupted);
+                failures.push(format!("{name}: {outcome}"));
+                return Ok((report, Err(outcome)));
+            }
+            let outcome = format!("{} packets/s", grouped(report.received_per_s as u64));
+            Ok((report, Ok(outcome)))
+        })?;
         udp.push((payload_bytes, report));
     }
     let latency = progress.step("request and response, UDP 64 B", || {
