@@ -226,6 +226,48 @@ fn a_lease_an_operator_deleted_is_claimed_again() {
     assert_eq!(report.corrupted(), 0);
 }
 
+#[test]
+fn a_node_takes_what_is_reserved_for_it_at_its_next_start() {
+    if !require_etcd("a_node_takes_what_is_reserved_for_it_at_its_next_start") {
+        return;
+    }
+    for backend in ["udp", "vxlan"] {
+        let mut blueprint = Blueprint::new("reserved", 2);
+        blueprint.network = format!(r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"{backend}"}}}}"#);
+        let mut overlay = blueprint.start();
+        let first = overlay.subnet(2);
+        let old_key = format!("subnets/{}", first.to_string().replace('/', "-"));
+        // As `kersey reserve add` writes it.
+        overlay.put("subnets/10.244.199.0-24", r#"{"PublicIP":"192.0.2.2"}"#);
+        // It stays where it is while it runs.
+        std::thread::sleep(Duration::from_secs(2));
+        assert_eq!(overlay.subnet(2), first);
+        assert!(
+            !overlay.log(1).contains("cannot be reached"),
+            "{}",
+            overlay.log(1)
+        );
+        overlay.terminate(2);
+        overlay.restart(2);
+        overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+        assert_eq!(overlay.subnet(2).to_string(), "10.244.199.0/24");
+        assert_eq!(overlay.get(&old_key), None);
+        overlay.wait(1, READY, |status| {
+            status.peers.len() == 1 && status.peers[0].subnets == ["10.244.199.0/24"]
+        });
+        overlay.move_pod(2);
+        overlay.ping_all();
+        // It is a reservation still, and so it is after another start.
+        let reserved = |overlay: &Overlay| overlay.get("subnets/10.244.199.0-24").map(|(_, lease)| lease);
+        assert_eq!(reserved(&overlay), Some(0));
+        overlay.terminate(2);
+        overlay.restart(2);
+        overlay.wait(2, READY, |status| status.ready && status.peers.len() == 1);
+        assert_eq!(overlay.subnet(2).to_string(), "10.244.199.0/24");
+        assert_eq!(reserved(&overlay), Some(0));
+    }
+}
+
 fn two_and_a_spare(tag: &str) -> Overlay {
     let mut blueprint = Blueprint::new(tag, 3);
     blueprint.daemons = 2;

@@ -496,7 +496,11 @@ impl<B: Backend> DataPlane<B> {
                 Err(reason) => {
                     routes.remove(prefix);
                     let public_ip = attrs.public_ip;
-                    tracing::warn!(%subnet, %prefix, %public_ip, %reason, "the peer cannot be reached");
+                    if attrs.backend_type.is_empty() {
+                        tracing::info!(%subnet, %prefix, %public_ip, "the subnet is reserved for a node that has not taken it yet");
+                    } else {
+                        tracing::warn!(%subnet, %prefix, %public_ip, %reason, "the peer cannot be reached");
+                    }
                     continue;
                 }
             };
