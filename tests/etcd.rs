@@ -290,7 +290,7 @@ async fn rotten_keys_touch_no_peer() {
         .await
         .expect("a rotten key was not counted");
     assert_eq!(node.store.skipped(), count);
-    etcd.put("subnets/10.0.31.0-24", self::node(31).to_json()).await;
+    etcd.put("subnets/10.0.231.0-24", self::node(31).to_json()).await;
     wait(&node.published.peers, "the 30th peer", |peers| peers.len() == 30).await;
     assert!(peers.borrow_and_update().get(subnet("10.0.5.0-24")).is_some());
     // The peer whose value went bad is still one after the next list; for who never knew it, its subnet is taken.
@@ -336,7 +336,7 @@ async fn a_compaction_in_a_gap_is_bridged_by_a_snapshot() {
     wait(&running.published.peers, "8 peers", |peers| peers.len() == 8).await;
     etcd.put("subnets/10.0.2.0-24", node(102).to_json()).await;
     etcd.delete("subnets/10.0.3.0-24").await;
-    etcd.put("subnets/10.0.10.0-24", node(10).to_json()).await;
+    etcd.put("subnets/10.0.210.0-24", node(10).to_json()).await;
     let mut client = etcd.client().await;
     let revision = client.get("x", None).await.unwrap().header().unwrap().revision();
     client.compact(revision, None).await.unwrap();
@@ -353,7 +353,7 @@ async fn a_compaction_in_a_gap_is_bridged_by_a_snapshot() {
     };
     assert_eq!(told("10.0.2.0-24"), Some(&node(102)));
     assert_eq!(told("10.0.3.0-24"), None);
-    assert_eq!(told("10.0.10.0-24"), Some(&node(10)));
+    assert_eq!(told("10.0.210.0-24"), Some(&node(10)));
     // A running node comes to the same end over a restart of etcd.
     etcd.crash();
     etcd.restart().await;

@@ -59,8 +59,8 @@ async fn the_rights_that_the_documentation_names_suffice() {
         other.renew_as(&holder("two"), &theirs).await.unwrap().subnet,
         theirs.subnet
     );
-    other.reserve(subnet("10.0.99.0-24"), &node(9)).await.unwrap();
-    other.unreserve(subnet("10.0.99.0-24")).await.unwrap();
+    other.reserve(subnet("10.0.199.0-24"), &node(9)).await.unwrap();
+    other.unreserve(subnet("10.0.199.0-24")).await.unwrap();
     other.revoke(own.subnet).await.unwrap();
     let back = async {
         loop {
@@ -226,7 +226,7 @@ async fn an_etcd_that_lost_its_logins_in_a_crash_is_back_within_five_seconds() {
     .await;
     assert_eq!(running.published.peers.borrow().len(), 1);
     etcd.restart().await;
-    etcd.put("subnets/10.0.3.0-24", node(3).to_json()).await;
+    etcd.put("subnets/10.0.203.0-24", node(3).to_json()).await;
     let back = Instant::now();
     wait(&running.published.peers, "the new peer", |peers| peers.len() == 2).await;
     eprintln!("logged in again after {:?}", back.elapsed());

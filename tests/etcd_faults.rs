@@ -37,7 +37,7 @@ async fn a_watch_whose_connection_fell_silent_is_noticed_and_what_was_missed_mad
     wait(&node.published.peers, "the peer", |peers| peers.len() == 1).await;
     proxy.silence();
     let silent = Instant::now();
-    etcd.put("subnets/10.0.3.0-24", self::node(3).to_json()).await;
+    etcd.put("subnets/10.0.203.0-24", self::node(3).to_json()).await;
     etcd.delete("subnets/10.0.2.0-24").await;
     wait(&node.published.health, "the silence noticed", |health| {
         !health.connected
@@ -49,7 +49,7 @@ async fn a_watch_whose_connection_fell_silent_is_noticed_and_what_was_missed_mad
         silent.elapsed()
     );
     wait(&node.published.peers, "what was missed", |peers| {
-        peers.get(subnet("10.0.3.0-24")).is_some() && peers.get(subnet("10.0.2.0-24")).is_none()
+        peers.get(subnet("10.0.203.0-24")).is_some() && peers.get(subnet("10.0.2.0-24")).is_none()
     })
     .await;
     eprintln!("noticed and made good after {:?}", silent.elapsed());
@@ -112,7 +112,7 @@ async fn the_serving_member_hangs(cluster: Cluster) {
                 let mut client = cluster.client(other).await.ok()?;
                 client
                     .put(
-                        format!("{PREFIX}/subnets/10.0.3.0-24"),
+                        format!("{PREFIX}/subnets/10.0.203.0-24"),
                         self::node(3).to_json(),
                         None,
                     )

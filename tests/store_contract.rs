@@ -181,7 +181,7 @@ async fn a_look_confirms_what_is_ours_and_nothing_else(fixture: Fixture) {
         boot: format!("boot-{i}"),
     };
     let one = who(1);
-    let free = subnet("10.0.99.0-24");
+    let free = subnet("10.0.199.0-24");
     assert_eq!(store.confirm(Some(&one), free, &node(1)).await.unwrap(), None);
     let lease = store.acquire_as(&one, &node(1), None).await.unwrap();
     let other = store.acquire_as(&who(2), &node(2), None).await.unwrap();
@@ -284,10 +284,10 @@ async fn a_watch_tells_everything_in_order(fixture: Fixture) {
     assert_eq!(again, told);
     let mut resumed = store.watch(Some(last));
     store
-        .acquire(&node(3), Some(subnet("10.0.33.0-24")))
+        .acquire(&node(3), Some(subnet("10.0.233.0-24")))
         .await
         .unwrap();
-    let told = format!("+10.0.33.0-24 {}", node(3).to_json());
+    let told = format!("+10.0.233.0-24 {}", node(3).to_json());
     assert_eq!(events(&mut resumed, 1).await.0, [told]);
 }
 
