@@ -254,7 +254,7 @@ fn serve(parts: &[Part]) -> io::Result<()> {
         .peer_addr()
         .map_err(|_| io::Error::other("this is started by kersey run, not by hand"))?;
     // What a terminal, a service manager or `pkill kersey` tells all processes of a daemon is for the daemon; this one ends with it. Tools
-    // are started with no signal blocked.
+    // inherit that; one that takes too long is killed.
     let daemons: SigSet = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM]
         .into_iter()
         .collect();
