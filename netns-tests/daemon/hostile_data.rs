@@ -75,7 +75,7 @@ fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
 
     let mut puts = 0;
     for (nth, nasty) in NASTY.iter().enumerate() {
-        let third = 100 + nth;
+        let third = 101 + nth;
         for value in [
             format!(r#"{{"PublicIP":"{nasty}"}}"#),
             format!(r#"{{"PublicIP":"192.0.2.{third}","BackendType":"{nasty}"}}"#),
@@ -99,10 +99,13 @@ fn nothing_the_store_says_is_executed_or_forges_a_log_line() {
         puts += 1;
     }
     // A last good one shows that all before it was read.
-    overlay.put("subnets/10.244.99.0-24", r#"{"PublicIP":"192.0.2.99"}"#);
+    overlay.put("subnets/10.244.199.0-24", r#"{"PublicIP":"192.0.2.99"}"#);
     for nth in [1, 2] {
         overlay.wait(nth, READY, |status| {
-            status.peers.iter().any(|peer| peer.subnets == ["10.244.99.0/24"])
+            status
+                .peers
+                .iter()
+                .any(|peer| peer.subnets == ["10.244.199.0/24"])
         });
     }
     overlay.ping_all();
