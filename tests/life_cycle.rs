@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use kersey::control::config::NetworkConfig;
 use kersey::control::{Control, ControlOptions, Published};
-use kersey::lease::{LeaseEvent, LeaseUpdate, Subnet};
+use kersey::lease::{Expiration, LeaseEvent, LeaseUpdate, Subnet};
 use proptest::prelude::*;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -84,6 +84,30 @@ async fn a_deleted_lease_is_renewed_at_once() {
     sleep(Duration::from_secs(1)).await;
     assert_eq!(fake.script().renewals, 1);
     assert_eq!(node.published.peers.borrow().len(), 1);
+}
+
+/// Its end may come long before the next renewal of a reservation.
+#[tokio::test(start_paused = true)]
+async fn a_reservation_that_is_none_any_more_is_renewed_at_once() {
+    let fake = Fake::new();
+    fake.script().reserved = true;
+    let node = start(&fake, options(None)).await;
+    let own = node.published.lease.borrow().clone();
+    assert_eq!(own.expiration, Expiration::Never);
+    fake.tell(LeaseUpdate::Snapshot(vec![own]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 0);
+    fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Added(lease(OWN, 1))]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 1);
+    assert!(matches!(
+        node.published.lease.borrow().expiration,
+        Expiration::At(_)
+    ));
+    // The event of that renewal asks for none.
+    fake.tell(LeaseUpdate::Events(vec![LeaseEvent::Added(lease(OWN, 1))]));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(fake.script().renewals, 1);
 }
 
 /// A store restored from a backup may hold our lease as it was, and a second host with our address may write it.

@@ -155,6 +155,19 @@ async fn on_an_embedded_store_while_nobody_has_it_open() {
     let said = text(&refused.stderr);
     assert!(said.contains("typo/leases.redb does not exist"), "{said}");
     assert!(!nowhere.exists());
+    // Before its server first starts there is none either, and whoever says what network it is to have means a new one.
+    let config = dir.path().join("net.json");
+    std::fs::write(&config, CONFIG).unwrap();
+    let new = dir.path().join("new");
+    let place = [
+        "--embedded",
+        "--data-dir",
+        new.to_str().unwrap(),
+        "--network-config",
+        config.to_str().unwrap(),
+    ];
+    kersey(&["add", "10.0.60.0/24", "192.0.2.1"], &place).await;
+    assert!(kersey(&["list"], &place[..3]).await.contains("10.0.60.0/24"));
 }
 
 #[tokio::test]
@@ -225,10 +238,9 @@ async fn works_on(place: &[&str], store: &dyn Store) {
     let said = text(&refused.stderr);
     assert!(said.contains("10.0.50.0/24 is not reserved"), "{said}");
 
-    // A node that has a lease takes what is reserved for it at its next start, and gives the other up.
+    // A node that has a lease takes what is reserved for it when it joins anew, and gives the other up.
     let told = kersey(&["add", "10.0.60.0/24", "192.0.2.1"], place).await;
-    let expected =
-        "reserved 10.0.60.0/24 for 192.0.2.1, which has 10.0.50.0/24 until its daemon starts the next time\n";
+    let expected = "reserved 10.0.60.0/24 for 192.0.2.1, which has 10.0.50.0/24 until its kersey next joins the network\n";
     assert_eq!(told, expected);
     let refused = run(&["add", "10.0.70.0/24", "192.0.2.1"], place).await;
     assert_eq!(refused.status.code(), Some(1));

@@ -139,7 +139,7 @@ fn rows(overlay: &Overlay) -> Vec<(Vec<u8>, Vec<u8>)> {
         "192.0.2.9; reboot",
         "999.1.1.1",
     ];
-    for (low, addr) in (101..).zip(addrs) {
+    for (low, addr) in (201..).zip(addrs) {
         rows.push((format!("subnets/10.244.{low}.0-24").into_bytes(), at(addr)));
     }
     // Backend data.

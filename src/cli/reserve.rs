@@ -25,8 +25,8 @@ use crate::options::{ReserveAction, ReserveOptions, ServerAddress, StatusForm, S
 /// Bind subnets to nodes for good, whatever their leases do
 ///
 /// kersey reserve [list] prints the reservations. kersey reserve add SUBNET PUBLIC-IP binds a free subnet, or the one
-/// that node holds, to the node with that public address; from its next start on it gets no other, and nobody else gets
-/// this one. kersey reserve remove SUBNET makes an ordinary lease of it, which ends unless its node renews it. A subnet is written
+/// that node holds, to the node with that public address; when it next joins the network it gets no other, and nobody
+/// else gets this one. kersey reserve remove SUBNET makes an ordinary lease of it, which ends unless its node renews it. A subnet is written
 /// 10.1.3.0/24, with two families 10.1.3.0/24,fd00:1:2:3::/64, or as its key in etcd. The words come before the flags.
 ///
 /// The store is etcd, a server's (--remote), or the file of a server that is not running (--embedded).
@@ -247,7 +247,8 @@ impl ReserveError {
 async fn carry_out(options: &ReserveOptions) -> Result<String, ReserveError> {
     if let StoreKind::Embedded(embedded) = &options.store.kind {
         let file = store::embedded_file(&embedded.data_dir);
-        if !file.exists() {
+        // What cannot be looked at, opening it says better.
+        if embedded.network_configs.is_empty() && matches!(file.try_exists(), Ok(false)) {
             return Err(ReserveError::NoFile(file));
         }
     }
@@ -402,7 +403,7 @@ fn reserved_as_told(form: StatusForm, subnet: Subnet, public_ip: IpAddr, held: O
         (StatusForm::Table, None) => format!("reserved {subnet} for {public_ip}\n"),
         (StatusForm::Table, Some(held)) => {
             format!(
-                "reserved {subnet} for {public_ip}, which has {held} until its daemon starts the next time\n"
+                "reserved {subnet} for {public_ip}, which has {held} until its kersey next joins the network\n"
             )
         }
     }

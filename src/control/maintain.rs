@@ -106,7 +106,7 @@ impl Keep<'_> {
             let renewed = match renewed {
                 Err(error @ StoreError::LeaseLost { .. }) => {
                     StoreHealth::note_conflict(self.health);
-                    tracing::warn!(%error, "our lease went to another node; taking another subnet");
+                    tracing::warn!(%error, "our lease cannot be renewed; acquiring anew");
                     super::acquire(self.store, self.options, &lease.attrs, None).await
                 }
                 renewed => renewed,
@@ -264,6 +264,9 @@ impl Follow<'_> {
         match disturbance {
             Disturbance::None => {}
             Disturbance::Gone => self.disturbed.notify_one(),
+            // Its end may be near, and its next renewal is not.
+            Disturbance::Unreserved if self.mends.allows() => self.disturbed.notify_one(),
+            Disturbance::Unreserved => {}
             Disturbance::Altered if self.mends.allows() => self.disturbed.notify_one(),
             Disturbance::Altered => super::complain(
                 &self.quarrel_complaints,
@@ -401,6 +404,8 @@ enum Disturbance {
     None,
     /// It is gone, or somebody else's.
     Gone,
+    /// It was a reservation, and has an end now.
+    Unreserved,
     /// It is ours and says something else: a store restored from a backup, an edit by hand, a second host with our
     /// public address.
     Altered,
@@ -422,7 +427,10 @@ fn disturbance(own: &Lease, update: &LeaseUpdate) -> Disturbance {
         }
     };
     match found {
-        Some(lease) if says_the_same(&lease.attrs, &own.attrs) => Disturbance::None,
+        Some(lease) if says_the_same(&lease.attrs, &own.attrs) => match (own.expiration, lease.expiration) {
+            (Expiration::Never, Expiration::At(_)) => Disturbance::Unreserved,
+            _ => Disturbance::None,
+        },
         Some(lease) if lease.attrs.same_node(&own.attrs) => Disturbance::Altered,
         Some(_) | None => Disturbance::Gone,
     }

@@ -335,7 +335,7 @@ impl PeerTable {
         // What is held has the last word only: a live lease beats a remembered one.
         for (subnet, attrs) in claims.chain(&self.held) {
             // Whoever holds it by the store; if it is a stranger, we are about to move.
-            if *subnet == self.own {
+            if *subnet == self.own || self.is_reserved_for_us(attrs) {
                 continue;
             }
             let verdict = self.check(*subnet, attrs).and_then(|()| {
@@ -413,6 +413,11 @@ impl PeerTable {
             }
         }
         Ok(())
+    }
+
+    /// Whether it waits for this node to take it: a reservation that nobody has taken names an address and no backend.
+    fn is_reserved_for_us(&self, attrs: &LeaseAttrs) -> bool {
+        attrs.backend_type.is_empty() && attrs.same_node(&self.own_attrs)
     }
 
     /// Whether nodes have their own addresses in the network, beside what is leased, as this one has.
@@ -622,7 +627,6 @@ mod tests {
             ("10.0.3.0-24", "127.0.0.1", "public_ip_invalid"),
             ("10.0.3.0-24", "224.0.0.1", "public_ip_invalid"),
             ("10.0.3.0-24", "255.255.255.255", "public_ip_invalid"),
-            ("10.0.3.0-24", "192.0.2.1", "public_ip_ours"),
             ("10.0.3.0-24", "10.0.9.9", "public_ip_in_overlay"),
         ] {
             assert!(table.apply(added(lease(key, ip))).is_empty(), "{key} {ip}");
@@ -635,6 +639,25 @@ mod tests {
             assert!(table.apply(gone).is_empty(), "{key} {ip}");
         }
         assert_eq!(names(&table), ["10.0.2.0-24"]);
+    }
+
+    #[test]
+    fn what_has_our_address_is_refused_or_waits_for_us() {
+        let mut table = table();
+        let mut other = lease("10.0.3.0-24", "192.0.2.1");
+        other.attrs.backend_type = "udp".to_owned();
+        assert!(table.apply(added(other)).is_empty());
+        let refused = BTreeMap::from([("public_ip_ours", 1)]);
+        assert_eq!(*table.peers().rejected(), refused);
+        // As `kersey reserve` writes it.
+        assert!(table.apply(added(lease("10.0.4.0-24", "192.0.2.1"))).is_empty());
+        assert_eq!(*table.peers().rejected(), refused);
+        assert!(names(&table).is_empty());
+        // It is in nobody's way.
+        assert_eq!(
+            table.apply(added(lease("10.0.4.0-23", "192.0.2.2"))).added.len(),
+            1
+        );
     }
 
     #[test]

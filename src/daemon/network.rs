@@ -497,7 +497,10 @@ impl<B: Backend> DataPlane<B> {
                     routes.remove(prefix);
                     let public_ip = attrs.public_ip;
                     if attrs.backend_type.is_empty() {
-                        tracing::info!(%subnet, %prefix, %public_ip, "the subnet is reserved for a node that has not taken it yet");
+                        tracing::info!(
+                            %subnet, %prefix, %public_ip, %reason,
+                            "the lease names no backend: it is reserved for a node that has not taken it, or an old program wrote it"
+                        );
                     } else {
                         tracing::warn!(%subnet, %prefix, %public_ip, %reason, "the peer cannot be reached");
                     }

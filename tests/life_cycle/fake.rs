@@ -23,6 +23,8 @@ pub(crate) struct Script {
     pub(crate) mood: Mood,
     pub(crate) config: &'static str,
     pub(crate) next_subnet: &'static str,
+    /// What is acquired is a reservation.
+    pub(crate) reserved: bool,
     pub(crate) renewals: usize,
     pub(crate) acquisitions: usize,
     /// What a look at the store shows: any lease, whatever it is asked for.
@@ -133,7 +135,13 @@ impl Store for Fake {
         _previous: Option<Subnet>,
     ) -> BoxFuture<'a, Result<Lease, StoreError>> {
         self.script().acquisitions += 1;
-        Box::pin(self.answer(|script| Ok(later(day_lease(script.next_subnet, attrs), script.ahead))))
+        Box::pin(self.answer(|script| {
+            let mut lease = later(day_lease(script.next_subnet, attrs), script.ahead);
+            if script.reserved {
+                lease.expiration = Expiration::Never;
+            }
+            Ok(lease)
+        }))
     }
 
     fn confirm<'a>(

@@ -115,7 +115,12 @@ impl<R: Registry> LocalStore<R> {
         for entry in left {
             let subnet = entry.lease.subnet;
             match self.registry.delete(subnet, entry.revision).await {
-                Ok(_) => tracing::info!(%subnet, %taken, "the lease from before the reservation is given up"),
+                Ok(true) => {
+                    tracing::info!(%subnet, %taken, "the lease from before the reservation is given up")
+                }
+                Ok(false) => {
+                    tracing::info!(%subnet, "the lease from before the reservation was written meanwhile, and is left")
+                }
                 Err(error) => {
                     tracing::info!(%subnet, %error, "the lease from before the reservation runs out")
                 }

@@ -88,12 +88,57 @@ impl Drop for Kept {
 struct Written {
     /// The address claimed.
     address: Option<IpAddr>,
-    /// The subnet of the lease written for it.
-    own: Option<Subnet>,
+    /// The lease written for it.
+    own: Option<(Subnet, LeaseAttrs)>,
     /// The etcd leases of the latest puts of it.
     leases: VecDeque<i64>,
     /// Whether it was a reservation when it was last put.
     is_reserved: bool,
+}
+
+/// What a put of a lease key is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Put {
+    /// One of ours, one that makes a reservation of our lease, or none of our lease.
+    Known,
+    /// Our lease is no reservation any more.
+    Unreserved,
+    /// Somebody else has written our lease.
+    Strange,
+}
+
+impl Written {
+    /// Notes that our lease is about to be put under an etcd lease; 0 is none.
+    fn wrote(&mut self, subnet: Subnet, attrs: &LeaseAttrs, id: i64) {
+        self.own = Some((subnet, attrs.clone()));
+        self.is_reserved = id == 0;
+        self.know(id);
+    }
+
+    fn know(&mut self, id: i64) {
+        self.leases.push_back(id);
+        if self.leases.len() > LATEST {
+            self.leases.pop_front();
+        }
+    }
+
+    /// Judges a put.
+    fn judge(&mut self, lease: &Lease, id: i64) -> Put {
+        let Some((_, attrs)) = self.own.as_ref().filter(|(subnet, _)| *subnet == lease.subnet) else {
+            return Put::Known;
+        };
+        // Whoever ends a reservation leaves the value as it was.
+        let is_same = *attrs == lease.attrs;
+        let was_reserved = std::mem::replace(&mut self.is_reserved, id == 0);
+        if id == 0 || self.leases.contains(&id) {
+            return Put::Known;
+        }
+        if was_reserved && is_same {
+            self.know(id);
+            return Put::Unreserved;
+        }
+        Put::Strange
+    }
 }
 
 /// The value of a key.
@@ -280,33 +325,21 @@ impl Presence {
             // A server writes the leases of others, too.
             return;
         }
-        written.own = Some(subnet);
-        written.leases.push_back(lease);
-        if written.leases.len() > LATEST {
-            written.leases.pop_front();
-        }
+        written.wrote(subnet, attrs, lease);
     }
 
     /// Looks whether a lease of ours was put by somebody else.
     pub(super) fn look_at(&self, lease: &Lease, id: i64) {
-        let mut written = self.written();
-        if written.own != Some(lease.subnet) {
-            return;
-        }
-        // Whoever ends a reservation puts it under an etcd lease of its own.
-        let was_reserved = std::mem::replace(&mut written.is_reserved, id == 0);
-        if id != 0 && was_reserved {
-            tracing::info!(subnet = %lease.subnet, "our subnet is not reserved any more");
-            written.leases.push_back(id);
-            return;
-        }
-        if id != 0 && !written.leases.contains(&id) && self.complaints.allows() {
-            tracing::warn!(
+        match self.written().judge(lease, id) {
+            Put::Known => {}
+            Put::Unreserved => tracing::info!(subnet = %lease.subnet, "our subnet is not reserved any more"),
+            Put::Strange if self.complaints.allows() => tracing::warn!(
                 subnet = %lease.subnet,
                 public_ip = lease.attrs.address().map(|address| address.to_string()),
                 "somebody else wrote our lease: another host with the same public address, perhaps a flanneld; \
                  give each host its own with --iface or --public-ip"
-            );
+            ),
+            Put::Strange => {}
         }
     }
 
@@ -506,6 +539,49 @@ fn theirs(value: &[u8], holder: &Holder) -> Option<Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::Expiration;
+
+    #[test]
+    fn a_put_of_our_lease_is_ours_or_an_operators_or_a_strangers() {
+        let lease = |key: &str, mac: &str| {
+            let value = format!(
+                r#"{{"PublicIP":"192.0.2.1","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+            );
+            Lease {
+                subnet: key.parse().unwrap(),
+                attrs: LeaseAttrs::from_json(value.as_bytes()).unwrap(),
+                expiration: Expiration::Never,
+                created: None,
+            }
+        };
+        let (ours, other) = (
+            lease("10.0.1.0-24", "4a:5b:ac:d9:d3:01"),
+            lease("10.0.2.0-24", "4a:5b:ac:d9:d3:01"),
+        );
+        let strange = lease("10.0.1.0-24", "4a:5b:ac:d9:d3:02");
+        let mut written = Written::default();
+        assert_eq!(written.judge(&ours, 9), Put::Known);
+        written.wrote(ours.subnet, &ours.attrs, 5);
+        assert_eq!(written.judge(&ours, 5), Put::Known);
+        assert_eq!(written.judge(&other, 6), Put::Known);
+        assert_eq!(written.judge(&ours, 6), Put::Strange);
+        // It is reserved, and no more.
+        assert_eq!(written.judge(&ours, 0), Put::Known);
+        assert_eq!(written.judge(&ours, 7), Put::Unreserved);
+        assert_eq!(written.judge(&ours, 7), Put::Known);
+        assert_eq!(written.judge(&ours, 8), Put::Strange);
+        // A reservation that we took ourselves, without having seen how it came.
+        written.wrote(ours.subnet, &ours.attrs, 0);
+        assert_eq!(written.judge(&ours, 10), Put::Unreserved);
+        // Another host starts on what is reserved for us, as a flanneld makes a lease of it.
+        written.wrote(ours.subnet, &ours.attrs, 0);
+        assert_eq!(written.judge(&strange, 11), Put::Strange);
+        // A reservation lost, and an ordinary lease in its place.
+        written.wrote(ours.subnet, &ours.attrs, 0);
+        written.wrote(other.subnet, &other.attrs, 12);
+        assert_eq!(written.judge(&other, 12), Put::Known);
+        assert_eq!(written.judge(&other, 13), Put::Strange);
+    }
 
     #[test]
     fn what_cannot_be_read_is_nobodys() {
