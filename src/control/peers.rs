@@ -144,6 +144,7 @@ impl Peers {
 struct Told {
     attrs: Arc<LeaseAttrs>,
     created: Option<u64>,
+    is_reserved: bool,
 }
 
 /// The leases of one network, and which of them are peers of one node.
@@ -272,6 +273,7 @@ impl PeerTable {
         Told {
             attrs,
             created: lease.created,
+            is_reserved: lease.expiration == Expiration::Never,
         }
     }
 
@@ -329,13 +331,14 @@ impl PeerTable {
         let mut peers = Vec::with_capacity(self.told.len() + self.held.len());
         let mut taken = Taken::default();
         self.rejected.clear();
-        let mut claims: Vec<_> = self.told.iter().collect();
+        let told = self.told.iter();
+        let mut claims: Vec<_> = told.filter(|(_, told)| !self.waits_for_us(told)).collect();
         claims.sort_by_cached_key(|(subnet, told)| self.rank(**subnet, told.created));
         let claims = claims.into_iter().map(|(subnet, told)| (subnet, &told.attrs));
         // What is held has the last word only: a live lease beats a remembered one.
         for (subnet, attrs) in claims.chain(&self.held) {
             // Whoever holds it by the store; if it is a stranger, we are about to move.
-            if *subnet == self.own || self.is_reserved_for_us(attrs) {
+            if *subnet == self.own {
                 continue;
             }
             let verdict = self.check(*subnet, attrs).and_then(|()| {
@@ -415,9 +418,9 @@ impl PeerTable {
         Ok(())
     }
 
-    /// Whether it waits for this node to take it: a reservation that nobody has taken names an address and no backend.
-    fn is_reserved_for_us(&self, attrs: &LeaseAttrs) -> bool {
-        attrs.backend_type.is_empty() && attrs.same_node(&self.own_attrs)
+    /// Whether it is a reservation for this node, which has not taken it: it names an address and no backend.
+    fn waits_for_us(&self, told: &Told) -> bool {
+        told.is_reserved && told.attrs.backend_type.is_empty() && told.attrs.same_node(&self.own_attrs)
     }
 
     /// Whether nodes have their own addresses in the network, beside what is leased, as this one has.
@@ -647,7 +650,11 @@ mod tests {
         let mut other = lease("10.0.3.0-24", "192.0.2.1");
         other.attrs.backend_type = "udp".to_owned();
         assert!(table.apply(added(other)).is_empty());
-        let refused = BTreeMap::from([("public_ip_ours", 1)]);
+        // Another host's may have an end and no backend, as old programs write it.
+        let mut old = lease("10.0.7.0-24", "192.0.2.1");
+        old.expiration = Expiration::At(std::time::SystemTime::UNIX_EPOCH);
+        assert!(table.apply(added(old)).is_empty());
+        let refused = BTreeMap::from([("public_ip_ours", 2)]);
         assert_eq!(*table.peers().rejected(), refused);
         // As `kersey reserve` writes it.
         assert!(table.apply(added(lease("10.0.4.0-24", "192.0.2.1"))).is_empty());

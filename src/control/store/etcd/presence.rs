@@ -330,7 +330,8 @@ impl Presence {
 
     /// Looks whether a lease of ours was put by somebody else.
     pub(super) fn look_at(&self, lease: &Lease, id: i64) {
-        match self.written().judge(lease, id) {
+        let put = self.written().judge(lease, id);
+        match put {
             Put::Known => {}
             Put::Unreserved => tracing::info!(subnet = %lease.subnet, "our subnet is not reserved any more"),
             Put::Strange if self.complaints.allows() => tracing::warn!(
